@@ -1,0 +1,125 @@
+"""YAML -> frozen dataclasses, dotted overrides, and the resolved run written back.
+
+Each module owns its config dataclass; this file only fills one in. Types and ranges are checked by pydantic; unknown
+keys are refused here, with the nearest known one named: a misspelt setting that is silently ignored costs a run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pydantic
+import yaml
+
+from rmr1_jax.errors import InputError
+
+C = TypeVar("C")
+
+
+def load_config(cls: type[C], path: str | Path, overrides: Sequence[str] = ()) -> C:
+    """Read `path` (YAML) as a `cls`, after `key.sub=value` overrides.
+
+    Raises:
+        InputError: no such file, not YAML, an unknown key, a missing or ill-typed value; all of a kind at once.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise InputError(f"cannot read the config {path}: {e}; give the path of a YAML file") from e
+    try:
+        tree = yaml.safe_load(text) or {}
+    except yaml.YAMLError as e:
+        raise InputError(f"{path} is not valid YAML: {e}") from e
+    if not isinstance(tree, dict):
+        raise InputError(f"{path} holds a {type(tree).__name__}; expected `key: value` lines")
+    return build_config(cls, _override(tree, overrides), source=str(path))
+
+
+def build_config(cls: type[C], tree: Mapping[str, Any], *, source: str) -> C:
+    """A `cls` from a tree of plain values; `source` is named in errors."""
+    unknown = list(_unknown_keys(cls, tree))
+    if unknown:
+        raise InputError(f"{source}: " + "; ".join(unknown))
+    # A section starts from what its own field declares (a recipe), which may differ from its class's defaults.
+    declared = {f.name: f.default for f in dataclasses.fields(cls)}
+    sections = {k: dataclasses.asdict(v) for k, v in declared.items() if dataclasses.is_dataclass(v)}
+    try:
+        return pydantic.TypeAdapter(cls).validate_python(_over(sections, tree))
+    except pydantic.ValidationError as e:
+        # A check of our own in __post_init__ reaches us wrapped: its message is the one to show.
+        lines = []
+        for error in e.errors():
+            where = ".".join(str(x) for x in error["loc"])
+            given = "" if error["type"] == "missing" else f" (got {error['input']!r})"
+            lines.append(
+                f"{where}: {error['msg']}{given}" if error["type"] != "value_error" else str(error["ctx"]["error"])
+            )
+        raise InputError(f"{source}: " + "; ".join(lines)) from e
+
+
+def dump_config(config: Any) -> str:
+    """The resolved config as YAML; `build_config` reads it back."""
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
+
+
+def config_differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """Dotted keys whose values differ between two dumped configs -> (old, new)."""
+    found = {}
+    for key in dict.fromkeys([*old, *new]):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            found |= config_differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            found[prefix + key] = (a, b)
+    return found
+
+
+def _override(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    for item in overrides:
+        key, equals, value = item.partition("=")
+        if not equals or not key:
+            raise InputError(f"override {item!r}: expected key=value, e.g. optimizer.lr=1e-5")
+        node = tree
+        *parents, last = key.split(".")
+        for parent in parents:
+            node = node.setdefault(parent, {})
+            if not isinstance(node, dict):
+                raise InputError(f"override {item!r}: {parent} is a value, not a section")
+        try:
+            node[last] = yaml.safe_load(value)
+        except yaml.YAMLError as e:
+            raise InputError(f"override {item!r}: the value is not valid YAML; quote it if it is text") from e
+    return tree
+
+
+def _over(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """`given` over `defaults`, section by section."""
+    both = [k for k in given if isinstance(given[k], Mapping) and isinstance(defaults.get(k), Mapping)]
+    return {**defaults, **given, **{k: _over(defaults[k], given[k]) for k in both}}
+
+
+def _unknown_keys(cls: Any, tree: Any, prefix: str = ""):
+    cls = _dataclass_of(cls)
+    if cls is None or not isinstance(tree, Mapping):
+        return
+    hints = typing.get_type_hints(cls)
+    known = [f.name for f in dataclasses.fields(cls)]
+    for key, value in tree.items():
+        if key in known:
+            yield from _unknown_keys(hints[key], value, f"{prefix}{key}.")
+        else:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"did you mean {prefix}{near[0]}?" if near else f"known here: {', '.join(known)}"
+            yield f"unknown key {prefix}{key}; {hint}"
+
+
+def _dataclass_of(hint: Any) -> Any:
+    """The dataclass in `X` or `X | None`."""
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    return next((x for x in options if dataclasses.is_dataclass(x)), None)

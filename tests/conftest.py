@@ -1,0 +1,39 @@
+"""Eight virtual CPU devices and one compilation cache for the whole run, both set before JAX starts."""
+
+import os
+import tempfile
+from pathlib import Path
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+# Programs here are small and run briefly: compiling them is most of the time, and at level 0 it takes half as long.
+os.environ["XLA_FLAGS"] = " ".join(
+    [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0"]
+)
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="rmr1-test-cache-"))
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real material beside the checkout; tests that need it skip where it is absent."""
+    if not SHARED.is_dir():
+        pytest.skip(f"no shared data at {SHARED}")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def tiny_policy():
+    """Random float32 weights on one device, with the small world's tokenizer."""
+    import policies
+
+    return policies.tiny_policy()
+
+
+@pytest.fixture(scope="session")
+def world_tokenizer(tiny_policy) -> Path:
+    """The directory of a tokenizer that was trained on the small world's texts."""
+    return tiny_policy.tokenizer.directory

@@ -1,0 +1,167 @@
+"""Configs: overrides, what a misspelt or ill-typed setting says, defaults of sections, and the dump that reads back."""
+
+import dataclasses
+from typing import Literal
+
+import pytest
+import yaml
+
+from rmr1_jax.config import build_config, config_differences, dump_config, load_config
+from rmr1_jax.errors import InputError
+from rmr1_jax.train.grpo import GrpoConfig
+from rmr1_jax.train.sft import SftConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Inner:
+    rate: float = 0.1
+    kind: Literal["x", "y"] = "x"
+
+    def __post_init__(self):
+        if self.rate <= 0:
+            raise InputError(f"inner.rate={self.rate} must be above 0")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Outer:
+    out: str
+    steps: int | None = None
+    inner: Inner = Inner(rate=0.5, kind="y")
+    maybe: Inner | None = None
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(text: str):
+        path = tmp_path / "run.yaml"
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return write
+
+
+def error_of(call, *args, **kwargs) -> str:
+    with pytest.raises(InputError) as caught:
+        call(*args, **kwargs)
+    return str(caught.value)
+
+
+def test_a_file_and_overrides(write):
+    path = write("out: runs/a\nsteps: 3\ninner:\n  rate: 0.2\n")
+    assert load_config(Outer, path) == Outer(out="runs/a", steps=3, inner=Inner(rate=0.2, kind="y"))
+    changed = load_config(Outer, path, ["out=runs/b", "inner.kind=x", "steps=null", "maybe.rate=2"])
+    assert changed == Outer(out="runs/b", inner=Inner(rate=0.2), maybe=Inner(rate=2.0))
+    assert load_config(Outer, write(""), ["out=a=b"]).out == "a=b"
+
+
+def test_numbers_as_people_write_them(write):
+    path = write("out: a\ninner:\n  rate: 1e-6\n")  # YAML 1.1 takes this for text
+    assert load_config(Outer, path).inner.rate == 1e-6
+    assert load_config(Outer, path, ["inner.rate=2E-5"]).inner.rate == 2e-5
+    loss = load_config(GrpoConfig, write("out: a\nloss: {importance_cap: 2e0}\n")).loss
+    assert loss.importance_cap == 2.0
+
+
+def test_a_section_starts_from_its_own_field_s_defaults():
+    """GRPO's recipe is not the optimizer's or the sampler's own default; changing one value must not undo the rest."""
+    plain = GrpoConfig(out="a")
+    built = build_config(GrpoConfig, {"out": "a", "sampling": {"temperature": 0.7}, "optimizer": {"lr": 1}}, source="t")
+    assert built == GrpoConfig(
+        out="a",
+        sampling=dataclasses.replace(plain.sampling, temperature=0.7),
+        optimizer=dataclasses.replace(plain.optimizer, lr=1.0),
+    )
+    assert built.sampling.n == 7 and built.optimizer.schedule == "constant"
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        ({"out": "a", "step": 3}, "t: unknown key step; did you mean steps?"),
+        ({"out": "a", "inner": {"rat": 3}}, "unknown key inner.rat; did you mean inner.rate?"),
+        ({"out": "a", "maybe": {"kin": 3}}, "unknown key maybe.kin; did you mean maybe.kind?"),
+        ({"out": "a", "qqq": 1, "zzz": 2}, "unknown key qqq; known here: out, steps, inner, maybe; unknown key zzz"),
+        ({}, "out: Field required"),
+        ({"out": 5}, "out: Input should be a valid string (got 5)"),
+        ({"out": "a", "steps": "many"}, "unable to parse string as an integer (got 'many')"),
+        ({"out": "a", "steps": 2.5}, "(got 2.5)"),
+        ({"out": "a", "inner": {"kind": "z"}}, "inner.kind: Input should be 'x' or 'y' (got 'z')"),
+        ({"out": "a", "inner": 3}, "inner: Input should be a dictionary or an instance of Inner (got 3)"),
+        ({"out": "a", "inner": None}, "inner: Input should be"),
+        ({"out": "a", "inner": {"rate": "x", "kind": "z"}}, "(got 'x'); inner.kind"),
+        ({"out": "a", "inner": {"rate": -1}}, "t: inner.rate=-1.0 must be above 0"),
+    ],
+    ids=str,
+)
+def test_what_is_wrong_is_named(tree, message):
+    assert message in error_of(build_config, Outer, tree, source="t")
+
+
+def test_our_own_checks_reach_the_user_as_they_are():
+    wrong = {"out": "a", "optimizer": {"lr": 0}}
+    assert error_of(build_config, SftConfig, wrong, source="run.yaml") == "run.yaml: optimizer.lr=0.0 must be above 0"
+    wrong = {"out": "a", "rows_per_step": 6, "micro_rows": 4}
+    assert "rows_per_step=6 must be a multiple of micro_rows=4" in error_of(build_config, SftConfig, wrong, source="t")
+    message = error_of(build_config, GrpoConfig, {"out": "a", "max_prompt_length": 5000}, source="t")
+    assert "row_length=12288 cannot hold" in message and "= 13192" in message
+
+
+@pytest.mark.parametrize(
+    ("cls", "name"),
+    [
+        *((SftConfig, x) for x in ("epochs", "max_steps", "row_length", "rows_per_step", "micro_rows", "save_every")),
+        *(
+            (GrpoConfig, x)
+            for x in ("steps", "prompts_per_step", "mini_batch_prompts", "dynamic_sampling", "micro_rows")
+        ),
+    ],
+)
+def test_counts_are_at_least_one_and_seeds_at_least_zero(cls, name):
+    assert f"{name}=0 must be at least 1" in error_of(cls, out="a", **{name: 0})
+    assert "seed=-1 must be at least 0" in error_of(cls, out="a", seed=-1)
+
+
+@pytest.mark.parametrize(
+    ("cls", "wrong"),
+    [(SftConfig, {"dtype": "f32"}), (SftConfig, {"on_too_long": "cut"}), (GrpoConfig, {"structure": "x"})],
+)
+def test_choices(cls, wrong):
+    ((name, value),) = wrong.items()
+    assert f"{name}={value!r} must be" in error_of(cls, out="a", **wrong)
+
+
+def test_files_and_overrides_that_cannot_be_read(write, tmp_path):
+    assert "cannot read the config" in error_of(load_config, Outer, tmp_path / "none.yaml")
+    assert "is not valid YAML" in error_of(load_config, Outer, write("a: [1"))
+    assert "holds a list; expected `key: value` lines" in error_of(load_config, Outer, write("- 1"))
+    path = write("out: a\n")
+    assert "override 'steps': expected key=value" in error_of(load_config, Outer, path, ["steps"])
+    assert "override '=3': expected key=value" in error_of(load_config, Outer, path, ["=3"])
+    assert "override 'out.x=3': out is a value, not a section" in error_of(load_config, Outer, path, ["out.x=3"])
+    assert "override 'out=[a': the value is not valid YAML" in error_of(load_config, Outer, path, ["out=[a"])
+    assert "did you mean inner.rate?" in error_of(load_config, Outer, path, ["inner.rates=3"])
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        Outer(out="a", maybe=Inner(rate=1e-7)),
+        SftConfig(out="a b: c", max_steps=3),
+        GrpoConfig(out="a", steps=4, optimizer=dataclasses.replace(GrpoConfig(out="a").optimizer, lr=3e-7)),
+    ],
+    ids=lambda c: type(c).__name__,
+)
+def test_a_dump_reads_back(config):
+    assert build_config(type(config), yaml.safe_load(dump_config(config)), source="dump") == config
+
+
+def test_differences():
+    old = dataclasses.asdict(Outer(out="a"))
+    new = dataclasses.asdict(Outer(out="b", inner=Inner(rate=0.5), maybe=Inner()))
+    assert config_differences(old, old) == {}
+    assert config_differences(old, new) == {
+        "out": ("a", "b"),
+        "inner.kind": ("y", "x"),
+        "maybe": (None, {"rate": 0.1, "kind": "x"}),
+    }
+    assert config_differences({"a": 1}, {"b": 2}) == {"a": (1, None), "b": (None, 2)}
