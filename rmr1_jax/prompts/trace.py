@@ -1,0 +1,224 @@
+"""Reads a judge's trace: text -> Trace(kind, rubric, justify, solution, evaluation, quotes, verdict).
+
+A policy under training writes anything, so nothing here raises on a text, and everything runs in time linear in its
+length: one pass finds the tags, passes from the end pair them. Tags inside a quotation or a solution are text there, so
+a judge may quote an answer that imitates its format.
+
+Next: `prompts/verdict.py`, the three rules that turn a text into a verdict or a reward.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from itertools import pairwise
+from types import MappingProxyType
+from typing import NamedTuple
+
+PARTS = ("type", "rubric", "solution", "eval", "answer")  # in the order in which a trace has them
+HOLDERS = ("rubric", "eval")  # hold sections; all others hold text
+QUOTATIONS = ("quote_A", "summary_A", "quote_B", "summary_B")
+_TAG = re.compile(rf"<(/?)({'|'.join((*PARTS, 'justify', *QUOTATIONS))})>")
+_VERDICT = re.compile(r"\[\[([AB])\]\]")
+_OPEN_THOUGHT = re.compile(r"\s*<think>")
+_ANSWER = re.compile(r"<answer>[^<\[]{0,80}\[\[([AB])\]\]")
+
+# What a trace must have, by what its prompt asks for (`Prompt.structure`). "task" is a solution where the kind is
+# reasoning and a rubric where it is chat.
+STRUCTURES = MappingProxyType(
+    {
+        "cor": ("kind", "task", "eval", "answer"),
+        "rubric": ("rubric", "eval", "answer"),
+        "compare": ("eval", "answer"),
+        "verdict": ("answer",),
+    }
+)
+
+
+class Section(NamedTuple):
+    """What stands between a tag and its end: offsets into the whole text, and the section around it, if any."""
+
+    name: str
+    start: int
+    end: int
+    closed: bool
+    inside: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quote:
+    """Evidence from one side: its own words ("quote") or a paraphrase ("summary"), and where it stands in the text."""
+
+    side: str
+    kind: str
+    text: str
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trace:
+    """The parts of a trace, stripped; None for a part that is absent.
+
+    `kind` is "reasoning", "chat" or None; `rubric` is without its `justify`; `evaluation` keeps its quotation tags;
+    `verdict` is what the trace's answer says, "A", "B" or None, and None where its answers name both. `flaws` says what
+    is out of form: a part that is not closed, stands twice, out of order or inside another.
+    """
+
+    kind: str | None = None
+    rubric: str | None = None
+    justify: str | None = None
+    solution: str | None = None
+    evaluation: str | None = None
+    quotes: tuple[Quote, ...] = ()
+    verdict: str | None = None
+    flaws: tuple[str, ...] = ()
+
+    @property
+    def is_valid(self) -> bool:
+        """Whether this is a whole Chain-of-Rubrics trace: kind, solution or rubric, evaluation, verdict, in form."""
+        return self.is_complete("cor")
+
+    def is_complete(self, structure: str = "cor") -> bool:
+        """Whether the trace has, in form, all that a prompt of this structure asks for (`Prompt.structure`)."""
+        return not self.flaws and not self.missing(structure)
+
+    def missing(self, structure: str = "cor") -> tuple[str, ...]:
+        """Which of the things that the structure asks for are absent or empty."""
+        has = {
+            "kind": self.kind,
+            "task": {"reasoning": self.solution, "chat": self.rubric}.get(self.kind or ""),
+            "rubric": self.rubric,
+            "eval": self.evaluation,
+            "answer": self.verdict,
+        }
+        return tuple(name for name in STRUCTURES[structure] if not has[name])
+
+
+def parse_trace(text: str) -> Trace:
+    """The parts of the trace in `text`, after the last `</think>`. Never raises on a str; linear in its length."""
+    begin = after_thinking(text)
+    sections = find_sections(text, begin)
+    first: dict[str, Section] = {}
+    # A part that stands on its own goes before one inside another, which may be only mentioned there.
+    for section in sorted(sections, key=lambda section: section.inside is not None):
+        first.setdefault(section.name, section)
+
+    def content(name: str) -> str | None:
+        return text[first[name].start : first[name].end].strip() if name in first else None
+
+    kind = (content("type") or "").lower()
+    return Trace(
+        kind=kind if kind in ("reasoning", "chat") else None,
+        rubric=_without(text, first.get("rubric"), first.get("justify")),
+        justify=content("justify"),
+        solution=content("solution"),
+        evaluation=content("eval"),
+        quotes=tuple(_quote(text, section) for section in sections if section.name in QUOTATIONS),
+        verdict=_verdict(text, begin, sections),
+        flaws=_flaws(sections, first),
+    )
+
+
+def after_thinking(text: str) -> int:
+    """Where the judgement begins: after the last `</think>`; at the text's end where a thought is still open."""
+    begin = text.rfind("</think>")
+    begin = 0 if begin < 0 else begin + len("</think>")
+    # Only at the start: a `<think>` further on is one that the judge mentions.
+    return len(text) if _OPEN_THOUGHT.match(text, begin) else begin
+
+
+def find_sections(text: str, begin: int = 0) -> list[Section]:
+    """All tagged sections from offset `begin` on, in order, for reading them or for colouring a trace.
+
+    A section ends at its own closing tag; one that has none ends at the next part's opening tag (a quotation or
+    justify: at the next tag of any kind). Stray closing tags are ignored.
+    """
+    tags = _visible(list(_TAG.finditer(text, begin)))
+    sections: list[Section] = []
+    outer: Section | None = None
+    for tag, (end, closing) in zip(tags, _pair(tags, len(text)), strict=True):
+        if tag[1]:
+            continue
+        inside = outer.name if outer is not None and tag.start() < outer.end else None
+        section = Section(tag[2], tag.end(), end, closing is not None, inside)
+        sections.append(section)
+        if tag[2] in HOLDERS and inside is None:
+            outer = section
+    return sections
+
+
+def _visible(tags: list[re.Match[str]]) -> list[re.Match[str]]:
+    """The tags that are not inside a closed section that holds text, such as a quotation."""
+    ends, visible, index = _pair(tags, 0), [], 0
+    while index < len(tags):
+        tag, (_, closing) = tags[index], ends[index]
+        visible.append(tag)
+        index = index + 1 if closing is None or tag[2] in HOLDERS else closing
+    return visible
+
+
+def _pair(tags: list[re.Match[str]], length: int) -> list[tuple[int, int | None]]:
+    """For every opening tag: where its section ends, and the index of its closing tag (None: it has none)."""
+    ends: list[tuple[int, int | None]] = [(length, None)] * len(tags)
+    closing: dict[str, int] = {}  # the nearest closing tag to the right that no opening tag has taken
+    next_part = next_tag = length
+    for index in range(len(tags) - 1, -1, -1):
+        tag, name = tags[index], tags[index][2]
+        if tag[1]:
+            closing[name] = index
+        else:
+            paired = closing.pop(name, None)
+            if paired is not None:
+                ends[index] = (tags[paired].start(), paired)
+            else:
+                ends[index] = (next_part if name in PARTS else next_tag, None)
+            if name in PARTS:
+                next_part = tag.start()
+        next_tag = tag.start()
+    return ends
+
+
+def _without(text: str, section: Section | None, cut: Section | None) -> str | None:
+    """The section's text, less the whole `<justify>...</justify>` inside it."""
+    if section is None:
+        return None
+    if cut is None or not section.start <= cut.start <= cut.end <= section.end:
+        return text[section.start : section.end].strip()
+    before = text[section.start : cut.start - len("<justify>")]
+    after = text[cut.end + (len("</justify>") if cut.closed else 0) : section.end]
+    return f"{before.rstrip()}\n{after.lstrip()}".strip()
+
+
+def _quote(text: str, section: Section) -> Quote:
+    raw = text[section.start : section.end]
+    start = section.start + len(raw) - len(raw.lstrip())
+    kind, side = section.name.split("_")
+    return Quote(side=side, kind=kind, text=raw.strip(), start=start, end=start + len(raw.strip()))
+
+
+def _verdict(text: str, begin: int, sections: list[Section]) -> str | None:
+    answers = [section for section in sections if section.name == "answer" and section.inside is None]
+    named: set[str] = set()
+    for answer in answers:
+        named.update(_VERDICT.findall(text, answer.start, answer.end))
+    if not answers:  # none in its place: one inside another part will do
+        named.update(_ANSWER.findall(text, begin))
+    return named.pop() if len(named) == 1 else None
+
+
+def _flaws(sections: list[Section], first: dict[str, Section]) -> tuple[str, ...]:
+    flaws = []
+    present = [name for name in PARTS if name in first]
+    for name in (*present, *(["justify"] if "justify" in first else [])):
+        same = [section for section in sections if section.name == name and section.inside == first[name].inside]
+        if len(same) > 1:
+            flaws.append(f"<{name}> stands {len(same)} times")
+        if not first[name].closed:
+            flaws.append(f"<{name}> is not closed")
+        if name in PARTS and first[name].inside is not None:
+            flaws.append(f"<{name}> stands inside <{first[name].inside}>")
+    for name, following in pairwise(present):
+        if first[name].start > first[following].start:
+            flaws.append(f"<{following}> stands before <{name}>")
+    return tuple(flaws)
