@@ -1,0 +1,137 @@
+"""Tokenizer, chat rendering, loss masks: from messages to token ids, and from a trained row to what is trained in it.
+
+Two promises. Text from users never becomes a special token: an answer that contains `<|im_end|>` is encoded as those
+ten characters. And a trained trace survives rendering: its ids are appended to the rendered prompt, not passed through
+a chat template, because some templates cut what stands before `</think>`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+from tokenizers import AddedToken
+
+from rmr1_jax.errors import InputError
+
+CONTROL_TOKEN = re.compile(r"<[|\uff5c].+[|\uff5c]>")  # <|im_start|>, and the same with full-width bars
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """One training row before packing. tokens: [T] int32. trained: [T] bool, True where the loss looks."""
+
+    id: str
+    tokens: np.ndarray
+    trained: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+class Tokenizer:
+    """A Hugging Face tokenizer with a chat template, and the ids that end a turn.
+
+    Args:
+        directory: holds `tokenizer.json` (or a slow tokenizer's files) and `tokenizer_config.json`; stop ids come from
+            `generation_config.json` where there is one, else from the tokenizer's own end of sequence.
+
+    Raises:
+        InputError: no tokenizer there, no chat template, or no stop id.
+    """
+
+    def __init__(self, directory: str | Path):
+        from transformers import AutoTokenizer, PreTrainedTokenizerFast  # take seconds to import
+
+        self.directory = Path(directory)
+        # Where tokenizer.json lies there it is the truth. AutoTokenizer would look at config.json beside it and rebuild
+        # the splitting rules of that model family: other ids from the same file.
+        reader = PreTrainedTokenizerFast if (self.directory / "tokenizer.json").is_file() else AutoTokenizer
+        try:
+            self.hf = reader.from_pretrained(str(directory), trust_remote_code=False, local_files_only=True)
+        except Exception as e:  # for a broken file the tokenizers library raises nothing narrower
+            raise InputError(f"{directory}: no tokenizer could be read ({e}); expected tokenizer.json beside it") from e
+        if not self.hf.chat_template:
+            raise InputError(
+                f"{directory}: the tokenizer has no chat template; add chat_template.jinja from the model's own page"
+            )
+        self.stop_ids = self._read_stop_ids()
+        self.specials = self._flag_control_tokens()
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of plain text; special tokens in it are plain text too."""
+        return self.hf.encode(text, add_special_tokens=False, split_special_tokens=self._has_special(text))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text without special tokens. Ids beyond the tokenizer (a padded vocabulary) decode to nothing."""
+        limit = len(self.hf)
+        return self.hf.decode([i for i in ids if 0 <= i < limit], skip_special_tokens=True)
+
+    def render(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Messages (role, content) -> the ids of a prompt that ends where the assistant begins.
+
+        Raises:
+            InputError: the template refuses the messages (a system turn it does not know, say).
+        """
+        if not any(self._has_special(m["content"]) for m in messages):
+            text = self._template(messages)
+            for m in messages:
+                # What an earlier assistant turn thought may be cut; what was asked may not.
+                if m["role"] != "assistant" and m["content"].strip() not in text:
+                    raise InputError(f"{self.directory}: the chat template drops a {m['role']} turn")
+            return self.hf.encode(text, add_special_tokens=False)
+        # Let the template see harmless stand-ins, and put the texts back piece by piece as plain text.
+        stand_ins = [f"\ue000{i}\ue001" for i in range(len(messages))]
+        text = self._template([{**m, "content": s} for m, s in zip(messages, stand_ins, strict=True)])
+        ids: list[int] = []
+        for message, stand_in in zip(messages, stand_ins, strict=True):
+            before, found, text = text.partition(stand_in)
+            if not found:
+                raise InputError(f"{self.directory}: the chat template drops a {message['role']} turn")
+            ids += self.hf.encode(before, add_special_tokens=False) + self.encode(message["content"])
+        return ids + self.hf.encode(text, add_special_tokens=False)
+
+    def example(self, id: str, messages: Sequence[Mapping[str, str]], trace: str) -> Example:
+        """A row for SFT: the prompt, the trace and the end of the turn; the last two are trained."""
+        prompt, target = self.render(messages), [*self.encode(trace), self.stop_ids[0]]
+        trained = np.arange(len(prompt) + len(target)) >= len(prompt)
+        return Example(id, np.asarray(prompt + target, np.int32), trained)
+
+    def _template(self, messages: Sequence[Mapping[str, str]]) -> str:
+        try:
+            return self.hf.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        except jinja2.TemplateError as e:
+            roles = [m["role"] for m in messages]
+            raise InputError(f"{self.directory}: the chat template refuses turns {roles}: {e}") from e
+
+    def _has_special(self, text: str) -> bool:
+        return any(token in text for token in self.specials)
+
+    def _flag_control_tokens(self) -> list[str]:
+        """All control tokens, by their flag or by their form: DeepSeek's distilled Qwens do not flag role markers."""
+        added = [(t.content, t.special) for t in self.hf.added_tokens_decoder.values()]
+        unflagged = [text for text, special in added if not special and CONTROL_TOKEN.fullmatch(text)]
+        flagged = [AddedToken(text, special=True, normalized=False) for text in unflagged]
+        self.hf.add_tokens(flagged, special_tokens=True)
+        return unflagged + [text for text, special in added if special]
+
+    def _read_stop_ids(self) -> list[int]:
+        ids: list[Any] = []
+        path = self.directory / "generation_config.json"
+        if path.is_file():
+            try:
+                given = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+            except (ValueError, AttributeError) as e:
+                raise InputError(f"{path}: not a JSON object ({e})") from e
+            ids = given if isinstance(given, list) else [given]
+        ids = [i for i in ids if i is not None] or [i for i in [self.hf.eos_token_id] if i is not None]
+        if not ids or not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
+            raise InputError(f"{self.directory}: no end of turn is named; set eos_token_id in generation_config.json")
+        # The turn's own end first: it is the one that SFT trains.
+        return sorted(ids, key=lambda i: i != self.hf.eos_token_id)
