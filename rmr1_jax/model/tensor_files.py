@@ -1,0 +1,153 @@
+"""Safetensors files: where each tensor's bytes lie, what is wrong with a file that is not one, and writing them.
+
+The format is 8 bytes of header length, a JSON header (name, dtype, shape, offsets), then the data. Reading it here,
+not through the library, says how many bytes are missing, and reads rows of a tensor by offset: a mapped file counts
+as memory for as long as it is open. No pickle is ever opened. Next: `hf.py`, which says what the tensors mean.
+"""
+
+import json
+import math
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from rmr1_jax.errors import InputError
+
+DTYPES = {"F32": jnp.dtype(jnp.float32), "BF16": jnp.dtype(jnp.bfloat16), "F16": jnp.dtype(jnp.float16)}
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredTensor:
+    """A tensor in a safetensors file; `offset` in bytes from the start of the file."""
+
+    file: Path
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    offset: int
+
+    def read(self, first: int, count: int, row_shape: tuple[int, ...]) -> np.ndarray:
+        """Rows `first` to `first + count`, each of `row_shape`: [count, *row_shape] in the stored dtype."""
+        row_bytes = math.prod(row_shape) * self.dtype.itemsize
+        data = np.fromfile(self.file, np.uint8, count * row_bytes, offset=self.offset + first * row_bytes)
+        return data.view(self.dtype).reshape(count, *row_shape)
+
+
+def find_tensors(model_dir: Path) -> dict[str, StoredTensor]:
+    """Every tensor of a model directory by name, from `model.safetensors` or from the shards that the index names.
+
+    Only headers are read. Raises InputError for a file that is absent, cut short, or not safetensors.
+    """
+    if (model_dir / SINGLE).exists():
+        return read_header(model_dir / SINGLE)
+    index = model_dir / INDEX
+    if not index.exists():
+        suffixes = (".safetensors", ".bin", ".pt", ".pth")
+        found = sorted(path.name for path in model_dir.glob("*") if path.suffix in suffixes)
+        pickled = any(not name.endswith(".safetensors") for name in found)
+        advice = "; pickled weights can run code and are not read, convert them to safetensors" if pickled else ""
+        raise InputError(f"{model_dir}: expected {SINGLE} or {INDEX}, found {', '.join(found) or 'neither'}{advice}.")
+    weight_map = _read_index(index)
+    stored: dict[str, StoredTensor] = {}
+    for name in sorted(set(weight_map.values())):
+        tensors = read_header(model_dir / name)
+        stored |= {tensor: where for tensor, where in tensors.items() if weight_map.get(tensor, name) == name}
+    return stored
+
+
+def read_header(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of one safetensors file. Raises InputError with the bytes expected and found, and what it is."""
+    actual = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        raw = file.read(length) if length <= min(MAX_HEADER_BYTES, actual) else b""
+    try:
+        header = {name: entry for name, entry in json.loads(raw).items() if name != "__metadata__"}
+        entries = [
+            (name, e["dtype"], tuple(map(int, e["shape"])), *map(int, e["data_offsets"])) for name, e in header.items()
+        ]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise InputError(f"{path}: {_nature(path)}; expected a safetensors file. Download it again.") from None
+    expected = 8 + length + max((end for *_, end in entries), default=0)
+    if expected != actual:
+        kind = "cut short" if actual < expected else "longer than its header says"
+        raise InputError(f"{path}: {kind}: expected {expected} bytes, got {actual}. Download it again.")
+    stored = {}
+    for name, code, shape, start, end in entries:
+        if code not in DTYPES:
+            raise InputError(f"{path}: tensor {name} is stored as {code}; expected one of {', '.join(DTYPES)}.")
+        size = math.prod(shape) * DTYPES[code].itemsize
+        if start < 0 or end - start != size:
+            raise InputError(
+                f"{path}: tensor {name} {list(shape)} needs {size} bytes, its header gives {start}..{end}."
+            )
+        stored[name] = StoredTensor(file=path, dtype=DTYPES[code], shape=shape, offset=8 + length + start)
+    return stored
+
+
+def write_tensors(
+    path: Path, shapes: dict[str, tuple[int, ...]], dtype: np.dtype, tensors: Iterable[np.ndarray]
+) -> None:
+    """Streams one safetensors file: `tensors` in the order of `shapes`, all of `dtype`, one in memory at a time."""
+    code = {known: code for code, known in DTYPES.items()}[dtype]
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # Transformers refuses a file without it
+    end = 0
+    for name, shape in shapes.items():
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": code, "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # the format aligns its data to 8 bytes
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for shape, tensor in zip(shapes.values(), tensors, strict=True):
+            assert tensor.shape == shape and tensor.dtype == dtype
+            file.write(tensor.reshape(-1).view(np.uint8).data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _read_index(index: Path) -> dict[str, str]:
+    """Tensor name -> file name, every file a plain name that exists beside the index."""
+    try:
+        weight_map = dict(json.loads(index.read_bytes())["weight_map"])
+    except (ValueError, KeyError, TypeError):
+        raise InputError(f"{index}: {_nature(index)}; expected JSON with a weight_map of tensor to file.") from None
+    names = sorted(set(map(str, weight_map.values())))
+    # Anything but a plain name could reach outside the model directory.
+    foreign = [name for name in names if not re.fullmatch(r"\w[\w.-]*\.safetensors", name)]
+    if foreign:
+        raise InputError(f"{index}: file names {foreign[:5]}; expected plain .safetensors names in the same directory.")
+    absent = [name for name in names if not (index.parent / name).is_file()]
+    if absent:
+        raise InputError(f"{index}: names files that are not there: {', '.join(absent)}. Download them again.")
+    return weight_map
+
+
+def _nature(path: Path) -> str:
+    """What a file is that is not what its name says."""
+    actual = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(512)
+    if head.startswith(b"version https://git-lfs"):
+        size = re.search(rb"^size (\d+)", head, re.MULTILINE)
+        expected = f"the {int(size[1])} bytes" if size else "the file"
+        return f"this is a Git LFS pointer of {actual} bytes, not {expected} that it stands for (run git lfs pull)"
+    if re.match(rb"\s*<(!doctype|html|\?xml)", head, re.IGNORECASE):
+        return f"this is an HTML page of {actual} bytes (a failed download saved under this name)"
+    if head.startswith((b"PK\x03\x04", b"\x80\x02")):
+        return f"this is a pickled PyTorch file of {actual} bytes, which is never read"
+    length = int.from_bytes(head[:8], "little")
+    if actual < 8 or (path.suffix == ".safetensors" and actual - 8 < length <= MAX_HEADER_BYTES):
+        return f"cut short: expected more than {8 + length if actual >= 8 else 8} bytes, got {actual}"
+    return f"{actual} bytes without a readable header (damaged)"
