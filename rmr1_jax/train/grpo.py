@@ -1,0 +1,341 @@
+"""Stage two: GRPO with a verifiable reward.
+
+Each step: sample R traces for each of P prompts, score them, and update the policy on the packed results in
+mini-batches (several updates for one rollout batch). `grpo()` is the whole stage, read from top to bottom;
+`losses.policy_loss` is the objective and `rollout.py` what happens on the host. A killed run goes on from its last
+checkpoint when it is called again with the same config.
+
+Extending: `reward(text, prompt) -> float` and `loss` (the signature of `losses.policy_loss`) are functions handed in.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from rmr1_jax.data.published import read_published
+from rmr1_jax.errors import InputError
+from rmr1_jax.mesh import MeshConfig, activation_sharding, make_mesh, rows_divisor
+from rmr1_jax.model import qwen
+from rmr1_jax.policy import DTYPES, Policy, load
+from rmr1_jax.prompts.trace import STRUCTURES
+from rmr1_jax.prompts.verdict import training_reward
+from rmr1_jax.sampler.engine import SamplingConfig, generate, sampling_weights
+from rmr1_jax.train.checkpoint import Checkpointer, start_run
+from rmr1_jax.train.losses import (
+    AggregationKind,
+    PolicyLoss,
+    PolicyLossConfig,
+    mean_metrics,
+    policy_loss,
+    token_logprobs,
+)
+from rmr1_jax.train.metrics import MetricsLog, progress
+from rmr1_jax.train.optim import OptimConfig, check_finite, compile_update, init_state, lr_schedule, make_optimizer
+from rmr1_jax.train.rollout import Group, Reward, RlPrompt, mini_batch, next_prompts, rollout_metrics, score
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GrpoConfig:
+    """A GRPO run; the defaults are RM-R1's 7B Instruct recipe. Lengths are in tokens.
+
+    model: the policy to start from and, frozen, the reference. data: published rows (`winner` = model_a | model_b).
+    prompts_per_step: P, prompts in a rollout batch; sampling.n: R. mini_batch_prompts: prompts an update; there are
+    prompts_per_step / mini_batch_prompts updates a step. row_length, micro_rows: the shape of a packed micro-batch.
+    dynamic_sampling: rounds of sampling at most, to fill a batch with groups of mixed rewards (DAPO); 1 is off.
+    structure: what a complete trace is for the metric `valid` (`Prompt.structure`). max_segments: sequences in a packed
+    row at most.
+    """
+
+    model: str = ""
+    data: str = ""
+    out: str
+    seed: int = 0
+    steps: int | None = None
+    prompts_per_step: int = 1024
+    mini_batch_prompts: int = 128
+    max_prompt_length: int = 4096
+    row_length: int = 12288
+    micro_rows: int = 8
+    sampling: SamplingConfig = SamplingConfig(n=7, max_new_tokens=8192)
+    loss: PolicyLossConfig = PolicyLossConfig()
+    aggregation: AggregationKind = "sequence"
+    normalize_std: bool = True
+    dynamic_sampling: int = 1
+    max_segments: int = 64
+    optimizer: OptimConfig = OptimConfig(lr=1e-6, schedule="constant", warmup_ratio=0.0, b2=0.999, weight_decay=0.01)
+    structure: str = "cor"
+    dtype: str = "bfloat16"
+    remat: qwen.Remat = "full"
+    mesh: MeshConfig = MeshConfig()
+    save_every: int = 10
+    keep: int = 2
+
+    def __post_init__(self):
+        counts = ("steps", "prompts_per_step", "mini_batch_prompts", "max_prompt_length", "row_length", "micro_rows")
+        for name in (*counts, "dynamic_sampling", "max_segments", "save_every", "keep"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise InputError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.seed < 0:
+            raise InputError(f"seed={self.seed} must be at least 0")
+        if self.prompts_per_step % self.mini_batch_prompts:
+            raise InputError(
+                f"prompts_per_step={self.prompts_per_step} must be a multiple of "
+                f"mini_batch_prompts={self.mini_batch_prompts}"
+            )
+        longest = self.max_prompt_length + self.sampling.max_new_tokens
+        if longest > self.row_length:
+            raise InputError(
+                f"row_length={self.row_length} cannot hold a prompt and its response; it must be at least "
+                f"max_prompt_length + sampling.max_new_tokens = {longest}"
+            )
+        for name, known in (("dtype", DTYPES), ("structure", STRUCTURES)):
+            if getattr(self, name) not in known:
+                raise InputError(f"{name}={getattr(self, name)!r} must be one of {', '.join(known)}")
+
+    @property
+    def updates_per_step(self) -> int:
+        return self.prompts_per_step // self.mini_batch_prompts
+
+
+def verdict_reward(text: str, prompt: RlPrompt) -> float:
+    """The published reward: +1 for the right verdict at the end, else -1."""
+    return training_reward(text, prompt.better)
+
+
+def grpo(
+    config: GrpoConfig,
+    *,
+    policy: Policy | None = None,
+    prompts: Sequence[RlPrompt] | None = None,
+    reward: Reward = verdict_reward,
+    loss: PolicyLoss = policy_loss,
+    on_rollout: Callable[[int, list[Group]], None] | None = None,
+) -> Policy:
+    """Train, and return the trained policy (float32 weights), also saved as `out/model`.
+
+    Args:
+        policy, prompts: used in place of `config.model` and `config.data` where given.
+        reward, loss: see the module's docstring. on_rollout: called with the step and its groups, to look at them.
+
+    Raises:
+        InputError: something in the config or the data. RunError: the loss is no longer finite.
+    """
+    out = Path(config.out)
+    start_run(config, out)
+    policy = policy or load(config.model, config.dtype, make_mesh(config.mesh), master_dtype="float32")
+    prompts = list(prompts) if prompts is not None else read_prompts(config.data, policy)
+    prompts = _short_enough(prompts, config.max_prompt_length)
+    if config.micro_rows % rows_divisor(policy.mesh):
+        raise InputError(
+            f"micro_rows={config.micro_rows} must be divisible by the mesh's {rows_divisor(policy.mesh)} row shards"
+        )
+    steps = config.steps or max(1, len(prompts) // config.prompts_per_step)
+    with jax.set_mesh(policy.mesh):
+        trainer = _Trainer(config, policy, loss, steps * config.updates_per_step)
+        checkpoints = Checkpointer(out, keep=config.keep)
+        restored = checkpoints.restore(trainer.state)
+        consumed = 0
+        if restored:
+            trainer.state, consumed = restored[0], restored[1]["prompts_consumed"]
+        start = int(trainer.state.step) // config.updates_per_step
+        log = MetricsLog(out, next_step=start)
+        bar = progress(start, steps, "grpo")
+        for step in bar:
+            began = time.perf_counter()
+            groups, drawn, facts = roll_out(config, policy, trainer.state.params, prompts, consumed, step, reward)
+            consumed += drawn
+            rolled = time.perf_counter()
+            if on_rollout:
+                on_rollout(step, groups)
+            row = trainer.train(groups, step)
+            seconds = time.perf_counter() - began
+            row |= rollout_metrics(groups, config.structure) | facts
+            row |= {"seconds": seconds, "rollout_seconds": rolled - began, "prompts_consumed": consumed}
+            row["tokens_per_second"] = (facts["prompt_tokens"] + facts["new_tokens"]) / seconds
+            log.write({"step": step, "stage": "grpo"} | row)
+            bar.set_postfix(reward=f"{row['reward']:.3f}", length=f"{row['response_length']:.0f}", refresh=False)
+            if (step + 1) % config.save_every == 0 or step + 1 == steps:
+                checkpoints.save(trainer.state, {"prompts_consumed": consumed})
+        checkpoints.close()
+    trained = policy.with_params(trainer.state.params)
+    trained.save(out / "model")
+    return trained
+
+
+def read_prompts(path: str | Path, policy: Policy) -> list[RlPrompt]:
+    """Published RLVR rows as prompts.
+
+    Raises:
+        InputError: a row holds a trace and not a side.
+    """
+    prompts = []
+    for row in read_published(path):
+        if row.better is None:
+            raise InputError(f"{path}: row {row.id} has a trace as its winner; GRPO needs model_a or model_b")
+        prompts.append(RlPrompt(row.id, np.asarray(policy.tokenizer.render(row.messages), np.int32), row.better, row))
+    return prompts
+
+
+def roll_out(
+    config: GrpoConfig,
+    policy: Policy,
+    params: Any,
+    prompts: Sequence[RlPrompt],
+    consumed: int,
+    step: int,
+    reward: Reward,
+) -> tuple[list[Group], int, dict[str, float]]:
+    """One rollout batch from the current weights: its groups, the number of prompts it consumed, and counts.
+
+    With dynamic sampling, rounds go on until there are `prompts_per_step` mixed groups or the rounds are used up; then
+    other groups fill the rest, so that the batch has its size.
+    """
+    weights = sampling_weights(params, dtype=DTYPES[config.dtype])
+    P = config.prompts_per_step
+    mixed: list[Group] = []
+    others: list[Group] = []
+    facts = {"prompt_tokens": 0, "new_tokens": 0, "rounds": 0}
+    for round_number in range(config.dynamic_sampling):
+        chosen = next_prompts(prompts, P, consumed + round_number * P, config.seed)
+        seed = int(np.random.SeedSequence([config.seed, step, round_number]).generate_state(1)[0])
+        sampling = dataclasses.replace(config.sampling, seed=seed)
+        token_ids = [p.tokens for p in chosen]
+        stops = policy.tokenizer.stop_ids
+        samples, stats = generate(policy.config, weights, token_ids, sampling, stops, mesh=policy.mesh)
+        groups = score(chosen, samples, policy.tokenizer.decode, reward, normalize_std=config.normalize_std)
+        if config.dynamic_sampling == 1:
+            mixed = groups  # every group, in order
+        else:
+            mixed += [g for g in groups if g.mixed]
+            others += [g for g in groups if not g.mixed]
+        facts["prompt_tokens"] += stats.prefill_tokens
+        facts["new_tokens"] += stats.new_tokens
+        facts["rounds"] += 1
+        if len(mixed) >= P:
+            break
+    return (mixed + others)[:P], facts["rounds"] * P, facts
+
+
+class _Trainer:
+    """The device side of a step: the state, and the two compiled programs that read and write it."""
+
+    def __init__(self, config: GrpoConfig, policy: Policy, loss: PolicyLoss, updates: int):
+        self.config, self.mesh = config, policy.mesh
+        params = jax.tree.map(lambda x: jnp.array(x, jnp.float32), policy.params)  # a copy: the step donates its state
+        optimizer = make_optimizer(config.optimizer, updates)
+        self.state = init_state(params, optimizer)
+        self.schedule = lr_schedule(config.optimizer, updates)
+        self.reference = policy.params if config.loss.kl_coef else None
+        # With one update a step the policy being trained is the one that sampled, and old = new.
+        self.needs_old = config.updates_per_step > 1
+        # That a zero advantage means a zero term is known of our own loss only, and only where it has no other term.
+        self.skip_unmixed = loss is policy_loss and not (config.loss.kl_coef or config.loss.entropy_coef)
+        forward = {
+            "dtype": DTYPES[config.dtype],
+            "temperature": config.sampling.temperature or 1.0,
+            "remat": config.remat,
+        }
+        micro_loss = functools.partial(grpo_micro_loss, policy.config, config, loss, **forward)
+        self._update = compile_update(self.state, loss=micro_loss, optimizer=optimizer, clip=config.optimizer.clip)
+        self._logprobs = jax.jit(functools.partial(batch_logprobs, policy.config, **forward))
+
+    def train(self, groups: list[Group], step: int) -> dict[str, float]:
+        """All updates of one rollout batch. The metrics are means over its updates; `trained_tokens` is their sum, and
+        what ends in `_max` their largest."""
+        config = self.config
+        batches = []
+        for first in range(0, len(groups), config.mini_batch_prompts):
+            batch, count = mini_batch(
+                groups[first : first + config.mini_batch_prompts],
+                row_length=config.row_length,
+                micro_rows=config.micro_rows,
+                aggregation=config.aggregation,
+                max_new_tokens=config.sampling.max_new_tokens,
+                max_segments=config.max_segments,
+                skip_unmixed=self.skip_unmixed,
+            )
+            filled = (batch["segment_ids"][:count] > 0).mean()
+            batch = {k: jax.device_put(v, activation_sharding(self.mesh, "ABT", v.shape)) for k, v in batch.items()}
+            inputs = {k: batch[k] for k in ("tokens", "positions", "segment_ids")}
+            # Before the first update of this rollout batch: afterwards the policy is another one.
+            if self.needs_old:
+                batch["old_logp"] = self._logprobs(self.state.params, inputs, count)
+            if self.reference is not None:
+                batch["ref_logp"] = self._logprobs(self.reference, inputs, count)
+            batches.append((batch, count, filled))
+        rows = []
+        for batch, count, filled in batches:
+            self.state, metrics = self._update(self.state, batch, count)
+            whole = {k: metrics.pop(k) for k in ("loss", "grad_norm")}  # no sums over tokens, as the others are
+            row = {k: float(v) for k, v in jax.device_get(whole | mean_metrics(metrics)).items()}
+            check_finite(row, step, f"update {len(rows)} of the prompts {[g.prompt.id for g in groups][:8]}...")
+            rows.append(row | {"packed": float(filled)})
+        trained_tokens = sum(r.pop("tokens") for r in rows)
+        joined = {k: float((max if k.endswith("_max") else np.mean)([r[k] for r in rows])) for k in rows[0]}
+        return {"lr": float(self.schedule(int(self.state.step) - 1)), "trained_tokens": trained_tokens} | joined
+
+
+def grpo_micro_loss(
+    model: Any, config: GrpoConfig, loss: PolicyLoss, params: Any, batch: dict[str, jax.Array], **forward: Any
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The policy loss of one packed micro-batch (arrays [B, T]); see `optim.MicroLoss`. The number of trained tokens is
+    among the metrics whatever `loss` returns, for the means."""
+    logp, entropy = _token_logprobs(model, params, batch, with_entropy=True, **forward)
+    value, metrics = loss(
+        config.loss,
+        logp=logp,
+        old_logp=batch.get("old_logp", jax.lax.stop_gradient(logp)),
+        advantages=batch["advantages"],
+        weights=batch["weights"],
+        segment_ids=batch["segment_ids"],
+        ref_logp=batch.get("ref_logp"),
+        sampler_logp=batch["sampler_logp"],
+        entropy=entropy,
+        max_segments=config.max_segments,
+    )
+    return value, {"tokens": (batch["weights"] > 0).sum(dtype=jnp.float32)} | metrics
+
+
+def batch_logprobs(model: Any, params: Any, batch: dict[str, jax.Array], count: jax.Array, **forward: Any) -> jax.Array:
+    """Log-probabilities [A, B, T] of the first `count` micro-batches under `params`, one micro-batch at a time."""
+
+    def one(i, out):
+        micro = {k: v[i] for k, v in batch.items()}
+        return out.at[i].set(_token_logprobs(model, params, micro, with_entropy=False, **forward)[0])
+
+    return jax.lax.fori_loop(0, count, one, jnp.zeros(batch["tokens"].shape, jnp.float32))
+
+
+def _token_logprobs(model, params, batch, *, with_entropy: bool, dtype, temperature: float, remat) -> Any:
+    hidden = qwen.hidden_states(
+        model, params, batch["tokens"], batch["positions"], batch["segment_ids"], dtype=dtype, remat=remat
+    )
+    head, letters = qwen.head_weight(model, params)
+    return token_logprobs(
+        hidden,
+        head,
+        batch["tokens"],
+        temperature=temperature,
+        with_entropy=with_entropy,
+        head_is_embedding=letters == "VD",
+    )
+
+
+def _short_enough(prompts: list[RlPrompt], limit: int) -> list[RlPrompt]:
+    """Longer prompts are dropped and counted aloud, as in the paper; never cut."""
+    kept = [p for p in prompts if len(p.tokens) <= limit]
+    if len(kept) < len(prompts):
+        tqdm.write(f"dropped {len(prompts) - len(kept)} of {len(prompts)} prompts longer than {limit} tokens")
+    if not kept:
+        raise InputError(f"no prompt is at most max_prompt_length={limit} tokens; raise it, or check the data")
+    return kept

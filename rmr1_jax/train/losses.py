@@ -1,0 +1,365 @@
+"""Every loss of both stages: chunked log-probabilities, cross-entropy, advantages, KL estimators, the policy loss.
+
+One convention holds everywhere. A batch is packed rows: `tokens`, `segment_ids` (0 = padding) and `weights`, all
+[B, T]. Whatever concerns a token is stored at that token's place: `logp[b, t]` is log p(tokens[b, t] | those before),
+computed from `hidden[b, t - 1]`. A loss is the plain sum over t of `weights[b, t]` times the token's term, so how
+tokens are averaged is decided once, on the host, by `aggregation_weights`, and micro-batches add up to the mini-batch
+exactly, however they were packed. A token of weight 0 is not trained and counts nowhere: neither in a sequence's ratio
+nor in a metric. Read next: `sft.py` and `grpo.py`, which call these.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from rmr1_jax.errors import InputError
+
+KLKind = Literal["k1", "k2", "k3"]
+RatioKind = Literal["token", "sequence"]
+SurrogateKind = Literal["clip", "cispo"]
+AggregationKind = Literal["sequence", "micro_batch", "token", "constant"]
+
+LOG_RATIO_LIMIT = 20.0  # exp(20) is still far from overflow; the reference trainer's value
+K3_LIMIT = 10.0
+DEFAULT_CHUNK_SIZE = 1024
+
+
+def _check_choice(name: str, value: Any, choices: Any) -> None:
+    allowed = get_args(choices)
+    if value not in allowed:
+        raise InputError(f"{name}={value!r} is not known; give one of {', '.join(allowed)}")
+
+
+# ---- log-probabilities
+
+
+class TokenLogprobs(NamedTuple):
+    """`logp` [B, T] float32 in nats; `entropy` [B, T] float32 in nats, or None where it was not asked for."""
+
+    logp: Array
+    entropy: Array | None
+
+
+def token_logprobs(
+    hidden: Array,
+    head: Array,
+    tokens: Array,
+    *,
+    chunk_size: int = DEFAULT_CHUNK_SIZE,
+    temperature: float | Array = 1.0,
+    with_entropy: bool = False,
+    head_is_embedding: bool = False,
+) -> TokenLogprobs:
+    """The log-probability of every token given the ones before it, without ever holding [B, T, V] logits.
+
+    hidden [B, T, D]: the final, normed activations. head [D, V], or the tied embedding [V, D] with
+    `head_is_embedding`. tokens [B, T] integer. The matmul reads `hidden.dtype` (a head of another dtype is cast for
+    it, and its gradient is summed in the head's own dtype: pass float32 master weights) and yields float32 logits,
+    divided by `temperature` (> 0).
+
+    Returns logp and entropy at the token's own place: [b, t] belongs to tokens[b, t] and comes from hidden[b, t - 1].
+    Both are 0 at t = 0. At the first token of a later segment of a packed row they are finite but mean nothing (the
+    prediction crosses from the segment before): its weight must be 0. The entropy is that of the whole distribution.
+
+    About `chunk_size` positions, counted over all rows of the batch, have logits at a time, in the forward and in the
+    backward pass (which computes them again). Chunks run along T with every row in each, so that rows sharded over
+    devices stay where they are. A larger chunk means fewer reads of the head and fewer reductions of its gradient.
+    """
+    if chunk_size < 1:
+        raise InputError(f"chunk_size={chunk_size} must be at least 1")
+    rows, length, _ = hidden.shape
+    step = min(length, max(1, chunk_size // rows))
+    count = -(-length // step)
+    padding = count * step - length
+
+    def to_chunks(x: Array) -> Array:  # [B, T, ...] -> [count, B, step, ...]
+        x = jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(rows, count, step, *x.shape[2:]), 1, 0)
+
+    def from_chunks(x: Array) -> Array:  # [count, B, step] at the predicting place -> [B, T] at the token's place
+        x = jnp.moveaxis(x, 0, 1).reshape(rows, count * step)[:, : length - 1]
+        return jnp.pad(x, [(0, 0), (1, 0)])
+
+    targets = jnp.pad(tokens[:, 1:], [(0, 0), (0, 1)])
+    chunk = partial(_chunk_logprobs, with_entropy=with_entropy, head_is_embedding=head_is_embedding)
+    chunk = jax.checkpoint(chunk, prevent_cse=False)  # scan itself keeps forward and backward apart
+
+    def body(_: None, xs: tuple[Array, Array]) -> tuple[None, TokenLogprobs]:
+        return None, chunk(*xs, head, temperature)
+
+    _, out = lax.scan(body, None, (to_chunks(hidden), to_chunks(targets)))
+    return jax.tree.map(from_chunks, out)
+
+
+def _chunk_logprobs(
+    hidden: Array,
+    targets: Array,
+    head: Array,
+    temperature: float | Array,
+    *,
+    with_entropy: bool,
+    head_is_embedding: bool,
+) -> TokenLogprobs:
+    """hidden [B, C, D], targets [B, C] -> the targets' log-probabilities [B, C] (and entropies), in float32."""
+    equation = "bcd,vd->bcv" if head_is_embedding else "bcd,dv->bcv"
+    logits = jnp.einsum(equation, hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
+    logits = logits.astype(jnp.float32) / temperature
+    normalizer = jax.nn.logsumexp(logits, axis=-1)
+    # A masked sum fuses, and stays local where the vocabulary is sharded; a gather would do neither.
+    chosen = lax.broadcasted_iota(targets.dtype, logits.shape, 2) == targets[..., None]
+    logp = jnp.sum(jnp.where(chosen, logits, 0.0), axis=-1) - normalizer
+    if not with_entropy:
+        return TokenLogprobs(logp, None)
+    log_probs = logits - normalizer[..., None]
+    return TokenLogprobs(logp, -jnp.sum(jnp.exp(log_probs) * log_probs, axis=-1))
+
+
+def sft_loss(logp: Array, weights: Array) -> Array:
+    """Cross-entropy: -sum(weights * logp), a float32 scalar. logp, weights [B, T] float32.
+
+    With weights of 1 / (trained tokens in the mini-batch) it is the mean over tokens, and micro-batches add up to it.
+    """
+    return -jnp.sum(weights * jnp.where(weights > 0, logp, 0.0))
+
+
+# ---- rewards to token weights, on the host
+
+
+def group_advantages(rewards: np.ndarray, *, normalize_std: bool = True, eps: float = 1e-6) -> np.ndarray:
+    """GRPO's advantages (arXiv 2402.03300): (r - mean) / (std + eps) within each group, std unbiased.
+
+    rewards [P, R] -> [P, R] float32. A group of one (R = 1) has mean 0 and std 1. `normalize_std=False` is Dr.GRPO's
+    r - mean (arXiv 2503.20783). Raises InputError for another rank or a reward that is not finite.
+    """
+    rewards = np.asarray(rewards, np.float64)
+    if rewards.ndim != 2:
+        raise InputError(f"rewards have shape {rewards.shape}; expected [prompts, samples per prompt]")
+    if not np.isfinite(rewards).all():
+        prompt, sample = np.argwhere(~np.isfinite(rewards))[0]
+        raise InputError(
+            f"the reward of prompt {prompt}, sample {sample} is {rewards[prompt, sample]}; a reward must be finite"
+        )
+    if rewards.shape[1] == 1:
+        mean, std = 0.0, 1.0
+    else:
+        mean, std = rewards.mean(axis=1, keepdims=True), rewards.std(axis=1, ddof=1, keepdims=True)
+    centred = rewards - mean
+    return (centred / (std + eps) if normalize_std else centred).astype(np.float32)
+
+
+def aggregation_weights(
+    response_lengths: np.ndarray,
+    kind: AggregationKind,
+    *,
+    micro_batch_of: np.ndarray | None = None,
+    max_length: int | None = None,
+) -> np.ndarray:
+    """The weight of each trained token of each sequence of a mini-batch, so that loss = sum of weight * term.
+
+    response_lengths [S] trained tokens per sequence -> [S] float32. Kinds:
+    - "sequence": the mean over each sequence, then over sequences (the paper).
+    - "micro_batch": the mean over the tokens of a micro-batch, then over micro-batches (the released trainer);
+      needs `micro_batch_of` [S], the micro-batch each sequence is in.
+    - "token": the mean over all tokens of the mini-batch (DAPO).
+    - "constant": the sum over S * `max_length` (Dr.GRPO), the one kind whose weights need not sum to 1.
+    A sequence of length 0 is one that is not trained: it gets 0 and counts in no mean (in "constant" it counts in S).
+    """
+    _check_choice("aggregation", kind, AggregationKind)
+    lengths = np.asarray(response_lengths, np.float64)
+    trained = lengths > 0
+    weights = np.zeros(lengths.shape)
+    if not trained.any():
+        return weights.astype(np.float32)
+    if kind == "sequence":
+        weights[trained] = 1.0 / (trained.sum() * lengths[trained])
+    elif kind == "token":
+        weights[trained] = 1.0 / lengths.sum()
+    elif kind == "constant":
+        if max_length is None or max_length < 1:
+            raise InputError(f"aggregation 'constant' got max_length={max_length}; give the response limit in tokens")
+        weights[trained] = 1.0 / (lengths.size * max_length)
+    else:
+        if micro_batch_of is None or np.shape(micro_batch_of) != lengths.shape:
+            raise InputError("aggregation 'micro_batch' needs micro_batch_of, one micro-batch number per sequence")
+        _, group = np.unique(np.asarray(micro_batch_of)[trained], return_inverse=True)
+        tokens = np.bincount(group, weights=lengths[trained])
+        weights[trained] = 1.0 / (tokens.size * tokens[group])
+    return weights.astype(np.float32)
+
+
+# ---- the policy loss
+
+
+def kl_estimate(logp: Array, ref_logp: Array, kind: KLKind) -> Array:
+    """Schulman's per-token estimators of KL(policy || reference) from tokens of the policy; same shape, float32.
+
+    With d = ref_logp - logp clamped to +-20: k1 = -d, k2 = d^2 / 2, k3 = exp(d) - d - 1 clamped to +-10. As a loss
+    term, on policy and in expectation, the gradient of k1 is zero, that of k2 is the gradient of
+    KL(policy || reference), and that of k3 is the gradient of KL(reference || policy).
+    """
+    _check_choice("kl_kind", kind, KLKind)
+    d = jnp.clip(ref_logp - logp, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+    if kind == "k1":
+        return -d
+    if kind == "k2":
+        return 0.5 * d * d
+    return jnp.clip(jnp.expm1(d) - d, -K3_LIMIT, K3_LIMIT)  # expm1: d is tiny early in training
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PolicyLossConfig:
+    """Which policy loss. The defaults are RM-R1's; the other published ones are these changes to them:
+
+    - DAPO (arXiv 2503.14476): clip_high=0.28, aggregation "token", kl_coef=0.
+    - Dr.GRPO (arXiv 2503.20783): normalize_std=False in the advantages, aggregation "constant", kl_coef=0.
+    - GSPO (arXiv 2507.18071): ratio="sequence", clip_low=3e-4, clip_high=4e-4, kl_coef=0, aggregation "sequence".
+    - CISPO (arXiv 2506.13585): surrogate="cispo", a clip_low of 1 (no lower bound), aggregation "token".
+    - Truncated importance sampling: importance_cap=2.0, against a sampler whose numbers differ from the trainer's.
+    """
+
+    clip_low: float = 0.2  # the ratio is clipped to [1 - clip_low, 1 + clip_high]
+    clip_high: float = 0.2
+    ratio: RatioKind = "token"
+    surrogate: SurrogateKind = "clip"
+    kl_coef: float = 1e-3
+    kl_kind: KLKind = "k3"
+    entropy_coef: float = 0.0
+    importance_cap: float | None = None
+
+    def __post_init__(self) -> None:
+        _check_choice("ratio", self.ratio, RatioKind)
+        _check_choice("surrogate", self.surrogate, SurrogateKind)
+        _check_choice("kl_kind", self.kl_kind, KLKind)
+        for name in ("clip_low", "clip_high", "kl_coef"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
+                raise InputError(f"{name}={getattr(self, name)} must be a finite number of at least 0")
+        if not math.isfinite(self.entropy_coef):
+            raise InputError(f"entropy_coef={self.entropy_coef} must be finite")
+        if self.importance_cap is not None and not self.importance_cap > 0:
+            raise InputError(f"importance_cap={self.importance_cap} must be above 0, or null for no correction")
+
+
+# A policy loss: `policy_loss` below, or a researcher's own function of the same keyword arguments and results.
+PolicyLoss = Callable[..., tuple[Array, dict[str, Array]]]
+
+
+def policy_loss(
+    config: PolicyLossConfig,
+    *,
+    logp: Array,
+    old_logp: Array,
+    advantages: Array,
+    weights: Array,
+    segment_ids: Array,
+    ref_logp: Array | None = None,
+    sampler_logp: Array | None = None,
+    entropy: Array | None = None,
+    max_segments: int,
+) -> tuple[Array, dict[str, Array]]:
+    """sum of weights * (surrogate + kl_coef * KL - entropy_coef * entropy), and sums for the metrics.
+
+    All arrays [B, T], float32 but for segment_ids (integer, 1..max_segments within a row, 0 = padding). `logp` is the
+    policy being trained, `old_logp` the same weights before the first update of this rollout batch, `ref_logp` the
+    frozen reference, `sampler_logp` what the sampler recorded. Only `logp` and `entropy` carry a gradient. Values at
+    tokens of weight 0 are ignored, even where not finite. With ratio="sequence" a sequence is the trained tokens of
+    one segment, its ratio exp(mean log-ratio), in the stop-gradient form GSPO-token: where weight and advantage are
+    constant within a sequence (as ours are) its gradient is GSPO's; an importance weight scales its own token's
+    gradient. A segment id above max_segments then gives NaN.
+
+    Returns (loss, metrics), float32 scalars. The metrics are sums over trained tokens, for `add_metrics` to join and
+    `mean_metrics` to divide: tokens, ratio_mean, ratio_max, clip_fraction (tokens whose surrogate the clip changed);
+    where their input is given, kl, entropy, and the sampler's importance ratio after the cap: importance_mean,
+    importance_max, importance_capped (only with a cap). Raises InputError where an option's input is missing.
+    """
+    _check_inputs(config, ref_logp=ref_logp, sampler_logp=sampler_logp, entropy=entropy)
+    trained = weights > 0
+
+    def only_trained(x: Array) -> Array:
+        return jnp.where(trained, x, 0.0)
+
+    logp, old_logp, advantages = only_trained(logp), only_trained(lax.stop_gradient(old_logp)), only_trained(advantages)
+    ratio = _ratio(config, logp, old_logp, trained, segment_ids, max_segments)
+    terms, clipped = _surrogate(config, ratio, logp, advantages)
+    metrics = {"tokens": trained, "clip_fraction": trained & clipped}
+    metrics["ratio_mean"] = metrics["ratio_max"] = only_trained(ratio)
+    if sampler_logp is not None:
+        importance, capped = _importance(config, old_logp, only_trained(lax.stop_gradient(sampler_logp)))
+        metrics["importance_mean"] = metrics["importance_max"] = only_trained(importance)
+        if config.importance_cap is not None:
+            metrics["importance_capped"] = trained & capped
+            terms = terms * importance
+    if ref_logp is not None:
+        metrics["kl"] = kl_estimate(logp, only_trained(lax.stop_gradient(ref_logp)), config.kl_kind)
+        terms = terms + config.kl_coef * metrics["kl"]
+    if entropy is not None:
+        metrics["entropy"] = only_trained(entropy)
+        terms = terms - config.entropy_coef * metrics["entropy"]
+    return jnp.sum(weights * terms), lax.stop_gradient({k: _reduce(k, v) for k, v in metrics.items()})
+
+
+def _check_inputs(config: PolicyLossConfig, **given: Array | None) -> None:
+    needs = {
+        "ref_logp": (config.kl_coef != 0, f"kl_coef={config.kl_coef}"),
+        "sampler_logp": (config.importance_cap is not None, f"importance_cap={config.importance_cap}"),
+        "entropy": (config.entropy_coef != 0, f"entropy_coef={config.entropy_coef}"),
+    }
+    for name, (needed, why) in needs.items():
+        if needed and given[name] is None:
+            raise InputError(f"{why} needs {name}, and none was given; pass it, or turn the option off")
+
+
+def _ratio(
+    config: PolicyLossConfig, logp: Array, old_logp: Array, trained: Array, segment_ids: Array, max_segments: int
+) -> Array:
+    """The importance ratio of each token [B, T], differentiable in logp."""
+    log_ratio = logp - old_logp
+    if config.ratio == "sequence":
+        sums = partial(jax.ops.segment_sum, num_segments=max_segments + 1)
+        totals = jax.vmap(sums)(lax.stop_gradient(log_ratio), segment_ids)  # [B, max_segments + 1]
+        counts = jax.vmap(sums)(trained.astype(jnp.float32), segment_ids)
+        means = jnp.take_along_axis(totals / jnp.maximum(counts, 1.0), segment_ids, axis=1, mode="fill")
+        # GSPO-token: the sequence's value, the token's own gradient.
+        log_ratio = means + (logp - lax.stop_gradient(logp))
+    return jnp.exp(jnp.clip(log_ratio, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT))
+
+
+def _surrogate(config: PolicyLossConfig, ratio: Array, logp: Array, advantages: Array) -> tuple[Array, Array]:
+    """Each token's term, to be minimised, and whether the clip changed it: [B, T] float32 and bool."""
+    clipped = jnp.clip(ratio, 1.0 - config.clip_low, 1.0 + config.clip_high)
+    if config.surrogate == "cispo":
+        return -lax.stop_gradient(clipped) * advantages * logp, clipped != ratio
+    free, bound = ratio * advantages, clipped * advantages
+    clip_holds = bound < free
+    return -jnp.where(clip_holds, bound, free), clip_holds  # a tie keeps the gradient whole
+
+
+def _importance(config: PolicyLossConfig, old_logp: Array, sampler_logp: Array) -> tuple[Array, Array]:
+    """How much likelier the trainer finds each token than the sampler did, up to the cap; and where the cap held."""
+    importance = jnp.exp(jnp.clip(old_logp - sampler_logp, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT))
+    cap = math.inf if config.importance_cap is None else config.importance_cap
+    return jnp.minimum(importance, cap), importance > cap
+
+
+# ---- metrics
+
+
+def _reduce(name: str, values: Array) -> Array:
+    return (jnp.max if name.endswith("_max") else jnp.sum)(values.astype(jnp.float32))
+
+
+def add_metrics(first: Mapping[str, Array], second: Mapping[str, Array]) -> dict[str, Array]:
+    """Join two micro-batches' metrics: the larger of what ends in `_max`, the sum of the rest. Zeros are neutral."""
+    return {k: (jnp.maximum if k.endswith("_max") else jnp.add)(v, second[k]) for k, v in first.items()}
+
+
+def mean_metrics(metrics: Mapping[str, Array]) -> dict[str, Array]:
+    """Sums over trained tokens -> means over them; `tokens` and what ends in `_max` stay as they are."""
+    tokens = jnp.maximum(metrics["tokens"], 1.0)
+    return {k: v if k == "tokens" or k.endswith("_max") else v / tokens for k, v in metrics.items()}

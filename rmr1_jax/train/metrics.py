@@ -1,0 +1,57 @@
+"""metrics.jsonl: one JSON object a step, always. A resumed run continues the file as if it had never stopped. And the
+progress bar over it."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from tqdm import tqdm
+
+from rmr1_jax.errors import InputError
+
+
+class MetricsLog:
+    """Appends to `directory/metrics.jsonl`; lines from `next_step` on are dropped first, for they will be written
+    again (they came after the checkpoint that the run resumes from)."""
+
+    def __init__(self, directory: Path, *, next_step: int):
+        self.path = directory / "metrics.jsonl"
+        if self.path.exists():
+            kept = [line for line in _whole_lines(self.path) if json.loads(line)["step"] < next_step]
+            partial = self.path.with_suffix(".tmp")
+            partial.write_text("".join(kept), encoding="utf-8")
+            partial.replace(self.path)
+
+    def write(self, metrics: Mapping[str, float | int | str]) -> None:
+        """Append one step. Numbers that are not finite are written as null: JSON has no NaN."""
+        row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def progress(start: int, total: int, name: str) -> tqdm:
+    """A bar over the steps `start` to `total`; where nobody watches (a log file), a line every half minute."""
+    every = 0.1 if sys.stderr.isatty() else 30.0
+    steps = range(start, total)
+    return tqdm(steps, initial=start, total=total, desc=name, unit="step", dynamic_ncols=True, mininterval=every)
+
+
+def read_metrics(directory: str | Path) -> list[dict]:
+    """Every step in a run directory's metrics.jsonl.
+
+    Raises:
+        InputError: there is no such file.
+    """
+    path = Path(directory) / "metrics.jsonl"
+    if not path.is_file():
+        raise InputError(f"{path} does not exist; give the directory of a run")
+    return [json.loads(line) for line in _whole_lines(path)]
+
+
+def _whole_lines(path: Path) -> list[str]:
+    """Lines that were written to their end; a killed run may leave half a line."""
+    return [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]

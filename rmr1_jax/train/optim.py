@@ -1,0 +1,148 @@
+"""Schedules, optimizers, and the one update both stages share: accumulate gradients, clip, apply.
+
+Optax does the arithmetic of AdamW; this file says which AdamW, and sums micro-batches in a loop whose count is a value
+and not a shape, so that a GRPO step with fewer rows than the last one recompiles nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from rmr1_jax.errors import InputError, RunError
+from rmr1_jax.train.losses import add_metrics
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW. The defaults are RM-R1's SFT stage (arXiv 2505.02387, its released scripts); weight decay, where set,
+    applies to every weight, as in the reference trainer."""
+
+    lr: float = 5e-6
+    schedule: Literal["cosine", "constant"] = "cosine"
+    final_ratio: float = 0.1  # the cosine ends at final_ratio x lr
+    warmup_ratio: float = 0.03  # of all updates
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip: float = 1.0  # global gradient norm
+
+    def __post_init__(self):
+        if not self.lr > 0:
+            raise InputError(f"optimizer.lr={self.lr} must be above 0")
+        if not 0 <= self.warmup_ratio < 1:
+            raise InputError(f"optimizer.warmup_ratio={self.warmup_ratio} must be in [0, 1)")
+        if not self.clip > 0:
+            raise InputError(f"optimizer.clip={self.clip} must be above 0 (a large number turns clipping off)")
+
+
+class TrainState(NamedTuple):
+    """What an update reads and writes. params: float32 master weights. step: updates done, int32 scalar."""
+
+    params: Any
+    opt_state: Any
+    step: jax.Array
+
+
+# loss(params, micro_batch) -> (scalar, sums of metrics). Micro-batches' losses add up to the mini-batch's.
+MicroLoss = Callable[[Any, dict[str, jax.Array]], tuple[jax.Array, dict[str, jax.Array]]]
+
+
+def lr_schedule(config: OptimConfig, total_steps: int) -> optax.Schedule:
+    """The learning rate of update 0, 1, ...: linear warm-up, then cosine to final_ratio x lr, or constant."""
+    warmup = round(config.warmup_ratio * total_steps)
+    if config.schedule == "constant":
+        after = optax.constant_schedule(config.lr)
+    else:
+        after = optax.cosine_decay_schedule(config.lr, max(1, total_steps - warmup), alpha=config.final_ratio)
+    if not warmup:
+        return after
+    # The first update is not wasted on a rate of zero.
+    return optax.join_schedules([lambda i: config.lr * (i + 1) / warmup, after], [warmup])
+
+
+def make_optimizer(config: OptimConfig, total_steps: int) -> optax.GradientTransformation:
+    """AdamW on gradients that are already clipped; moments in float32."""
+    return optax.adamw(
+        lr_schedule(config, total_steps), config.b1, config.b2, config.eps, weight_decay=config.weight_decay
+    )
+
+
+def init_state(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
+    """A fresh state; the moments are made in place, each laid out as its weight is."""
+    # Zeros have no operand to take a layout from: unsaid, XLA would keep all of them on every device.
+    layout = optax.tree_map_params(
+        optimizer,
+        lambda _, weight: weight.sharding,
+        jax.eval_shape(optimizer.init, params),
+        params,
+        transform_non_params=lambda _: None,
+    )
+    init = jax.jit(lambda weights: (optimizer.init(weights), jnp.int32(0)), out_shardings=(layout, None))
+    return TrainState(params, *init(params))
+
+
+def compile_update(
+    state: TrainState, *, loss: MicroLoss, optimizer: optax.GradientTransformation, clip: float
+) -> Callable[[TrainState, dict[str, jax.Array], int], tuple[TrainState, dict[str, jax.Array]]]:
+    """`update` as a compiled program that takes the place of the state it is given and keeps that state's layout."""
+    step = functools.partial(update, loss=loss, optimizer=optimizer, clip=clip)
+    layout = jax.tree.map(lambda x: x.sharding, state)
+    return jax.jit(step, donate_argnums=0, out_shardings=(layout, None))
+
+
+def update(
+    state: TrainState,
+    micro_batches: dict[str, jax.Array],
+    count: jax.Array,
+    *,
+    loss: MicroLoss,
+    optimizer: optax.GradientTransformation,
+    clip: float,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One optimizer step over the first `count` of A micro-batches (arrays [A, B, T]); a pure function to jit.
+
+    Returns:
+        The next state, and the metrics: the losses' sums, `loss`, and `grad_norm` before clipping. Where the loss or
+        the norm is not finite the weights are left as they were, so nothing broken can be saved.
+    """
+    value_and_grad = jax.value_and_grad(loss, has_aux=True)
+
+    def one(i):
+        (value, sums), grads = value_and_grad(state.params, {k: v[i] for k, v in micro_batches.items()})
+        return grads, sums | {"loss": value}
+
+    def add(i, total):
+        grads, sums = one(i)
+        return jax.tree.map(jnp.add, total[0], grads), add_metrics(total[1], sums)
+
+    # The first micro-batch starts the sums: with one micro-batch there is no buffer of zeros and no addition.
+    grads, metrics = jax.lax.fori_loop(1, count, add, one(0))
+    norm = optax.global_norm(grads)
+    finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
+    scale = jnp.minimum(1.0, clip / jnp.maximum(norm, 1e-12))
+    updates, opt_state = optimizer.update(jax.tree.map(lambda g: g * scale, grads), state.opt_state, state.params)
+    new = TrainState(optax.apply_updates(state.params, updates), opt_state, state.step + 1)
+    state = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
+    return state, metrics | {"grad_norm": norm}
+
+
+def check_finite(metrics: dict[str, float], step: int, batch: str) -> None:
+    """Stop a run whose numbers went wrong, before anything is saved.
+
+    Raises:
+        RunError: names the step and the batch.
+    """
+    wrong = {k: v for k, v in metrics.items() if k in ("loss", "grad_norm") and not abs(v) < float("inf")}
+    if wrong:
+        raise RunError(
+            f"step {step}: {', '.join(f'{k} is {v}' for k, v in wrong.items())} on {batch}. Nothing of this step was "
+            "kept and the last checkpoint stands; lower the learning rate, or look at these rows"
+        )
