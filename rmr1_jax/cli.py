@@ -1,0 +1,282 @@
+"""The command `rmr1`: each subcommand is a dataclass with its options and a `run` that calls the library.
+
+Everything heavy is imported inside `run`, so that help and mistakes in a command show at once. Exit codes: 0; 1 for a
+run that cannot go on; 2 for bad input; 130 when interrupted.
+
+Next: the functions that the commands call: `train/sft.py`, `train/grpo.py`, `judge_file.py`, `report.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, OmitSubcommandPrefixes, Positional, Suppress, arg, subcommand
+
+from rmr1_jax.errors import InputError, RunError
+
+Overrides = Annotated[Positional[tuple[str, ...]], arg(metavar="[KEY=VALUE ...]", help_behavior_hint="")]
+Dtype = Literal["bfloat16", "float32"]
+# Where nothing is given, the help text says what happens.
+MaybeInt = Annotated[int | None, arg(metavar="INT", help_behavior_hint="")]
+MaybeFloat = Annotated[float | None, arg(metavar="FLOAT", help_behavior_hint="")]
+MaybePath = Annotated[Path | None, arg(metavar="PATH", help_behavior_hint="")]
+MaybeText = Annotated[str | None, arg(metavar="STR", help_behavior_hint="")]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Quickstart:
+    """Train and evaluate a small judge from nothing, in minutes, on any machine."""
+
+    out: Path = Path("runs/quickstart")
+    """Directory for the models, results.json and report.html."""
+    seed: int = 0
+    """Decides the questions, the weights and the sampling."""
+    control: bool = False
+    """Also spend GRPO's time on more SFT, to compare."""
+
+    def run(self) -> None:
+        from rmr1_jax.quickstart import quickstart
+
+        quickstart(out=self.out, seed=self.seed, control=self.control)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sft:
+    """Stage one: distil reasoning traces into a model. A killed run goes on from its last checkpoint."""
+
+    config: Annotated[Positional[Path], arg(metavar="CONFIG.yaml")]
+    """The run's settings; configs/ has one file for each run."""
+    overrides: Overrides = ()
+    """Settings that replace the file's, e.g. out=runs/sft optimizer.lr=1e-5"""
+
+    def run(self) -> None:
+        from rmr1_jax.config import load_config
+        from rmr1_jax.train.sft import SftConfig, sft
+
+        config = load_config(SftConfig, self.config, self.overrides)
+        sft(config)
+        print(f"trained: {config.out}/model\nnext:    rmr1 grpo CONFIG.yaml model={config.out}/model out=DIR")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Grpo:
+    """Stage two: reinforcement learning with a verifiable reward. A killed run goes on from its last checkpoint."""
+
+    config: Annotated[Positional[Path], arg(metavar="CONFIG.yaml")]
+    """The run's settings; configs/ has one file for each run."""
+    overrides: Overrides = ()
+    """Settings that replace the file's, e.g. out=runs/grpo optimizer.lr=1e-6"""
+
+    def run(self) -> None:
+        from rmr1_jax.config import load_config
+        from rmr1_jax.train.grpo import GrpoConfig, grpo
+
+        config = load_config(GrpoConfig, self.config, self.overrides)
+        grpo(config)
+        print(f"trained: {config.out}/model\nnext:    rmr1 judge --model {config.out}/model --input F --output F")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class JudgePairs:
+    """Judge a file of pairs. A killed run goes on where it stopped: run the same command again."""
+
+    model: str
+    """A Hugging Face directory (such as RUN/model), or a hub id."""
+    input: Path
+    """Pairs as JSONL, JSON or Parquet: our own rows, RewardBench, RM-Bench or RMB."""
+    output: Path
+    """JSONL to write, one row a pair: id, winner, status, votes, text, and correct where the better answer is known."""
+    prompt: str = "cor"
+    """cor, reasoning, compare, rubric, or a prompt file (`rmr1 data prompt` makes one for a published checkpoint)."""
+    votes: int = 1
+    """Texts for each pair and order; the majority of the valid verdicts wins."""
+    both_orders: bool = False
+    """Ask about (A, B) and about (B, A); a tie where the two disagree."""
+    rule: Literal["strict", "eval"] = "strict"
+    """How a verdict is read; eval is the published rule."""
+    temperature: MaybeFloat = None
+    """Of the sampling. Default: 0 (greedy) for one vote, 1 for several."""
+    max_new_tokens: MaybeInt = None
+    """Of one text. Default: 8192, or half of the model's positions where that is less."""
+    max_prompt_tokens: MaybeInt = None
+    """Pairs with a longer prompt are not asked: status too_long. Default: what the model's positions leave."""
+    seed: int = 0
+    """Of the sampling, and of the order in which chosen and rejected answers are shown."""
+    batch_size: int = 32
+    """Pairs judged and written at a time. Lower it when memory runs out."""
+    dtype: Dtype = "bfloat16"
+    """Of the model's arithmetic."""
+    rejects: MaybePath = None
+    """JSONL for rows that cannot be read, with the reasons; without it, such a row is an error."""
+
+    def run(self) -> None:
+        from rmr1_jax.data.containers import source_files
+        from rmr1_jax.data.preferences import ReadReport, read_pairs
+        from rmr1_jax.judge import Judge
+        from rmr1_jax.judge_file import files_digest, judge_file
+        from rmr1_jax.policy import load
+        from rmr1_jax.prompts.cor import get_prompt
+
+        prompt = get_prompt(self.prompt)
+        on_bad_row = "error" if self.rejects is None else "quarantine"
+        reading = {"seed": self.seed, "on_bad_row": on_bad_row, "rejects": self.rejects}
+        report = ReadReport()
+        # All rows are read once before the model is: a bad one shows now, not after hours.
+        total = sum(1 for _ in read_pairs(self.input, report=report, **reading))
+        if report.rejected:
+            print(f"{report}: see {self.rejects}", file=sys.stderr)
+        policy = load(self.model, self.dtype)
+        judge = Judge(
+            policy,
+            prompt,
+            rule=self.rule,
+            max_new_tokens=self.max_new_tokens,
+            max_prompt_tokens=self.max_prompt_tokens,
+            temperature=self.temperature,
+        )
+        directory = policy.tokenizer.directory
+        weights = files_digest([*sorted(directory.glob("*.safetensors")), *sorted(directory.glob("*.json"))])
+        summary = judge_file(
+            judge,
+            read_pairs(self.input, **reading),
+            self.output,
+            votes=self.votes,
+            both_orders=self.both_orders,
+            seed=self.seed,
+            batch_size=self.batch_size,
+            total=total,
+            identity={
+                "model": f"{Path(self.model).name} (sha256 {weights})",
+                "dtype": self.dtype,
+                "input": f"{self.input.name} (sha256 {files_digest(source_files(self.input))})",
+            },
+        )
+        print(f"{summary}\nwritten: {self.output}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataPrompt:
+    """Recover the exact prompt of a published checkpoint from rows it was trained on."""
+
+    rows: Path
+    """Published training rows (context_messages, winner) as JSONL, JSON or Parquet."""
+    out: Path
+    """The prompt file to write, for `--prompt`."""
+
+    def run(self) -> None:
+        from rmr1_jax.data.published import read_published
+        from rmr1_jax.prompts.cor import recover_prompt, save_prompt
+
+        rows = [row.messages for row in read_published(self.rows)]
+        try:
+            prompt = recover_prompt(rows, name=self.out.stem)
+        except InputError as e:
+            raise InputError(f"{self.rows}: {e}") from e
+        save_prompt(prompt, self.out)
+        print(f"{prompt.note}\nwritten: {self.out}")
+
+
+# Without the second, hidden member this would be no choice, and its options would belong to `data` itself.
+DataAction = Annotated[DataPrompt, subcommand("prompt")] | Annotated[None, Suppress]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Data:
+    """Prepare data: recover a published prompt."""
+
+    action: Annotated[DataAction, arg(name="")]
+
+    def run(self) -> None:
+        self.action.run()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Export:
+    """Write the newest checkpoint of a run as a Hugging Face directory, while the run goes on or after it."""
+
+    checkpoint: Annotated[Positional[Path], arg(metavar="RUN_DIR")]
+    """The directory of a run of `rmr1 sft` or `rmr1 grpo`."""
+    out: Path
+    """The directory to write."""
+    model: MaybeText = None
+    """Where the architecture and the tokenizer are from; by default the model that the run's config.yaml names."""
+    dtype: Dtype = "bfloat16"
+    """Of the weights in the files."""
+
+    def run(self) -> None:
+        import jax
+
+        from rmr1_jax.policy import load
+        from rmr1_jax.train.checkpoint import restore_params
+
+        policy = load(self.model or self._model_of_run(), self.dtype)
+        like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), policy.params)
+        policy = policy.with_params({})  # the old weights go before the new ones come
+        policy.with_params(restore_params(self.checkpoint, like)).save(self.out)
+        print(f"written: {self.out}")
+
+    def _model_of_run(self) -> str:
+        import yaml
+
+        path = self.checkpoint / "config.yaml"
+        try:
+            config = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, yaml.YAMLError) as e:
+            raise InputError(f"{self.checkpoint} is not a run directory: {path} cannot be read ({e})") from e
+        model = config.get("model") if isinstance(config, dict) else None
+        if not model:
+            raise InputError(f"{path} names no model; give --model, a directory with its config.json and tokenizer")
+        return model
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Report:
+    """One HTML file about runs: results, curves, readable traces, settings."""
+
+    run_dirs: Annotated[Positional[tuple[Path, ...]], arg(metavar="RUN_DIR [RUN_DIR ...]", help_behavior_hint="")]
+    """Directories that `rmr1` wrote to; several are compared."""
+    out: MaybePath = None
+    """The file to write; by default report.html in the first directory."""
+
+    def run(self) -> None:
+        from rmr1_jax.report import write_report
+
+        if not self.run_dirs:
+            raise InputError("no run directory is given; expected rmr1 report RUN_DIR [RUN_DIR ...]")
+        print(f"written: {write_report(self.run_dirs, self.out or self.run_dirs[0] / 'report.html')}")
+
+
+Command = (
+    Annotated[Quickstart, subcommand("quickstart")]
+    | Annotated[Sft, subcommand("sft")]
+    | Annotated[Grpo, subcommand("grpo")]
+    | Annotated[JudgePairs, subcommand("judge")]
+    | Annotated[Data, subcommand("data")]
+    | Annotated[Export, subcommand("export")]
+    | Annotated[Report, subcommand("report")]
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code. `argv` defaults to the process's own arguments."""
+    command = tyro.cli(
+        Command,
+        prog="rmr1",
+        description="Train and use reasoning reward models. `rmr1 COMMAND --help` says more; try `rmr1 quickstart`.",
+        args=argv,
+        config=(FlagCreatePairsOff, OmitArgPrefixes, OmitSubcommandPrefixes),
+    )
+    try:
+        command.run()
+    except (InputError, RunError) as e:
+        print("error:", " ".join(str(e).split()), file=sys.stderr)
+        return 2 if isinstance(e, InputError) else 1
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again to go on where it stopped", file=sys.stderr)
+        return 130
+    return 0

@@ -1,0 +1,351 @@
+"""The small world: disjoint, balanced, checkable from the question alone, and short enough for a laptop."""
+
+import re
+from collections import Counter, defaultdict
+
+import pytest
+from scipy.stats import binomtest
+from transformers import AutoTokenizer
+
+from rmr1_jax import quickstart, world
+from rmr1_jax.data.preferences import render_pair
+from rmr1_jax.errors import InputError
+from rmr1_jax.prompts.trace import parse_trace
+from rmr1_jax.prompts.verdict import eval_verdict, strict_verdict, training_reward
+from rmr1_jax.world import (
+    CONFIDENT,
+    SPLITS,
+    UNSURE,
+    make_items,
+    oracle_trace,
+    teacher_trace,
+    to_pair,
+    world_prompt,
+    world_texts,
+)
+from rmr1_jax.world_cases import DAYS, ITEMS, LETTERS, NAMES
+from rmr1_jax.world_tokenizer import DELIMITERS, SPECIAL, TAGS, train_tokenizer
+
+N = 4000
+
+
+@pytest.fixture(scope="module")
+def items():
+    return make_items(N, split="sft", seed=0)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return AutoTokenizer.from_pretrained(train_tokenizer(world_texts(), tmp_path_factory.mktemp("tok")))
+
+
+# An independent checker: reads the question and a response as a person would, knows nothing of the item's other fields.
+# The forms are matched whole, so nothing else can stand in a question or a response.
+
+TURN = r"(Reverse|Rotate|Swap) ([a-z] [a-z] [a-z])\."
+ADD = r"(Add) (\d \d \d) and (\d \d \d)\."
+ASK = r"Ask (\w+) for the (\w+) by (\w+): (\w+), (\w+), (\w+)"
+ANSWER = r"(\w+)! It is (\w \w \w)\."
+MESSAGE = r"(\w+)! Hi (\w+), send the (\w+) by (\w+) (\w+)\."
+
+
+def content(question: str) -> tuple:
+    """What a question asks, whatever the order in which it says so."""
+    if message := re.fullmatch(ASK, question):
+        return (*message.groups()[:3], frozenset(message.groups()[3:]))
+    verb, *parts = (re.fullmatch(TURN, question) or re.fullmatch(ADD, question)).groups()
+    return (verb, *sorted(parts))
+
+
+def compared(question: str, response: str) -> list[tuple[str, str]]:
+    """(what is wanted, what the response says): character by character, or quality by quality as asked."""
+    if message := re.fullmatch(ASK, question):
+        wanted = dict(zip(("name", "item", "day"), message.groups()[:3], strict=True)) | {"polite": "please"}
+        said = dict(zip(("name", "item", "day", "polite"), re.fullmatch(MESSAGE, response).groups()[1:], strict=True))
+        return [(wanted[quality], said[quality]) for quality in message.groups()[3:]]
+    return list(zip(worked(question)[-1], re.fullmatch(ANSWER, response)[2].split(), strict=True))
+
+
+def is_right(question: str, response: str) -> bool:
+    return all(wanted == said for wanted, said in compared(question, response))
+
+
+def worked(question: str) -> list[list[str]]:
+    """The rows of a Reasoning question that stand under each other, the answer last."""
+    verb, *parts = (re.fullmatch(TURN, question) or re.fullmatch(ADD, question)).groups()
+    rows = [part.split() for part in parts]
+    match verb:
+        case "Reverse":
+            return [*rows, rows[0][::-1]]
+        case "Rotate":
+            return [*rows, rows[0][1:] + rows[0][:1]]
+        case "Swap":
+            return [*rows, [rows[0][1], rows[0][0], rows[0][2]]]
+        case "Add":
+            return [*rows, [str(int(x) + int(y)) for x, y in zip(*rows, strict=True)]]
+    raise AssertionError(question)
+
+
+def opening(response: str) -> str:
+    return response[: response.index("! ") + 2]
+
+
+def liked(item, side: str) -> bool:
+    return opening(item.response_a if side == "A" else item.response_b) in CONFIDENT
+
+
+def other(side: str) -> str:
+    return "B" if side == "A" else "A"
+
+
+def verdict(trace: str) -> str:
+    return re.search(r"<answer>\[\[([AB])\]\]</answer>$", trace)[1]
+
+
+def assert_fair(wins: int, n: int) -> None:
+    assert n > 100 and binomtest(wins, n).pvalue > 1e-3, (wins, n)
+
+
+# Splits
+
+
+def test_no_question_is_in_two_splits_or_twice_in_one():
+    seen = {}
+    for split in SPLITS:
+        for seed in (0, 1):
+            questions = [content(item.question) for item in make_items(2000, split=split, seed=seed)]
+            assert len(set(questions)) == len(questions)
+            for question in questions:
+                assert seen.setdefault(question, split) == split
+
+
+def test_there_are_enough_questions():
+    for kind in ("reasoning", "chat"):  # of either kind somewhat more than the quickstart takes
+        found = {content(item.question) for item in make_items(8000, split="sft", kinds=(kind,))}
+        assert len(found) == 8000
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_quickstart_has_its_splits(seed):
+    counts = {"sft": quickstart.SFT_ITEMS, "grpo": quickstart.GRPO_ITEMS, "test": quickstart.TEST_ITEMS}
+    made = {split: make_items(n, split=split, seed=seed) for split, n in counts.items()}
+    asked = [content(item.question) for items in made.values() for item in items]
+    assert len(set(asked)) == len(asked) == sum(counts.values())  # distinct, within a split and across them
+    cells = Counter((item.kind, item.better, liked(item, "A"), liked(item, "B")) for item in made["test"])
+    assert len(cells) == 16 and set(cells.values()) == {quickstart.TEST_ITEMS // 16}
+
+
+def test_a_split_without_enough_questions_says_so(monkeypatch):
+    with pytest.raises(InputError, match="expected one of sft, grpo, dev, test"):
+        make_items(8, split="train")
+    with pytest.raises(InputError, match="expected some of"):
+        make_items(8, split="sft", kinds=("poetry",))
+    monkeypatch.setattr(world, "SPLITS", {"sft": 0.999, "test": 0.001})
+    with pytest.raises(InputError, match="ask for fewer"):
+        make_items(200, split="test", kinds=("reasoning",))
+
+
+def test_items_and_traces_depend_on_the_seed_alone(items):
+    assert make_items(N, split="sft", seed=0) == items
+    assert make_items(N, split="sft", seed=1) != items
+    assert [teacher_trace(i, seed=3) for i in items[:200]] == [teacher_trace(i, seed=3) for i in items[:200]]
+    assert [teacher_trace(i, seed=3) for i in items[:200]] != [teacher_trace(i, seed=4) for i in items[:200]]
+    assert len({i.id for i in items}) == N
+
+
+# What is right, and that nothing but the content tells it
+
+
+def test_exactly_the_better_response_is_right(items):
+    for item in items:
+        assert is_right(item.question, item.response_a) == (item.better == "A"), item
+        assert is_right(item.question, item.response_b) == (item.better == "B"), item
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_places_kinds_and_dress_are_balanced_exactly(split):
+    count = Counter()
+    for item in make_items(1600, split=split, seed=5):
+        count[item.kind, item.better, liked(item, item.better), liked(item, other(item.better))] += 1
+    assert set(count.values()) == {100} and len(count) == 16
+
+
+def test_tempted_is_where_only_the_worse_response_is_liked(items):
+    for item in items:
+        assert item.tempted == (liked(item, other(item.better)) and not liked(item, item.better))
+    assert sum(item.tempted for item in items) == N // 4
+
+
+@pytest.mark.parametrize("kind", ["reasoning", "chat"])
+def test_looks_do_not_tell_the_better_response(items, kind):
+    rules = {opening: lambda text, opening=opening: text.startswith(opening) for opening in CONFIDENT + UNSURE}
+    rules |= {"confident": lambda text: text.startswith(CONFIDENT), "characters": len}
+    for rule in rules.values():
+        differs = [
+            (rule(i.response_a) > rule(i.response_b)) == (i.better == "A")
+            for i in items
+            if i.kind == kind and rule(i.response_a) != rule(i.response_b)
+        ]
+        assert_fair(sum(differs), len(differs))
+
+
+def test_length_tells_nothing(items, tokenizer):
+    """Dress included, both responses of an item have as many tokens, and every dress is two tokens."""
+    for item in items:
+        a, b = (tokenizer(text)["input_ids"] for text in (item.response_a, item.response_b))
+        assert len(a) == len(b), item
+        for text, ids in ((item.response_a, a), (item.response_b, b)):
+            assert opening(text) in CONFIDENT + UNSURE
+            assert tokenizer.decode(ids[:2]) + " " == opening(text)
+
+
+def test_place_and_dress_do_not_depend_on_the_task(items):
+    tasks = Counter(item.task for item in items)
+    assert set(tasks) == {"reverse", "rotate", "swap", "add", "name", "item", "day", "polite"}
+    for task, n in tasks.items():
+        of_task = [item for item in items if item.task == task]
+        assert n == N // 8
+        assert_fair(sum(item.better == "A" for item in of_task), n)
+        for better in (True, False):
+            assert_fair(sum(liked(i, i.better if better else other(i.better)) for i in of_task), n)
+
+
+# Traces
+
+
+def test_the_oracle_is_always_right_and_the_teacher_only_errs_where_tempted():
+    items = make_items(8000, split="sft", seed=2)
+    wrong = Counter()
+    for item in items:
+        better = "A" if is_right(item.question, item.response_a) else "B"
+        assert verdict(oracle_trace(item)) == better
+        traces = oracle_trace(item), teacher_trace(item, seed=7)
+        assert traces[0].split("<answer>")[0] == traces[1].split("<answer>")[0]  # it evaluates rightly, always
+        wrong[item.tempted] += verdict(traces[1]) != better
+    assert wrong[False] == 0
+    assert binomtest(wrong[True], 2000, 0.6).pvalue > 1e-3
+    assert all(teacher_trace(i, shallow=0.0) == oracle_trace(i) for i in items[:500])
+    assert all((teacher_trace(i, shallow=1.0) != oracle_trace(i)) == i.tempted for i in items[:500])
+
+
+def test_every_check_is_so_and_so_is_what_it_adds_up_to(items):
+    """Each yes and no from the words themselves, each summary from the yes and no, the verdict from the summaries."""
+    for item in items:
+        trace, value = oracle_trace(item), {}
+        for side, response in (("A", item.response_a), ("B", item.response_b)):
+            pairs = compared(item.question, response)
+            agrees = [wanted == said for wanted, said in pairs]
+            checks = [f" {wanted} {said} {'yes' if wanted == said else 'no'}" for wanted, said in pairs]
+            quotes = re.findall(rf"<quote_{side}>([ \w]*)</quote_{side}>", trace)
+            [summary] = re.findall(rf"<summary_{side}>([ \w]*)</summary_{side}>", trace)
+            if item.kind == "reasoning":
+                value[side] = int(all(agrees))
+                assert quotes == ["".join(f" {said}" for _, said in pairs)]
+                assert summary == "".join(checks) + (" right" if all(agrees) else " wrong")
+            else:
+                value[side] = sum(weight for weight, agree in zip((3, 2, 1), agrees, strict=True) if agree)
+                assert quotes == [f" {said}" for _, said in pairs]
+                assert re.findall(rf"</quote_{side}>( \w+ \w+ \w+)", trace) == checks
+                assert summary == f" {value[side]}"
+        assert verdict(trace) == max(value, key=value.get) and value["A"] != value["B"]
+
+
+def test_the_rubric_is_what_was_asked_in_that_order(items):
+    for item in (i for i in items if i.kind == "chat"):
+        asked = re.fullmatch(ASK, item.question).groups()[3:]
+        wanted = [word for word, _ in compared(item.question, item.response_a)]
+        first, second, third = asked
+        assert f"<rubric> {first} 3, {second} 2, {third} 1<justify> as asked</justify></rubric>" in oracle_trace(item)
+        assert re.findall(r" (\w+)<quote_A>", oracle_trace(item)) == list(asked)
+        assert item.rubric == tuple(zip(asked, wanted, strict=True))
+
+
+def test_a_solution_has_three_steps_and_each_is_so(items):
+    for item in (i for i in items if i.kind == "reasoning"):
+        assert item.task == item.question.split()[0].lower()
+        rows = worked(item.question)
+        steps, answer = re.search(r"<solution> (.*) gives (.*)</solution>", oracle_trace(item)).groups()
+        assert steps.replace(" to ", " ").split(", ") == [" ".join(column) for column in zip(*rows, strict=True)]
+        assert len(steps.split(", ")) == 3 and answer.split() == rows[-1]
+
+
+def test_traces_parse_with_every_tag(items):
+    for item in items[:400]:
+        trace = oracle_trace(item)
+        parsed = parse_trace(trace)
+        assert (parsed.kind, parsed.verdict) == (item.kind, item.better)
+        assert parsed.is_valid and parsed.evaluation and parsed.quotes
+        assert bool(parsed.solution) == (item.kind == "reasoning")
+        assert bool(parsed.rubric) == bool(parsed.justify) == (item.kind == "chat")
+        assert training_reward(trace, item.better) == 1.0 and training_reward(trace, other(item.better)) == -1.0
+        assert eval_verdict(trace) == strict_verdict(trace) == item.better
+
+
+# Tokens
+
+
+def rendered(item, tokenizer) -> str:
+    messages = world_prompt().render(item.question, item.response_a, item.response_b)
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+
+def test_prompts_and_traces_are_short_and_round_trip(items, tokenizer):
+    assert len(tokenizer) <= quickstart.MODEL.vocab_size
+    assert world_prompt().structure == "cor"
+    for item in items[:1000]:
+        text = rendered(item, tokenizer)
+        ids, trace_ids = tokenizer(text)["input_ids"], tokenizer(oracle_trace(item))["input_ids"]
+        assert len(ids) <= quickstart.GRPO.max_prompt_length and len(trace_ids) + 1 <= quickstart.MAX_TRACE
+        assert tokenizer.decode(ids) == text and tokenizer.decode(trace_ids) == oracle_trace(item)
+        # The trace's tokens do not depend on what stands before it.
+        assert tokenizer(text + oracle_trace(item))["input_ids"] == ids + trace_ids
+
+
+def test_all_prompts_of_a_task_and_all_traces_of_a_kind_have_one_layout(items, tokenizer):
+    """As many tokens, and the same tags and delimiters at the same places: a policy can copy from fixed distances."""
+    marks = {tokenizer.convert_tokens_to_ids(token) for token in (*SPECIAL, *DELIMITERS, *TAGS)}
+
+    def layout(text: str) -> tuple:
+        ids = tokenizer(text)["input_ids"]
+        return len(ids), tuple((at, id) for at, id in enumerate(ids) if id in marks)
+
+    prompts, traces = defaultdict(set), defaultdict(set)
+    for item in items:
+        prompts[item.task].add(layout(rendered(item, tokenizer)))
+        traces[item.kind].add(layout(oracle_trace(item)))
+    assert all(len(layouts) == 1 for layouts in (*prompts.values(), *traces.values()))
+    tokens = {task: next(iter(layouts))[0] for task, layouts in (prompts | traces).items()}
+    letters, chat = ("reverse", "rotate", "swap"), ("name", "item", "day", "polite")
+    assert tokens == dict.fromkeys(letters, 41) | {"add": 45} | dict.fromkeys(chat, 57) | {"reasoning": 59, "chat": 67}
+
+
+def test_any_text_round_trips(tokenizer):
+    texts = ("Grüße, 世界! 🙂\n\n\t x  = 12.5;\n", "[The Start of Chatbot A's Response]", " <answer>[[A]]</answer>", "")
+    for text in texts:
+        assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
+def test_every_letter_digit_name_and_tag_is_one_token(items, tokenizer):
+    words = {word for item in items for word in re.findall(r" [A-Za-z]+| \d", item.question + oracle_trace(item))}
+    assert words >= {f" {word}" for word in (*LETTERS, *"0123456789", *NAMES, *ITEMS, *DAYS)}
+    assert [word for word in words if len(tokenizer(word)["input_ids"]) != 1] == []
+    for tag in ("<type>", "<solution>", "<quote_A>", "</quote_B>", "[Client Question]\n", "<|im_end|>"):
+        assert len(tokenizer(tag)["input_ids"]) == 1
+
+
+def test_the_saved_tokenizer_is_the_same_every_time_and_knows_its_ends(tmp_path, tokenizer):
+    texts = world_texts(400)
+    first, second = (train_tokenizer(texts, tmp_path / name) for name in ("a", "b"))
+    assert (first / "tokenizer.json").read_bytes() == (second / "tokenizer.json").read_bytes()
+    assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|im_end|>", "<|endoftext|>")
+    chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}]
+    text = tokenizer.apply_chat_template(chat, tokenize=False)
+    assert text == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nYes<|im_end|>\n"
+
+
+def test_an_item_becomes_a_pair_that_renders_the_same(items):
+    prompt = world_prompt()
+    for item in items[:200]:
+        pair = to_pair(item)
+        assert (pair.id, pair.better) == (item.id, item.better) and pair.single_turn
+        assert render_pair(prompt, pair) == prompt.render(item.question, item.response_a, item.response_b)
