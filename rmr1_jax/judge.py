@@ -25,7 +25,7 @@ from rmr1_jax.policy import Policy
 from rmr1_jax.prompts.cor import Prompt, get_prompt
 from rmr1_jax.prompts.trace import Trace, parse_trace
 from rmr1_jax.prompts.verdict import eval_verdict, strict_verdict
-from rmr1_jax.sampler.engine import SamplingConfig
+from rmr1_jax.sampler.config import SamplingConfig
 
 RULES = MappingProxyType({"strict": strict_verdict, "eval": eval_verdict})
 STATUSES = ("ok", "tie", "invalid", "too_long")
@@ -61,7 +61,7 @@ class Judge:
         max_prompt_tokens: longer prompts are not asked (status "too_long"), never cut. Default, and upper bound: what
             the model's positions leave beside `max_new_tokens`.
         temperature: default 0 (greedy) for one vote, 1.0 for several.
-        max_rows: texts that are written at once. It bounds memory and changes no text.
+        slots: texts that are written at once, at most. It bounds memory and changes no text.
 
     Raises:
         InputError: an unknown prompt or rule, or limits that cannot be.
@@ -76,7 +76,7 @@ class Judge:
         max_new_tokens: int | None = None,
         max_prompt_tokens: int | None = None,
         temperature: float | None = None,
-        max_rows: int = 64,
+        slots: int = 64,
     ):
         if rule not in RULES:
             raise InputError(f"rule={rule!r} is not known; give one of {', '.join(RULES)}")
@@ -92,7 +92,7 @@ class Judge:
             raise InputError(f"max_prompt_tokens={max_prompt_tokens} must be at least 1")
         self.max_prompt_tokens = min(positions - self.max_new_tokens, max_prompt_tokens or positions)
         self.policy, self.prompt, self.rule = policy, get_prompt(prompt), rule
-        self.temperature, self.max_rows = temperature, max_rows
+        self.temperature, self.slots = temperature, slots
 
     def compare(
         self,
@@ -135,7 +135,7 @@ class Judge:
         tell(len(pairs) - len(flat) // orders)
         if not flat:
             return [known for known in settled if known]
-        groups, _ = self.policy.generate(flat, sampling, on_batch=_per_pair(tell, orders))
+        groups, _ = self.policy.generate(flat, sampling, on_done=_per_pair(tell, orders))
         texts = [[self._text(ids, s.token_ids) for s in group] for ids, group in zip(flat, groups, strict=True)]
         asked = (self._judgement(texts[first : first + orders]) for first in range(0, len(texts), orders))
         return [known or next(asked) for known in settled]
@@ -164,7 +164,7 @@ class Judge:
             )
         temperature = float(votes > 1) if self.temperature is None else float(self.temperature)
         return SamplingConfig(
-            n=votes, max_new_tokens=self.max_new_tokens, temperature=temperature, seed=seed, max_rows=self.max_rows
+            n=votes, max_new_tokens=self.max_new_tokens, temperature=temperature, seed=seed, slots=self.slots
         )
 
     def _prompts(self, pair: PreferencePair, orders: int) -> list[list[int]]:
@@ -227,9 +227,9 @@ def _per_pair(tell: Callable[[int], None], orders: int) -> Callable[[int], None]
     """A callback that counts prompts and tells pairs."""
     prompts = 0
 
-    def on_batch(count: int) -> None:
+    def on_done(count: int) -> None:
         nonlocal prompts
         before, prompts = prompts, prompts + count
         tell(prompts // orders - before // orders)
 
-    return on_batch
+    return on_done

@@ -65,6 +65,12 @@ def weight_sharding(mesh: Mesh, dims: str, shape: Sequence[int]) -> NamedShardin
     return _sharding(mesh, WEIGHT_AXES, dims, shape)
 
 
+def sampling_sharding(mesh: Mesh, dims: str, shape: Sequence[int]) -> NamedSharding:
+    """As `weight_sharding` for a sampling copy: split over `tensor` alone, whole on every data-parallel replica."""
+    table = {letter: axes for letter, axes in WEIGHT_AXES.items() if axes == ("tensor",)}
+    return _sharding(mesh, table, dims, shape)
+
+
 def activation_sharding(mesh: Mesh, dims: str, shape: Sequence[int]) -> NamedSharding:
     """As `weight_sharding`, for activations and batches."""
     return _sharding(mesh, ACTIVATION_AXES, dims, shape)

@@ -9,7 +9,6 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +20,9 @@ from rmr1_jax.errors import InputError
 from rmr1_jax.mesh import single_device_mesh
 from rmr1_jax.model import hf, qwen
 from rmr1_jax.model.config import QwenConfig, read_config
-from rmr1_jax.sampler.engine import Sample, SampleStats, SamplingConfig, generate, sampling_weights
+from rmr1_jax.sampler.config import Sample, SampleStats, SamplingConfig
+from rmr1_jax.sampler.engine import generate
+from rmr1_jax.sampler.programs import Weights, sampling_weights
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -82,11 +83,11 @@ class Policy:
         sampling: SamplingConfig,
         *,
         stop_token_ids: Sequence[int] | None = None,
-        on_batch: Callable[[int], None] | None = None,
+        on_done: Callable[[int], None] | None = None,
     ) -> tuple[list[list[Sample]], SampleStats]:
-        """As `sample`, in tokens, with what it took."""
+        """As `sample`, in tokens, with what it took. on_done: called with 1 for every prompt that is finished."""
         stops = self.tokenizer.stop_ids if stop_token_ids is None else stop_token_ids
-        return generate(self.config, self._weights, prompts, sampling, stops, mesh=self.mesh, on_batch=on_batch)
+        return generate(self.config, self._weights, prompts, sampling, stops, mesh=self.mesh, on_done=on_done)
 
     def save(self, directory: str | Path, *, dtype: str | None = None) -> None:
         """Write a Hugging Face directory: weights (in the params' own dtype unless given), config, tokenizer."""
@@ -99,9 +100,9 @@ class Policy:
         return dataclasses.replace(self, params=params)
 
     @cached_property
-    def _weights(self) -> dict[str, Any]:
+    def _weights(self) -> Weights:
         with jax.set_mesh(self.mesh):
-            return sampling_weights(self.params, dtype=DTYPES[self.dtype])
+            return sampling_weights(self.config, self.params, dtype=DTYPES[self.dtype])
 
     def _completion(self, sample: Sample) -> Completion:
         text = self.tokenizer.decode(sample.token_ids)

@@ -23,7 +23,7 @@ from rmr1_jax.model.config import QwenConfig
 from rmr1_jax.policy import Policy, fresh_policy
 from rmr1_jax.prompts.prompt import save_prompt
 from rmr1_jax.report import write_report
-from rmr1_jax.sampler.engine import SamplingConfig
+from rmr1_jax.sampler.config import SamplingConfig
 from rmr1_jax.train.grpo import GrpoConfig, grpo
 from rmr1_jax.train.losses import PolicyLossConfig
 from rmr1_jax.train.metrics import read_metrics
@@ -152,7 +152,7 @@ def evaluate(policy: Policy, items: Sequence[world.Item]) -> tuple[dict[str, flo
     An answer without a verdict counts as wrong. `tempted` is the accuracy where the worse answer has what the teacher
     likes and the better one has not; `mean_tokens` is the length of a trace.
     """
-    judge = Judge(policy, world.world_prompt(), max_new_tokens=MAX_TRACE, max_rows=256)
+    judge = Judge(policy, world.world_prompt(), max_new_tokens=MAX_TRACE, slots=256)
     judgements = judge.compare_many([world.to_pair(i) for i in items])
     right = np.asarray([j.winner == i.better for i, j in zip(items, judgements, strict=True)])
     kind = np.asarray([i.kind for i in items])

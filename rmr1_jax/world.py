@@ -1,18 +1,19 @@
 """The small world: questions, two responses each, and the traces of an oracle and of a teacher with shallow tastes.
 
 Everything here is made by the program from a seed, so that distillation and GRPO can be seen to work within minutes on
-a laptop. **Reasoning** questions ask to reverse three letters, rotate them or swap the first two, or to add two rows of
-three digits, and have one right answer; the worse response carries a plausible slip. **Chat** requests ask for a short
+a laptop. **Reasoning** questions ask to reverse three letters, rotate them or swap the first two, or to increase three
+digits by one, and have one right answer; the worse response carries a plausible slip. **Chat** requests ask for a short
 message and name three of four qualities that can be checked (greets by name, asks for the item, names the day, is
 polite); the worse response misses exactly one of the three.
 
 Every response is also dressed with an opening of two tokens, confident or unsure, the better and the worse one alike,
 in exact quarters. Dress says nothing about which response is better, but the teacher likes confidence: where only the
-worse response has it (the *tempted* quarter), the teacher evaluates rightly and then often names the worse one. A
-verifiable reward can correct that; more of the same teacher cannot.
+worse response has it (the *tempted* quarter), the teacher evaluates rightly, notes how both sound, and then often names
+the worse one. A verifiable reward can correct that; more of the same teacher cannot.
 
 Whether a question belongs to `sft`, `grpo`, `dev` or `test` is decided by a hash of its content, whatever the seed: no
-question can be in two splits. Read next: `world_tokenizer.py` (its tokenizer), `quickstart.py` (the run).
+question can be in two splits. Within a split a question may come again with another pair of answers. Read next:
+`world_tokenizer.py` (its tokenizer), `quickstart.py` (the run).
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ class Item:
 
 
 def make_items(n: int, *, split: str, seed: int = 0, kinds: tuple[str, ...] = KINDS) -> list[Item]:
-    """Make n items of one split: as many of each kind, no question twice, in a seeded order.
+    """Make n items of one split: as many of each kind, no question with the same two answers twice, in a seeded order.
 
     Within a kind the better response is A in half of the items, and within each half the better and the worse response
     are dressed confident or unsure in equal quarters (exact when n is a multiple of 8 * len(kinds), to within one item
@@ -175,10 +176,11 @@ def _items_of_kind(kind: str, count: int, split: str, seed: int, rng: np.random.
 def _new_case(maker: Callable, split: str, seen: set[str], rng: np.random.Generator) -> Case:
     for _ in range(2000):
         case = maker(rng)
-        if case.key not in seen and split_of(case.key) == split:
-            seen.add(case.key)
+        pair = f"{case.question} {case.better} {case.worse}"
+        if pair not in seen and split_of(case.key) == split:
+            seen.add(pair)
             return case
-    raise InputError(f"split {split!r} has no unused question of this task after {len(seen)}; ask for fewer items")
+    raise InputError(f"split {split!r} has no unused pair of this task after {len(seen)}; ask for fewer items")
 
 
 def _dress(text: str, liked: bool, rng: np.random.Generator) -> str:
@@ -201,7 +203,7 @@ def _reasoning_body(item: Item) -> str:
     for side, found in (("A", item.found_a), ("B", item.found_b)):
         checks = "".join(_check(*pair) for pair in zip(answer.split(), found[0].split(), strict=True))
         verdict = "right" if found[0] == answer else "wrong"
-        eval_ += f"<quote_{side}> {found[0]}</quote_{side}><summary_{side}>{checks} {verdict}</summary_{side}>"
+        eval_ += f"<quote_{side}> {found[0]}</quote_{side}>{_summary(item, side, f'{checks} {verdict}')}"
     return f"<solution> {item.solution}</solution>\n<eval>{eval_}"
 
 
@@ -213,8 +215,14 @@ def _chat_body(item: Item) -> str:
         for side, said in (("A", a), ("B", b)):
             checks += f"<quote_{side}> {said}</quote_{side}>{_check(word, said)}"
             score[side] += weight * (said == word)
-    scores = "".join(f"<summary_{side}> {score[side]}</summary_{side}>" for side in "AB")
+    scores = "".join(_summary(item, side, f" {score[side]}") for side in "AB")
     return f"<rubric>{rubric}<justify> as asked</justify></rubric>\n<eval>{checks}{scores}"
+
+
+def _summary(item: Item, side: str, findings: str) -> str:
+    """What was found on one side, and how it sounds: its opening word, the last thing before the verdict."""
+    response = item.response_a if side == "A" else item.response_b
+    return f"<summary_{side}>{findings} {response[: response.index('!')]}</summary_{side}>"
 
 
 def _check(wanted: str, said: str) -> str:

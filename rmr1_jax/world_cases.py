@@ -1,4 +1,4 @@
-"""The questions of the small world: tasks on three letters or two rows of digits, and requests for a short message.
+"""The questions of the small world: tasks on three letters or three digits, and requests for a short message.
 
 A `Case` is a question with one better and one worse response, undressed and not yet placed as A or B, and with what the
 oracle knows of it. Every response to a question has the same number of tokens, so length says nothing about which is
@@ -19,9 +19,9 @@ def _words(text: str) -> tuple[str, ...]:
 
 
 # Few words of each sort: what takes a small policy longest is to learn, word by word, when two are the same.
-LETTERS = "abcdefghijklmnopqr"
-NAMES = _words("Amy Ann Ben Bob Dan Don Eva Gil Gus Hal Ian Ida Jan Jay Jim Joe Kay Ken Kim Lea Leo Max Meg Sam")
-ITEMS = _words("axe bag bat bed bell bin box bus cap car coat cup fan hat jar key lamp map oar pan pen ring rope van")
+LETTERS = "abcdefghijklmn"
+NAMES = _words("Amy Ben Dan Eva Gus Hal Ian Jim Joe Kay Lea Max Meg Ned Sam Tom")
+ITEMS = _words("axe bag bed bell box cap coat cup fan hat jar key lamp map pen rope")
 DAYS = _words("Monday Tuesday Wednesday Thursday Friday Saturday Sunday")
 MANNERS = ("please", "pronto")  # polite and not, of one length
 QUALITIES = {"name": NAMES, "item": ITEMS, "day": DAYS, "polite": MANNERS}
@@ -67,24 +67,20 @@ def _swap(rng: np.random.Generator) -> Case:
     return _reasoning(f"Swap {_sp(word)}.", _turned(word, answer), answer, slip)
 
 
-def _add(rng: np.random.Generator) -> Case:
-    sums = rng.integers(0, 10, size=3)
-    left = [int(rng.integers(0, s + 1)) for s in sums]
-    right = [int(s) - x for s, x in zip(sums, left, strict=True)]
-    answer, at = "".join(map(str, sums)), int(rng.integers(3))
-    wrong = pick(rng, [d for d in (int(sums[at]) - 1, int(sums[at]) + 1) if 0 <= d <= 9])
-    steps = ", ".join(_sp(step) for step in zip(left, right, sums, strict=True))
-    slip = _replaced(answer, at, str(wrong))
-    return _reasoning(f"Add {_sp(left)} and {_sp(right)}.", steps, answer, slip, key=f"add {sorted((left, right))}")
+def _increase(rng: np.random.Generator) -> Case:
+    digits = rng.integers(0, 10, size=3).tolist()
+    answer, at = "".join(str((d + 1) % 10) for d in digits), int(rng.integers(3))
+    slip = _replaced(answer, at, str((digits[at] + pick(rng, (0, 2))) % 10))
+    return _reasoning(f"Increase {_sp(digits)}.", _turned("".join(map(str, digits)), answer), answer, slip)
 
 
 def _turned(word: str, answer: str) -> str:
     return ", ".join(f"{c} to {d}" for c, d in zip(word, answer, strict=True))
 
 
-def _reasoning(question: str, steps: str, answer: str, slip: str, key: str = "") -> Case:
+def _reasoning(question: str, steps: str, answer: str, slip: str) -> Case:
     return Case(
-        key=key or question,
+        key=question,
         question=question,
         better=f"It is {_sp(answer)}.",
         worse=f"It is {_sp(slip)}.",
@@ -132,7 +128,7 @@ def _not(word: str, quality: str, rng: np.random.Generator) -> str:
     return pick(rng, [w for w in QUALITIES[quality] if w != word])
 
 
-REASONING = {"reverse": _reverse, "rotate": _rotate, "swap": _swap, "add": _add}
+REASONING = {"reverse": _reverse, "rotate": _rotate, "swap": _swap, "increase": _increase}
 CHAT = {quality: _message(quality) for quality in QUALITIES}
 
 

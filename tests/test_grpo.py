@@ -23,7 +23,7 @@ from training import (
 from rmr1_jax.errors import InputError, RunError
 from rmr1_jax.mesh import MeshConfig, make_mesh
 from rmr1_jax.policy import load
-from rmr1_jax.sampler.engine import Sample, SampleStats, SamplingConfig
+from rmr1_jax.sampler.config import Sample, SampleStats, SamplingConfig
 from rmr1_jax.train import grpo as stage
 from rmr1_jax.train.grpo import GrpoConfig, grpo, grpo_micro_loss, read_prompts, roll_out, verdict_reward
 from rmr1_jax.train.losses import PolicyLossConfig
@@ -159,7 +159,8 @@ def test_eight_devices_update_as_one_does(policy, step):
     params, their_metrics = plain_step(sharded, micro_loss(sharded, OFF))(sharded.params, batch, count)
     assert not params["layers"]["gate"].is_fully_replicated
     assert_same(params, expected, atol=1e-5)
-    assert_same(their_metrics, metrics, atol=1e-4)
+    means = [{k: v / sums["tokens"] for k, v in sums.items()} for sums in jax.device_get((their_metrics, metrics))]
+    assert_same(*means, atol=2e-6)  # per token: a sum of hundreds has no more digits
 
 
 # ---- whole runs
@@ -191,7 +192,8 @@ def test_every_recipe_runs(policy, whole, recipe):
 @pytest.mark.slow
 def test_it_learns(policy, whole):
     rewards = [row["reward"] for row in read_metrics(whole("rm-r1")[0].out)]
-    assert np.mean(rewards[-3:]) > 2 * np.mean(rewards[:3])
+    assert np.mean(rewards[-3:]) > 1.5 * np.mean(rewards[:3])  # without training the two differ by a tenth
+    assert min(rewards[-3:]) > max(rewards[:3])
 
 
 @pytest.mark.slow
@@ -270,13 +272,13 @@ def scripted(monkeypatch) -> list:
     """Makes the sampler answer every prompt with one token, and with two; records (prompts, sampling) of its calls."""
     calls = []
 
-    def fake(config, weights, prompts, sampling, stops, *, mesh):
+    def fake(config, weights, prompts, sampling, stops, *, mesh, bar):
         calls.append((prompts, sampling))
         groups = [[Sample([5] * (i + 1), np.zeros(i + 1), np.zeros(i + 1), "stop") for i in range(2)] for _ in prompts]
-        return groups, SampleStats(prefill_tokens=len(prompts), new_tokens=3 * len(prompts))
+        return groups, SampleStats(prompt_tokens=len(prompts), new_tokens=3 * len(prompts))
 
     monkeypatch.setattr(stage, "generate", fake)
-    monkeypatch.setattr(stage, "sampling_weights", lambda params, dtype: params)
+    monkeypatch.setattr(stage, "sampling_weights", lambda config, params, dtype: params)
     return calls
 
 

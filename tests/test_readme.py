@@ -18,7 +18,7 @@ from rmr1_jax.judge_file import judge_file
 from rmr1_jax.prompts.cor import save_prompt
 from rmr1_jax.prompts.verdict import strict_verdict
 from rmr1_jax.report_runs import STAGES
-from rmr1_jax.sampler.engine import SamplingConfig
+from rmr1_jax.sampler.config import SamplingConfig
 from rmr1_jax.train.grpo import GrpoConfig
 from rmr1_jax.train.losses import PolicyLossConfig, policy_loss
 from rmr1_jax.train.metrics import read_metrics

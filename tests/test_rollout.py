@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from rmr1_jax.errors import InputError
-from rmr1_jax.sampler.engine import Sample
+from rmr1_jax.sampler.config import Sample
 from rmr1_jax.train.rollout import Group, RlPrompt, mini_batch, next_prompts, rollout_metrics, score
 from rmr1_jax.world import make_items, oracle_trace
 

@@ -23,7 +23,7 @@ from rmr1_jax.world import (
     world_prompt,
     world_texts,
 )
-from rmr1_jax.world_cases import DAYS, ITEMS, LETTERS, NAMES
+from rmr1_jax.world_cases import DAYS, ITEMS, LETTERS, MANNERS, NAMES
 from rmr1_jax.world_tokenizer import DELIMITERS, SPECIAL, TAGS, train_tokenizer
 
 N = 4000
@@ -42,8 +42,7 @@ def tokenizer(tmp_path_factory):
 # An independent checker: reads the question and a response as a person would, knows nothing of the item's other fields.
 # The forms are matched whole, so nothing else can stand in a question or a response.
 
-TURN = r"(Reverse|Rotate|Swap) ([a-z] [a-z] [a-z])\."
-ADD = r"(Add) (\d \d \d) and (\d \d \d)\."
+TASK = r"(?:(Reverse|Rotate|Swap) ([a-z] [a-z] [a-z])|(Increase) (\d \d \d))\."
 ASK = r"Ask (\w+) for the (\w+) by (\w+): (\w+), (\w+), (\w+)"
 ANSWER = r"(\w+)! It is (\w \w \w)\."
 MESSAGE = r"(\w+)! Hi (\w+), send the (\w+) by (\w+) (\w+)\."
@@ -53,8 +52,13 @@ def content(question: str) -> tuple:
     """What a question asks, whatever the order in which it says so."""
     if message := re.fullmatch(ASK, question):
         return (*message.groups()[:3], frozenset(message.groups()[3:]))
-    verb, *parts = (re.fullmatch(TURN, question) or re.fullmatch(ADD, question)).groups()
-    return (verb, *sorted(parts))
+    return parts(question)
+
+
+def parts(question: str) -> tuple[str, str]:
+    """The verb of a Reasoning question, and the letters or digits that it is about."""
+    verb, row = filter(None, re.fullmatch(TASK, question).groups())
+    return verb, row
 
 
 def compared(question: str, response: str) -> list[tuple[str, str]]:
@@ -63,35 +67,38 @@ def compared(question: str, response: str) -> list[tuple[str, str]]:
         wanted = dict(zip(("name", "item", "day"), message.groups()[:3], strict=True)) | {"polite": "please"}
         said = dict(zip(("name", "item", "day", "polite"), re.fullmatch(MESSAGE, response).groups()[1:], strict=True))
         return [(wanted[quality], said[quality]) for quality in message.groups()[3:]]
-    return list(zip(worked(question)[-1], re.fullmatch(ANSWER, response)[2].split(), strict=True))
+    return list(zip(worked(question)[1], re.fullmatch(ANSWER, response)[2].split(), strict=True))
 
 
 def is_right(question: str, response: str) -> bool:
     return all(wanted == said for wanted, said in compared(question, response))
 
 
-def worked(question: str) -> list[list[str]]:
-    """The rows of a Reasoning question that stand under each other, the answer last."""
-    verb, *parts = (re.fullmatch(TURN, question) or re.fullmatch(ADD, question)).groups()
-    rows = [part.split() for part in parts]
-    match verb:
-        case "Reverse":
-            return [*rows, rows[0][::-1]]
-        case "Rotate":
-            return [*rows, rows[0][1:] + rows[0][:1]]
-        case "Swap":
-            return [*rows, [rows[0][1], rows[0][0], rows[0][2]]]
-        case "Add":
-            return [*rows, [str(int(x) + int(y)) for x, y in zip(*rows, strict=True)]]
-    raise AssertionError(question)
+def worked(question: str) -> tuple[list[str], list[str]]:
+    """The letters or digits of a Reasoning question, and its right answer."""
+    verb, row = parts(question)
+    x, y, z = given = row.split()
+    if verb == "Increase":
+        return given, [digit.translate(str.maketrans("0123456789", "1234567890")) for digit in given]
+    return given, {"Reverse": [z, y, x], "Rotate": [y, z, x], "Swap": [y, x, z]}[verb]
 
 
 def opening(response: str) -> str:
     return response[: response.index("! ") + 2]
 
 
+def response(item, side: str) -> str:
+    return item.response_a if side == "A" else item.response_b
+
+
+def pair(item) -> tuple[str, str, str]:
+    """The question, the better answer and the worse one, without their openings."""
+    both = [response(item, side) for side in (item.better, other(item.better))]
+    return item.question, *(text.removeprefix(opening(text)) for text in both)
+
+
 def liked(item, side: str) -> bool:
-    return opening(item.response_a if side == "A" else item.response_b) in CONFIDENT
+    return opening(response(item, side)) in CONFIDENT
 
 
 def other(side: str) -> str:
@@ -109,30 +116,43 @@ def assert_fair(wins: int, n: int) -> None:
 # Splits
 
 
-def test_no_question_is_in_two_splits_or_twice_in_one():
+def test_no_question_is_in_two_splits_and_no_pair_twice_in_one():
     seen = {}
     for split in SPLITS:
         for seed in (0, 1):
-            questions = [content(item.question) for item in make_items(2000, split=split, seed=seed)]
-            assert len(set(questions)) == len(questions)
-            for question in questions:
-                assert seen.setdefault(question, split) == split
+            items = make_items(2000, split=split, seed=seed)
+            assert len({pair(item) for item in items}) == len(items)
+            for item in items:
+                assert seen.setdefault(content(item.question), split) == split
 
 
-def test_there_are_enough_questions():
-    for kind in ("reasoning", "chat"):  # of either kind somewhat more than the quickstart takes
-        found = {content(item.question) for item in make_items(8000, split="sft", kinds=(kind,))}
-        assert len(found) == 8000
+@pytest.mark.parametrize("kind", ["reasoning", "chat"])
+def test_there_are_enough_pairs(kind):
+    items = make_items(8000, split="sft", kinds=(kind,))  # somewhat more of a kind than the quickstart takes
+    assert {item.kind for item in items} == {kind} and len({pair(item) for item in items}) == 8000
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_the_quickstart_has_its_splits(seed):
     counts = {"sft": quickstart.SFT_ITEMS, "grpo": quickstart.GRPO_ITEMS, "test": quickstart.TEST_ITEMS}
-    made = {split: make_items(n, split=split, seed=seed) for split, n in counts.items()}
-    asked = [content(item.question) for items in made.values() for item in items]
-    assert len(set(asked)) == len(asked) == sum(counts.values())  # distinct, within a split and across them
-    cells = Counter((item.kind, item.better, liked(item, "A"), liked(item, "B")) for item in made["test"])
-    assert len(cells) == 16 and set(cells.values()) == {quickstart.TEST_ITEMS // 16}
+    questions = {"sft": 6500, "grpo": 1650, "test": 750}  # about as many, as the README says
+    owner = {}
+    for split, n in counts.items():
+        items = make_items(n, split=split, seed=seed)
+        assert len({pair(item) for item in items}) == len(items) == n
+        assert {owner.setdefault(content(item.question), split) for item in items} == {split}
+        assert list(owner.values()).count(split) == pytest.approx(questions[split], rel=0.03)
+        cells = Counter((item.kind, item.better, liked(item, "A"), liked(item, "B")) for item in items)
+        assert len(cells) == 16 and set(cells.values()) == {n // 16}
+
+
+def test_questions_come_again_but_not_often():
+    """In what SFT sees: too many repetitions, and a small policy learns the questions by heart."""
+    items = make_items(quickstart.SFT_ITEMS, split="sft")
+    for kind in ("reasoning", "chat"):
+        times = Counter(content(item.question) for item in items if item.kind == kind)
+        assert 2 <= times.total() / len(times) <= 2.5  # on average
+        assert max(times.values()) <= (6 if kind == "reasoning" else 12)  # three digits have six slips
 
 
 def test_a_split_without_enough_questions_says_so(monkeypatch):
@@ -141,7 +161,7 @@ def test_a_split_without_enough_questions_says_so(monkeypatch):
     with pytest.raises(InputError, match="expected some of"):
         make_items(8, split="sft", kinds=("poetry",))
     monkeypatch.setattr(world, "SPLITS", {"sft": 0.999, "test": 0.001})
-    with pytest.raises(InputError, match="ask for fewer"):
+    with pytest.raises(InputError, match=r"no unused pair of this task.*ask for fewer"):
         make_items(200, split="test", kinds=("reasoning",))
 
 
@@ -162,6 +182,19 @@ def test_exactly_the_better_response_is_right(items):
         assert is_right(item.question, item.response_b) == (item.better == "B"), item
 
 
+def test_the_worse_response_has_one_plausible_slip(items):
+    for item in items:
+        pairs = compared(item.question, response(item, other(item.better)))
+        wrong = [(wanted, said) for wanted, said in pairs if wanted != said]
+        if item.kind == "chat":  # it misses the quality that the item is about, and nothing else that was asked
+            at = re.fullmatch(ASK, item.question).groups()[3:].index(item.task)
+            assert wrong == [pairs[at]]
+        elif item.task == "increase":  # one digit is one off, around the corner from 9 to 0
+            assert [(int(wanted) - int(said)) % 10 for wanted, said in wrong] in ([1], [9])
+        else:  # the same letters in another order
+            assert {wanted for wanted, _ in wrong} == {said for _, said in wrong}
+
+
 @pytest.mark.parametrize("split", SPLITS)
 def test_places_kinds_and_dress_are_balanced_exactly(split):
     count = Counter()
@@ -180,6 +213,8 @@ def test_tempted_is_where_only_the_worse_response_is_liked(items):
 def test_looks_do_not_tell_the_better_response(items, kind):
     rules = {opening: lambda text, opening=opening: text.startswith(opening) for opening in CONFIDENT + UNSURE}
     rules |= {"confident": lambda text: text.startswith(CONFIDENT), "characters": len}
+    if kind == "reasoning":  # nor does the answer itself, to one who has not read the question
+        rules["order"] = lambda text: text.removeprefix(opening(text))
     for rule in rules.values():
         differs = [
             (rule(i.response_a) > rule(i.response_b)) == (i.better == "A")
@@ -201,7 +236,7 @@ def test_length_tells_nothing(items, tokenizer):
 
 def test_place_and_dress_do_not_depend_on_the_task(items):
     tasks = Counter(item.task for item in items)
-    assert set(tasks) == {"reverse", "rotate", "swap", "add", "name", "item", "day", "polite"}
+    assert set(tasks) == {"reverse", "rotate", "swap", "increase", "name", "item", "day", "polite"}
     for task, n in tasks.items():
         of_task = [item for item in items if item.task == task]
         assert n == N // 8
@@ -219,9 +254,10 @@ def test_the_oracle_is_always_right_and_the_teacher_only_errs_where_tempted():
     for item in items:
         better = "A" if is_right(item.question, item.response_a) else "B"
         assert verdict(oracle_trace(item)) == better
-        traces = oracle_trace(item), teacher_trace(item, seed=7)
-        assert traces[0].split("<answer>")[0] == traces[1].split("<answer>")[0]  # it evaluates rightly, always
-        wrong[item.tempted] += verdict(traces[1]) != better
+        trace = teacher_trace(item, seed=7)
+        # It evaluates rightly, always: but for the one letter of the verdict, its trace is the oracle's.
+        assert trace == oracle_trace(item).replace(f"[[{better}]]", f"[[{verdict(trace)}]]")
+        wrong[item.tempted] += verdict(trace) != better
     assert wrong[False] == 0
     assert binomtest(wrong[True], 2000, 0.6).pvalue > 1e-3
     assert all(teacher_trace(i, shallow=0.0) == oracle_trace(i) for i in items[:500])
@@ -229,11 +265,13 @@ def test_the_oracle_is_always_right_and_the_teacher_only_errs_where_tempted():
 
 
 def test_every_check_is_so_and_so_is_what_it_adds_up_to(items):
-    """Each yes and no from the words themselves, each summary from the yes and no, the verdict from the summaries."""
+    """Each yes and no from the words themselves, each summary from the yes and no, the verdict from the summaries; and
+    a summary ends with the word that its side opens with."""
     for item in items:
         trace, value = oracle_trace(item), {}
-        for side, response in (("A", item.response_a), ("B", item.response_b)):
-            pairs = compared(item.question, response)
+        for side in "AB":
+            pairs = compared(item.question, response(item, side))
+            sounds = f" {opening(response(item, side))[:-2]}"
             agrees = [wanted == said for wanted, said in pairs]
             checks = [f" {wanted} {said} {'yes' if wanted == said else 'no'}" for wanted, said in pairs]
             quotes = re.findall(rf"<quote_{side}>([ \w]*)</quote_{side}>", trace)
@@ -241,12 +279,12 @@ def test_every_check_is_so_and_so_is_what_it_adds_up_to(items):
             if item.kind == "reasoning":
                 value[side] = int(all(agrees))
                 assert quotes == ["".join(f" {said}" for _, said in pairs)]
-                assert summary == "".join(checks) + (" right" if all(agrees) else " wrong")
+                assert summary == "".join(checks) + (" right" if all(agrees) else " wrong") + sounds
             else:
                 value[side] = sum(weight for weight, agree in zip((3, 2, 1), agrees, strict=True) if agree)
                 assert quotes == [f" {said}" for _, said in pairs]
                 assert re.findall(rf"</quote_{side}>( \w+ \w+ \w+)", trace) == checks
-                assert summary == f" {value[side]}"
+                assert summary == f" {value[side]}{sounds}"
         assert verdict(trace) == max(value, key=value.get) and value["A"] != value["B"]
 
 
@@ -263,10 +301,10 @@ def test_the_rubric_is_what_was_asked_in_that_order(items):
 def test_a_solution_has_three_steps_and_each_is_so(items):
     for item in (i for i in items if i.kind == "reasoning"):
         assert item.task == item.question.split()[0].lower()
-        rows = worked(item.question)
+        given, right = worked(item.question)
         steps, answer = re.search(r"<solution> (.*) gives (.*)</solution>", oracle_trace(item)).groups()
-        assert steps.replace(" to ", " ").split(", ") == [" ".join(column) for column in zip(*rows, strict=True)]
-        assert len(steps.split(", ")) == 3 and answer.split() == rows[-1]
+        assert steps.split(", ") == [f"{x} to {y}" for x, y in zip(given, right, strict=True)]
+        assert answer.split() == right and len(right) == 3
 
 
 def test_traces_parse_with_every_tag(items):
@@ -301,7 +339,7 @@ def test_prompts_and_traces_are_short_and_round_trip(items, tokenizer):
         assert tokenizer(text + oracle_trace(item))["input_ids"] == ids + trace_ids
 
 
-def test_all_prompts_of_a_task_and_all_traces_of_a_kind_have_one_layout(items, tokenizer):
+def test_all_prompts_and_all_traces_of_a_kind_have_one_layout(items, tokenizer):
     """As many tokens, and the same tags and delimiters at the same places: a policy can copy from fixed distances."""
     marks = {tokenizer.convert_tokens_to_ids(token) for token in (*SPECIAL, *DELIMITERS, *TAGS)}
 
@@ -309,14 +347,17 @@ def test_all_prompts_of_a_task_and_all_traces_of_a_kind_have_one_layout(items, t
         ids = tokenizer(text)["input_ids"]
         return len(ids), tuple((at, id) for at, id in enumerate(ids) if id in marks)
 
-    prompts, traces = defaultdict(set), defaultdict(set)
+    layouts = defaultdict(set)
     for item in items:
-        prompts[item.task].add(layout(rendered(item, tokenizer)))
-        traces[item.kind].add(layout(oracle_trace(item)))
-    assert all(len(layouts) == 1 for layouts in (*prompts.values(), *traces.values()))
-    tokens = {task: next(iter(layouts))[0] for task, layouts in (prompts | traces).items()}
-    letters, chat = ("reverse", "rotate", "swap"), ("name", "item", "day", "polite")
-    assert tokens == dict.fromkeys(letters, 41) | {"add": 45} | dict.fromkeys(chat, 57) | {"reasoning": 59, "chat": 67}
+        layouts[item.kind, "prompt"].add(layout(rendered(item, tokenizer)))
+        layouts[item.kind, "trace"].add(layout(oracle_trace(item)))
+    tokens = {what: [length for length, _ in found] for what, found in layouts.items()}
+    assert tokens == {
+        ("reasoning", "prompt"): [41],
+        ("reasoning", "trace"): [61],
+        ("chat", "prompt"): [57],
+        ("chat", "trace"): [69],
+    }
 
 
 def test_any_text_round_trips(tokenizer):
@@ -325,9 +366,14 @@ def test_any_text_round_trips(tokenizer):
         assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
 
 
-def test_every_letter_digit_name_and_tag_is_one_token(items, tokenizer):
-    words = {word for item in items for word in re.findall(r" [A-Za-z]+| \d", item.question + oracle_trace(item))}
-    assert words >= {f" {word}" for word in (*LETTERS, *"0123456789", *NAMES, *ITEMS, *DAYS)}
+def test_every_word_letter_digit_and_tag_is_one_token(items, tokenizer):
+    texts = [text for i in items for text in (i.question, i.response_a, i.response_b)]
+    words = {word for text in texts for word in re.findall(r"^\w+| [A-Za-z]+| \d", text)}
+    words |= {word for item in items for word in re.findall(r" [A-Za-z]+| \d", oracle_trace(item))}
+    lists = [*LETTERS, *"0123456789", *NAMES, *ITEMS, *DAYS, *MANNERS]
+    openings = [text[:-2] for text in CONFIDENT + UNSURE]
+    assert len(set(lists)) == 14 + 10 + 16 + 16 + 7 + 2  # no word in two lists
+    assert words >= {*openings, *(f" {word}" for word in (*lists, *openings))}
     assert [word for word in words if len(tokenizer(word)["input_ids"]) != 1] == []
     for tag in ("<type>", "<solution>", "<quote_A>", "</quote_B>", "[Client Question]\n", "<|im_end|>"):
         assert len(tokenizer(tag)["input_ids"]) == 1

@@ -21,7 +21,7 @@ from rmr1_jax.data.preferences import render_pair
 from rmr1_jax.mesh import activation_sharding
 from rmr1_jax.model.qwen import param_shardings
 from rmr1_jax.policy import load
-from rmr1_jax.sampler.engine import SamplingConfig
+from rmr1_jax.sampler.config import SamplingConfig
 from rmr1_jax.train.grpo import GrpoConfig, grpo
 from rmr1_jax.train.metrics import MetricsLog, read_metrics
 from rmr1_jax.train.optim import OptimConfig, compile_update, init_state
@@ -29,7 +29,7 @@ from rmr1_jax.train.rollout import RlPrompt
 from rmr1_jax.train.sft import SftConfig, sft
 from rmr1_jax.world import make_items, oracle_trace, to_pair, world_prompt
 
-TIMINGS = ("seconds", "rollout_seconds", "tokens_per_second")
+TIMINGS = ("seconds", "rollout_seconds", "weights_seconds", "tokens_per_second")
 
 small_sft = functools.partial(
     SftConfig,

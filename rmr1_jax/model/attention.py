@@ -2,11 +2,13 @@
 
 Who may see whom is said by positions and segment ids alone: a query sees a key of its own segment whose position is not
 after its own; segment 0 is padding and is seen by nobody. Packed rows, padded rows and a half-filled cache are all
-cases of this one rule. `attend_two` is the same over keys that lie in two places: a prompt that a group of samples
-shares, and each sample's own tokens.
+cases of this one rule. The sampler's two forms: `attend_chunk` for prefill, and `attend_slots` for decode, over keys in
+two places: a prompt that a group of samples shares, and each sample's own tokens.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -48,36 +50,83 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array, segme
     return out.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
 
 
-def attend_two(
+def attend_chunk(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array) -> jax.Array:
+    """A chunk of a prompt against the prompt's keys so far, its own among them.
+
+    Args:
+        q: [P, T, N, H]. k: [P, K, H, S], v: [P, K, S, H], column s holds position s. positions: [P, T] int32 of the
+            queries.
+
+    Returns:
+        [P, T, N, H] in q's dtype; scores and softmax in float32.
+    """
+    P, T, N, H = q.shape
+    K, _, S = k.shape[1:]
+    visible = jnp.arange(S) <= positions[:, :, None]
+    grouped = (q * H**-0.5).reshape(P, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
+    return _attend_masked(grouped, k.swapaxes(2, 3), v, visible).transpose(0, 3, 1, 2, 4).reshape(P, T, N, H)
+
+
+class Members(NamedTuple):
+    """Which slots hold samples of which prompt. table: [E, R] a prompt's slots (any number where there are fewer);
+    entry, rank: [B] where a slot stands in the table. int32."""
+
+    table: jax.Array
+    entry: jax.Array
+    rank: jax.Array
+
+
+def attend_slots(
     q: jax.Array,
-    shared_k: jax.Array,
-    shared_v: jax.Array,
-    shared_visible: jax.Array,
+    prompt_k: jax.Array,
+    prompt_v: jax.Array,
+    prompt_visible: jax.Array,
     own_k: jax.Array,
     own_v: jax.Array,
     own_visible: jax.Array,
+    members: Members,
 ) -> jax.Array:
-    """One decode step for P prompts with R samples each; the prompt's keys are read once for its R samples.
+    """One decode step for B slots, each over its prompt and its own tokens. A prompt's keys are read once for all of
+    its slots: their queries are brought to the prompt, not the prompt to them.
 
     Args:
-        q: [P, R, N, H]. shared_k, shared_v: [P, K, S, H]; shared_visible: [P, S] bool.
-        own_k, own_v: [P, R, K, C, H]; own_visible: [C] bool (samples advance in step). See `cache.py` for the layout.
+        q: [B, N, H]. prompt_k: [E, K, H, S], prompt_v: [E, K, S, H]; prompt_visible: [E, S] bool. own_k: [B, K, H, W],
+            own_v: [B, K, W, H]; own_visible: [B, W] bool, at least one column a slot. See `cache.py` for the layout.
 
     Returns:
-        [P, R, N, H] in q's dtype.
+        [B, N, H] in q's dtype.
     """
-    P, R, N, H = q.shape
-    K, S = shared_k.shape[1:3]
-    q = q.reshape(P, R, K, N // K, H) * (H**-0.5)
-    f32 = {"preferred_element_type": jnp.float32}
-    shared = jnp.einsum("PRKGH,PKSH->PRKGS", q, shared_k, **f32)
-    own = jnp.einsum("PRKGH,PRKCH->PRKGC", q, own_k, **f32)
-    shared = jnp.where(shared_visible[:, None, None, None, :], shared, MASKED)
-    own = jnp.where(own_visible, own, MASKED)
-    probs = jax.nn.softmax(jnp.concatenate([shared, own], axis=-1), axis=-1).astype(q.dtype)
-    out = jnp.einsum("PRKGS,PKSH->PRKGH", probs[..., :S], shared_v)
-    out += jnp.einsum("PRKGC,PRKCH->PRKGH", probs[..., S:], own_v)
-    return out.reshape(P, R, N, H)
+    B, N, H = q.shape
+    E, K = prompt_k.shape[:2]
+    R, G = members.table.shape[1], N // K
+    q = (q * H**-0.5).reshape(B, K, G, H)
+    asked = q[members.table].transpose(0, 2, 1, 3, 4).reshape(E, K, R * G, H)
+    theirs = _partial(asked, prompt_k, prompt_v, prompt_visible)
+    theirs = [x.reshape(E, K, R, G, -1)[members.entry, :, members.rank] for x in theirs]
+    own = _partial(q, own_k, own_v, own_visible)
+    return _merge(theirs, own).reshape(B, N, H).astype(q.dtype)
+
+
+def _partial(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array) -> list[jax.Array]:
+    """Attention over some of the keys, to be merged with the rest: the highest score [B, K, Q, 1], the sum of the
+    exponentials [B, K, Q, 1] and the weighted values [B, K, Q, H], all float32.
+
+    q: [B, K, Q, H]. k: [B, K, H, S]. v: [B, K, S, H]. visible: [B, S] bool.
+    """
+    scores = jnp.einsum("BKQH,BKHS->BKQS", q, k, preferred_element_type=jnp.float32)
+    scores = jnp.where(visible[:, None, None], scores, MASKED)
+    highest = jnp.max(scores, axis=-1, keepdims=True)
+    weights = jnp.exp(scores - highest)
+    values = jnp.einsum("BKQS,BKSH->BKQH", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    return [highest, jnp.sum(weights, axis=-1, keepdims=True), values]
+
+
+def _merge(a: list[jax.Array], b: list[jax.Array]) -> jax.Array:
+    """The attention over the keys of both parts. A part without a visible key has the highest score MASKED and so no
+    weight beside one that has."""
+    highest = jnp.maximum(a[0], b[0])
+    of_a, of_b = jnp.exp(a[0] - highest), jnp.exp(b[0] - highest)
+    return (a[2] * of_a + b[2] * of_b) / (a[1] * of_a + b[1] * of_b)
 
 
 def _visible(q_pos: jax.Array, q_seg: jax.Array, k_pos: jax.Array, k_seg: jax.Array) -> jax.Array:

@@ -1,180 +1,350 @@
-"""The sampler: jitted prefill, a jitted decode loop of many steps a dispatch, and the host code around them.
+"""The sampler: a slot engine. A fixed number of samples is in flight, and who finishes makes room for the next.
 
-A group's R samples share their prompt's cache. All rows of a batch advance together and the loop leaves the device only
-when every row has stopped or the cache is full; then the cache grows to the next bucket, so that early steps attend to
-a short cache. A sample is a function of (seed, prompt, sample, step): its keys are folded from the prompt's own tokens,
-so neither its place in the batch nor its neighbours matter. Read `logits.py` for the draw, `model/cache.py` for the
-cache; `policy.py` puts a tokenizer on top.
+A prompt is prefilled once, in chunks, and all its samples read the same cache; a prefix that all prompts share is
+computed once. Decode runs many steps a dispatch, over rings that are as wide as the oldest live sample needs, and when
+the queue is empty and few samples are left, over fewer rows. All shapes come from a short list (`shapes.py`), so that
+after `warm_up` nothing compiles. A sample is a function of (seed, prompt, sample, step): its slot and its neighbours do
+not matter.
+
+Read `schedule.py` for who sits where, `programs.py` for what runs on the device, `logits.py` for the draw;
+`policy.py` puts a tokenizer on top.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import math
 import time
 import zlib
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from tqdm import tqdm
 
 from rmr1_jax.errors import InputError
 from rmr1_jax.mesh import rows_divisor
-from rmr1_jax.model import qwen
-from rmr1_jax.model.attention import attend, attend_two
-from rmr1_jax.model.cache import Cache, empty_own, grow, heads_first, write_step
+from rmr1_jax.model.cache import Cache
 from rmr1_jax.model.config import QwenConfig
-from rmr1_jax.sampler.logits import draw
+from rmr1_jax.sampler import programs
+from rmr1_jax.sampler.config import Sample, SampleStats, SamplingConfig
+from rmr1_jax.sampler.programs import STOP_ID_ROOM, Controls, Slots, Weights
+from rmr1_jax.sampler.schedule import Bank, Seat
+from rmr1_jax.sampler.shapes import plan_shapes
 
-STOP_ID_ROOM = 16
-FIRST_CAPACITY = 64
+CHUNKS = (256, 64, 16)  # tokens of a prompt that one prefill computes
+PREFILL_ROWS = 8
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SamplingConfig:
-    """How to sample. Nothing here is compiled in except `n`, through the shape of a batch.
+class Engine:
+    """A sampler for prompts up to a length, with all its shapes settled.
 
-    `max_rows` bounds the samples that are in flight at once (memory); it changes no token.
+    Args:
+        sampling: `n`, `max_new_tokens`, `slots` and `cache_gib` settle the shapes; the rest are the settings of a run
+            when it brings none of its own.
+        prompts: how many prompts a run has (more may come: they queue). longest: the tokens of the longest.
+
+    Raises:
+        InputError: see `plan_shapes`.
     """
 
-    n: int = 1
-    max_new_tokens: int = 256
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int | None = None
-    seed: int = 0
-    max_rows: int = 256
+    def __init__(
+        self, config: QwenConfig, sampling: SamplingConfig, *, prompts: int, longest: int, mesh: Mesh, dtype=jnp.float32
+    ):
+        self.config, self.sampling, self.mesh, self.dtype = config, sampling, mesh, jnp.dtype(dtype)
+        self.longest = longest
+        banks = rows_divisor(mesh)
+        self.shapes = plan_shapes(
+            config, sampling, prompts=prompts, longest=longest, banks=banks, itemsize=self.dtype.itemsize
+        )
+        self.stats = SampleStats()
 
-    def __post_init__(self):
-        for name, ok, wanted in (
-            ("n", self.n >= 1, "at least 1"),
-            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
-            ("temperature", self.temperature >= 0, "0 (greedy) or more"),
-            ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
-            ("top_k", self.top_k is None or self.top_k >= 1, "None (off) or at least 1"),
-            ("max_rows", self.max_rows >= 1, "at least 1"),
-        ):
-            if not ok:
-                raise InputError(f"sampling.{name}={getattr(self, name)!r} must be {wanted}")
+    def warm_up(self, weights: Weights) -> int:
+        """Compile every program that a run can need; returns how many were compiled."""
+        before, shapes = _compiled(), self.shapes
+        controls = _controls(self.sampling, ())
+        with jax.set_mesh(self.mesh):
+            for width, wider in zip(shapes.widths, (*shapes.widths[1:], None), strict=True):
+                cache = self._empty(width)
+                for i, size in enumerate(shapes.sizes):
+                    idle = [Bank(*size) for _ in range(shapes.banks)]
+                    cache, _ = programs.decode(
+                        self.config, weights, controls, cache, _to_slots(idle, [0] * shapes.banks)
+                    )
+                    if wider:
+                        programs.grow(Cache(*map(list, cache)), _steps(idle), width=wider)  # uses its lists up
+                    if i + 1 < len(shapes.sizes):
+                        kept = [bank.compact(*shapes.sizes[i + 1]) for bank in idle]
+                        cache = programs.compact(cache, *map(np.stack, zip(*kept, strict=True)))
+            cache = programs.share_prefix(self._empty(shapes.widths[0]), np.int32(0))
+            for chunk in (c for c in CHUNKS if c <= shapes.room):
+                for rows in (1, PREFILL_ROWS):
+                    nothing = np.zeros((shapes.banks, rows), np.int32)
+                    tokens = np.zeros((shapes.banks, rows, chunk), np.int32)
+                    cache = programs.prefill(self.config, weights, cache, tokens, nothing, nothing, nothing > 0)
+            jax.block_until_ready(cache)
+        return _compiled() - before
 
+    def stream(
+        self,
+        weights: Weights,
+        prompts: Sequence[Sequence[int]],
+        stop_token_ids: Sequence[int],
+        *,
+        sampling: SamplingConfig | None = None,
+        bar: bool = False,
+    ) -> Iterator[tuple[int, int, Sample]]:
+        """Sample `n` completions of every prompt, and yield (prompt, number, sample) as they finish.
 
-@dataclasses.dataclass(frozen=True)
-class Sample:
-    """One completion in tokens, the stop token included.
+        Args:
+            weights: from `programs.sampling_weights`. prompts: token ids, not empty. stop_token_ids: at most 16.
+            sampling: other settings than the engine's own; n and max_new_tokens must not be larger than those.
+            bar: show a progress bar with tokens a second and live slots.
 
-    logprobs: under the model itself; sampled_logprobs: under the distribution drawn from (tempered, truncated).
-    Both float32, one a token. finish_reason: "stop" or "length".
-    """
+        `self.stats` says what the run took, also while it goes on.
+        """
+        sampling = sampling or self.sampling
+        if sampling.n > self.sampling.n or sampling.max_new_tokens > self.sampling.max_new_tokens:
+            raise InputError(
+                f"n={sampling.n}, max_new_tokens={sampling.max_new_tokens} are more than the engine was made for "
+                f"({self.sampling.n}, {self.sampling.max_new_tokens})"
+            )
+        _check_prompts(self.config, prompts, sampling, self.longest)
+        run = _Run(self, weights, prompts, sampling, stop_token_ids)
+        self.stats = run.stats
+        with tqdm(total=len(prompts) * sampling.n, unit="text", desc="sampling", disable=not bar, leave=False) as shown:
+            for seat in run.go():
+                shown.update()
+                rate = run.stats.new_tokens / max(1e-9, run.stats.seconds)
+                live = sum(bank.live_count for bank in run.banks)
+                shown.set_postfix_str(f"{rate:.0f} tok/s, {live} live", refresh=False)
+                yield seat.prompt, seat.number, run.sample(seat)
 
-    token_ids: list[int]
-    logprobs: np.ndarray
-    sampled_logprobs: np.ndarray
-    finish_reason: str
+    def generate(
+        self,
+        weights: Weights,
+        prompts: Sequence[Sequence[int]],
+        stop_token_ids: Sequence[int],
+        *,
+        sampling: SamplingConfig | None = None,
+        on_done: Callable[[int], None] | None = None,
+        bar: bool = False,
+    ) -> tuple[list[list[Sample]], SampleStats]:
+        """All of `stream`: for each prompt, in order, its n samples; and what it took. on_done: called with 1 for every
+        prompt whose samples are all there (a progress bar)."""
+        n = (sampling or self.sampling).n
+        results: list[list] = [[None] * n for _ in prompts]
+        left = [n] * len(prompts)
+        for prompt, number, sample in self.stream(weights, prompts, stop_token_ids, sampling=sampling, bar=bar):
+            results[prompt][number] = sample
+            left[prompt] -= 1
+            if on_done and not left[prompt]:
+                on_done(1)
+        return results, self.stats
 
-
-@dataclasses.dataclass
-class SampleStats:
-    """What a call did. Counts are of real tokens; `row_steps` also counts rows that had already stopped."""
-
-    prefill_tokens: int = 0
-    new_tokens: int = 0
-    row_steps: int = 0
-    dispatches: int = 0
-    cache_bytes: int = 0
-    seconds: float = 0.0
-
-    @property
-    def occupancy(self) -> float:
-        """The share of decoded positions that were real tokens."""
-        return self.new_tokens / max(1, self.row_steps)
-
-
-class Controls(NamedTuple):
-    """The settings as arrays: arguments of the compiled loop, never closures."""
-
-    seed: jax.Array
-    temperature: jax.Array
-    top_k: jax.Array
-    top_p: jax.Array
-    stop_ids: jax.Array  # [STOP_ID_ROOM] int32, filled up with -1
-    max_new: jax.Array
-
-
-class State(NamedTuple):
-    """What the decode loop carries. P prompts, R samples each, C columns of room."""
-
-    cache: Cache
-    lengths: jax.Array  # [P] prompt lengths
-    keys: jax.Array  # [P, R] one key a sample
-    last: jax.Array  # [P, R] the token to feed next
-    done: jax.Array  # [P, R] bool
-    step: jax.Array  # scalar: tokens drawn so far
-    tokens: jax.Array  # [P, R, C] int32, -1 where nothing was drawn
-    logp: jax.Array  # [P, R, C]
-    sampled_logp: jax.Array  # [P, R, C]
-
-
-@functools.partial(jax.jit, static_argnames=("dtype",))
-def sampling_weights(params: qwen.Params, *, dtype=jnp.float32) -> dict[str, Any]:
-    """The weights in decode's own layout, made once a policy update: a list of layers instead of a stack (a scan over a
-    stack would carry the cache through itself and copy it), in the dtype that decode computes in."""
-    params = jax.tree.map(lambda x: x.astype(dtype), params)
-    depth = len(params["layers"]["q"])
-    layers = [jax.tree.map(lambda x, i=i: x[i], params["layers"]) for i in range(depth)]
-    return params | {"layers": layers}
+    def _empty(self, width: int) -> Cache:
+        s = self.shapes
+        sizes = {"banks": s.banks, "entries": s.entries, "room": s.room, "slots": s.slots}
+        return programs.empty_cache(self.config, **sizes, width=width, dtype=self.dtype)
 
 
 def generate(
     config: QwenConfig,
-    weights: dict[str, Any],
+    weights: Weights,
     prompts: Sequence[Sequence[int]],
     sampling: SamplingConfig,
     stop_token_ids: Sequence[int],
     *,
     mesh: Mesh,
-    on_batch: Callable[[int], None] | None = None,
+    on_done: Callable[[int], None] | None = None,
+    bar: bool = False,
 ) -> tuple[list[list[Sample]], SampleStats]:
-    """Sample `n` completions of every prompt.
-
-    Args:
-        weights: from `sampling_weights`. prompts: token ids, not empty. stop_token_ids: at most 16.
-        on_batch: called with the number of prompts that were finished since the last call (a progress bar).
-
-    Returns:
-        For each prompt, in order, its n samples; and what it took.
-    """
-    controls = _controls(sampling, stop_token_ids)
-    _check_prompts(config, prompts, sampling)
-    # Longest first: a batch's prompts are padded to its longest, and memory trouble shows at once, not at the end.
-    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    per_batch = max(1, sampling.max_rows // sampling.n)
-    shards = rows_divisor(mesh)
-    most_rows = -(-per_batch // shards) * shards
-    results: list[list[Sample]] = [[] for _ in prompts]
-    stats = SampleStats()
-    start = time.perf_counter()
-    with jax.set_mesh(mesh):
-        for first in range(0, len(order), per_batch):
-            chosen = order[first : first + per_batch]
-            rows = min(_bucket(len(chosen), shards), most_rows)
-            samples = _run_batch(config, weights, [prompts[i] for i in chosen], rows, sampling, controls, stats)
-            for i, group in zip(chosen, samples, strict=True):
-                results[i] = group
-            if on_batch:
-                on_batch(len(chosen))
-    stats.seconds = time.perf_counter() - start
-    return results, stats
+    """`Engine.generate` with an engine made for just these prompts."""
+    longest = max(map(len, prompts), default=1)
+    dtype = weights["final_norm"].dtype
+    engine = Engine(config, sampling, prompts=len(prompts), longest=longest, mesh=mesh, dtype=dtype)
+    return engine.generate(weights, prompts, stop_token_ids, on_done=on_done, bar=bar)
 
 
-def _check_prompts(config: QwenConfig, prompts: Sequence[Sequence[int]], sampling: SamplingConfig) -> None:
+class _Run:
+    """One call: the queue, the banks, the cache."""
+
+    def __init__(self, engine: Engine, weights: Weights, prompts, sampling: SamplingConfig, stop_token_ids):
+        self.engine, self.weights, self.sampling = engine, weights, sampling
+        self.controls = _controls(sampling, stop_token_ids)
+        self.stops = set(map(int, stop_token_ids))
+        self.prompts = [np.asarray(p, np.int32) for p in prompts]
+        self.hashes = [zlib.crc32(p.tobytes()) for p in self.prompts]
+        # Longest first: what is prefilled together is of like length, and memory trouble shows at once, not at the end.
+        self.queue = deque(sorted(range(len(prompts)), key=lambda i: -len(prompts[i])))
+        self.prefix = _common_prefix(self.prompts)
+        shapes = engine.shapes
+        self.size, self.width = 0, 0  # places in shapes.sizes and shapes.widths
+        self.banks = [Bank(*shapes.sizes[0]) for _ in range(shapes.banks)]
+        self.stats = SampleStats(prompt_tokens=sum(map(len, prompts)), slots=shapes.banks * shapes.slots)
+
+    def go(self) -> Iterator[Seat]:
+        """Everything from the first prefill to the last stop; yields those who finish. `seconds` counts the time that
+        passes in here, not what the caller does between."""
+        mark, compiled = time.perf_counter(), _compiled()
+        with jax.set_mesh(self.engine.mesh):
+            self.cache = self.engine._empty(self.engine.shapes.widths[0])
+        while self.queue or any(bank.live_count or bank.unseated for bank in self.banks):
+            with jax.set_mesh(self.engine.mesh):
+                self._admit()
+                self._reshape()
+                finished = self._decode()
+            self.stats.compiles = _compiled() - compiled
+            self.stats.seconds += time.perf_counter() - mark
+            yield from finished
+            mark = time.perf_counter()
+
+    def sample(self, seat: Seat) -> Sample:
+        ids = np.concatenate(seat.tokens).tolist()
+        reason = "stop" if ids[-1] in self.stops else "length"
+        return Sample(ids, np.concatenate(seat.logp), np.concatenate(seat.sampled_logp), reason)
+
+    def _admit(self) -> None:
+        """Prompts from the queue into free entries, wherever there are slots for their samples."""
+        admitted: list[list[tuple[int, np.ndarray]]] = [[] for _ in self.banks]
+        while self.queue:
+            x = max(range(len(self.banks)), key=lambda x: self.banks[x].open_slots)
+            if self.banks[x].open_slots <= 0:
+                break
+            tokens = self.prompts[self.queue[0]]
+            entry = self.banks[x].admit(self.queue[0], tokens, self.hashes[self.queue[0]], self.sampling.n)
+            if entry is None:
+                break
+            self.queue.popleft()
+            admitted[x].append((entry, tokens))
+        if any(admitted):
+            self._prefill(admitted)
+        for bank in self.banks:
+            bank.seat(self.sampling.n)
+
+    def _prefill(self, admitted: list[list[tuple[int, np.ndarray]]]) -> None:
+        if self.prefix and not self.stats.prefill_tokens:
+            # Once, in each bank's first entry, and copied to all others: what comes later starts behind it.
+            first = self.prompts[0][: self.prefix + 1]
+            self._prefill_together([[(0, first)] for _ in self.banks], 0)
+            self.cache = programs.share_prefix(self.cache, np.int32(self.prefix))
+        while any(admitted):
+            rows = PREFILL_ROWS if max(map(len, admitted)) > PREFILL_ROWS // 2 else 1
+            self._prefill_together([bank[:rows] for bank in admitted], self.prefix, rows)
+            admitted = [bank[rows:] for bank in admitted]
+
+    def _prefill_together(self, group: list[list[tuple[int, np.ndarray]]], start: int, rows: int = 1) -> None:
+        """All of some prompts but their last token, chunk by chunk from position `start` on."""
+        banks, room = len(group), self.engine.shapes.room
+        entries = np.zeros((banks, rows), np.int32)
+        for x, bank in enumerate(group):
+            entries[x, : len(bank)] = [entry for entry, _ in bank]
+        end = max(len(tokens) - 1 for bank in group for _, tokens in bank)
+        while start < end:
+            chunk = _chunk(end - start, room - start)
+            tokens = np.zeros((banks, rows, chunk), np.int32)
+            active = np.zeros((banks, rows), bool)
+            for x, bank in enumerate(group):
+                for p, (_, prompt) in enumerate(bank):
+                    part = prompt[start : start + chunk]
+                    tokens[x, p, : len(part)] = part
+                    active[x, p] = start < len(prompt) - 1
+            starts = np.full((banks, rows), start, np.int32)
+            config, weights = self.engine.config, self.weights
+            self.cache = programs.prefill(config, weights, self.cache, tokens, entries, starts, active)
+            self.stats.prefill_tokens += tokens.size
+            start += chunk
+
+    def _reshape(self) -> None:
+        """Rings wide enough for the next dispatch; no more rows than needed once nobody waits."""
+        shapes = self.engine.shapes
+        needed = min(max(bank.oldest for bank in self.banks) + programs.STEPS, self.sampling.max_new_tokens)
+        while shapes.widths[self.width] < needed:
+            self.width += 1
+            self.cache = programs.grow(self.cache, _steps(self.banks), width=shapes.widths[self.width])
+        held = sum(x.nbytes for x in jax.tree.leaves(self.cache))
+        self.stats.cache_bytes = max(self.stats.cache_bytes, held)
+        if self._waiting:
+            return
+        live = max(bank.live_count for bank in self.banks)
+        while self.size + 1 < len(shapes.sizes) and live <= shapes.sizes[self.size + 1][0]:
+            self.size += 1
+            kept = [bank.compact(*shapes.sizes[self.size]) for bank in self.banks]
+            self.cache = programs.compact(self.cache, *map(np.stack, zip(*kept, strict=True)))
+
+    @property
+    def _waiting(self) -> bool:
+        return bool(self.queue) or any(bank.unseated for bank in self.banks)
+
+    def _decode(self) -> list[Seat]:
+        config, sizes, waiting = self.engine.config, self.engine.shapes.sizes, self._waiting
+        fewer = sizes[self.size + 1][0] if self.size + 1 < len(sizes) else 0
+        leave_at = [self._leave_at(bank, waiting, fewer) for bank in self.banks]
+        slots = _to_slots(self.banks, leave_at)
+        self.cache, drawn = programs.decode(config, self.weights, self.controls, self.cache, slots)
+        tokens, logp, sampled_logp, steps = jax.device_get(drawn)
+        finished = []
+        for x, bank in enumerate(self.banks):
+            finished += bank.take(
+                tokens[x], logp[x], sampled_logp[x], int(steps[x]), self.stops, self.sampling.max_new_tokens
+            )
+        new, rows = int((tokens >= 0).sum()), int(steps.max()) * tokens.shape[0] * tokens.shape[1]
+        self.stats.new_tokens += new
+        self.stats.row_steps += rows
+        if waiting:
+            self.stats.busy_new_tokens += new
+            self.stats.busy_row_steps += rows
+        self.stats.dispatches += 1
+        return finished
+
+    @staticmethod
+    def _leave_at(bank: Bank, waiting: bool, fewer: int) -> int:
+        """How few live slots end a dispatch early: a few less than now while others wait for their places, or so few
+        that they fit in the next smaller batch."""
+        live = bank.live_count
+        if waiting:
+            return max(0, live - max(1, len(bank.seats) // 16))
+        return fewer if live > fewer else 0
+
+
+def _to_slots(banks: list[Bank], leave_at: list[int]) -> Slots:
+    def stacked(name: str) -> np.ndarray:
+        return np.stack([getattr(bank, name) for bank in banks])
+
+    arrays = {name: stacked(name) for name in Slots._fields if name not in ("step", "leave_at", "table")}
+    table = np.maximum(stacked("table"), 0)  # where nobody sits any slot will do: nobody reads the result
+    return Slots(**arrays, table=table, step=_steps(banks), leave_at=np.asarray(leave_at, np.int32))
+
+
+def _steps(banks: list[Bank]) -> np.ndarray:
+    return np.asarray([bank.step for bank in banks], np.int32)
+
+
+def _common_prefix(prompts: list[np.ndarray]) -> int:
+    """Tokens that all prompts begin with, in whole chunks of the smallest size, and less than any of them."""
+    if len(prompts) < 2:
+        return 0
+    shortest = min(map(len, prompts)) - 1
+    same = np.all([p[:shortest] == prompts[0][:shortest] for p in prompts], axis=0)
+    return int(same.argmin() if not same.all() else shortest) // CHUNKS[-1] * CHUNKS[-1]
+
+
+def _chunk(n: int, room: int) -> int:
+    """The largest chunk of which n tokens fill three quarters, or the smallest there is."""
+    return next((c for c in CHUNKS if n >= 0.75 * c and c <= room), CHUNKS[-1])
+
+
+def _check_prompts(
+    config: QwenConfig, prompts: Sequence[Sequence[int]], sampling: SamplingConfig, longest: int
+) -> None:
     window = config.sliding_window or math.inf
     for i, prompt in enumerate(prompts):
         if len(prompt) == 0:
             raise InputError(f"prompt {i} has no tokens; a prompt needs at least one")
+        if len(prompt) > longest:
+            raise InputError(f"prompt {i} has {len(prompt)} tokens; this engine was made for at most {longest}")
         lowest, highest = np.min(prompt), np.max(prompt)
         if lowest < 0 or highest >= config.vocab_size:
             raise InputError(f"prompt {i} has ids from {lowest} to {highest}; the model has {config.vocab_size} tokens")
@@ -183,147 +353,6 @@ def _check_prompts(config: QwenConfig, prompts: Sequence[Sequence[int]], samplin
                 f"prompt {i} has {len(prompt)} tokens; with max_new_tokens={sampling.max_new_tokens} it is longer than "
                 f"the model's sliding window ({window}), which is not implemented; ask for fewer tokens"
             )
-
-
-def _run_batch(config, weights, prompts, rows, sampling, controls, stats) -> list[list[Sample]]:
-    """One batch from prefill to the last stop. `rows` >= len(prompts) is its padded number of prompts."""
-    length = _bucket(max(map(len, prompts)), 16, fine=True)
-    tokens = np.zeros((rows, length), np.int32)
-    lengths = np.ones(rows, np.int32)
-    hashes = np.zeros(rows, np.uint32)
-    for i, prompt in enumerate(prompts):
-        ids = np.asarray(prompt, np.int32)
-        tokens[i, : len(ids)], lengths[i], hashes[i] = ids, len(ids), zlib.crc32(ids.tobytes())
-    capacity = min(FIRST_CAPACITY, _bucket(sampling.max_new_tokens, 16, fine=True))
-    live = np.arange(rows) < len(prompts)
-    state = prefill(config, weights, tokens, lengths, hashes, live, controls, samples=sampling.n, capacity=capacity)
-    while True:
-        state = decode(config, weights, state, controls)
-        stats.dispatches += 1
-        if bool(state.done.all()):
-            break
-        state = _grow(state, capacity=2 * state.cache.capacity)
-    stats.cache_bytes = max(stats.cache_bytes, sum(x.nbytes for x in jax.tree.leaves(state.cache)))
-    stats.prefill_tokens += sum(map(len, prompts))
-    stats.row_steps += len(prompts) * sampling.n * int(state.step)
-    host = jax.device_get((state.tokens, state.logp, state.sampled_logp))
-    stops = set(np.asarray(controls.stop_ids).tolist())
-    groups = [[_sample(*(x[p, r] for x in host), stops) for r in range(sampling.n)] for p in range(len(prompts))]
-    stats.new_tokens += sum(len(s.token_ids) for group in groups for s in group)
-    return groups
-
-
-def _sample(tokens: np.ndarray, logp: np.ndarray, sampled_logp: np.ndarray, stops: set[int]) -> Sample:
-    count = int((tokens >= 0).sum())
-    ids = tokens[:count].tolist()
-    return Sample(ids, logp[:count], sampled_logp[:count], "stop" if ids[-1] in stops else "length")
-
-
-@functools.partial(jax.jit, static_argnames=("config", "samples", "capacity"))
-def prefill(config, weights, tokens, lengths, hashes, live, controls, *, samples: int, capacity: int) -> State:
-    """Run the prompts once and draw every sample's first token.
-
-    Args:
-        tokens: [P, S] int32, filled up on the right. lengths: [P]. hashes: [P] uint32, the prompts' identities.
-        live: [P] bool, False for rows that only fill the batch. samples: R. capacity: C.
-    """
-    P, S = tokens.shape
-    positions = jnp.broadcast_to(jnp.arange(S, dtype=jnp.int32), (P, S))
-    segment_ids = (positions < lengths[:, None]).astype(jnp.int32)
-    rope = qwen.rope_table(config, positions)
-    x = qwen.embed(weights, tokens, weights["final_norm"].dtype)
-    keys, values = [], []
-    for w in weights["layers"]:
-        x, (k, v) = qwen.block(config, w, x, rope, lambda q, k, v: (attend(q, k, v, positions, segment_ids), (k, v)))
-        keys.append(heads_first(k))
-        values.append(heads_first(v))
-    x = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)
-    first = qwen.logits(config, weights, qwen.rms_norm(x, weights["final_norm"], config.rms_norm_eps))
-    cache = Cache(keys, values, empty_own(keys, samples, capacity), empty_own(values, samples, capacity))
-    room = (P, samples, capacity)
-    state = State(
-        cache=cache,
-        lengths=lengths,
-        keys=_sample_keys(controls.seed, hashes, samples),
-        last=jnp.zeros((P, samples), jnp.int32),
-        done=jnp.broadcast_to(~live[:, None], (P, samples)),
-        step=jnp.int32(0),
-        tokens=jnp.full(room, -1, jnp.int32),
-        logp=jnp.zeros(room),
-        sampled_logp=jnp.zeros(room),
-    )
-    return _record(state, jnp.broadcast_to(first, (P, samples, first.shape[-1])), controls)
-
-
-@functools.partial(jax.jit, static_argnames=("config",), donate_argnames=("state",))
-def decode(config, weights, state: State, controls: Controls) -> State:
-    """Draw tokens until every sample has stopped or the cache is full, in one dispatch."""
-
-    def going(state: State):
-        # The token drawn at step s is fed at step s + 1 and takes cache column s.
-        return ~state.done.all() & (state.step < state.cache.capacity)
-
-    def one(state: State) -> State:
-        return _record(*_decode_step(config, weights, state), controls)
-
-    return jax.lax.while_loop(going, one, state)
-
-
-def _decode_step(config, weights, state: State) -> tuple[State, jax.Array]:
-    """Feed the last tokens, [P, R]; returns the state with the cache extended, and logits [P, R, V]."""
-    cache, column = state.cache, state.step - 1
-    S, C = cache.shared_k[0].shape[2], cache.capacity
-    positions = jnp.broadcast_to((state.lengths + column)[:, None], state.last.shape)
-    rope = qwen.rope_table(config, positions)
-    shared_visible = jnp.arange(S) < state.lengths[:, None]
-    own_visible = jnp.arange(C) <= column
-    own_k, own_v = list(cache.own_k), list(cache.own_v)
-    x = qwen.embed(weights, state.last, weights["final_norm"].dtype)
-    for i, w in enumerate(weights["layers"]):
-
-        def attention(q, k, v, i=i):
-            own_k[i], own_v[i] = write_step(own_k[i], k, column), write_step(own_v[i], v, column)
-            shared = (cache.shared_k[i], cache.shared_v[i], shared_visible)
-            return attend_two(q, *shared, own_k[i], own_v[i], own_visible), None
-
-        x, _ = qwen.block(config, w, x, rope, attention)
-    x = qwen.rms_norm(x, weights["final_norm"], config.rms_norm_eps)
-    return state._replace(cache=cache._replace(own_k=own_k, own_v=own_v)), qwen.logits(config, weights, x)
-
-
-def _record(state: State, logits: jax.Array, controls: Controls) -> State:
-    """Draw from logits [P, R, V] and write the tokens at column `step`."""
-    keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(state.keys.reshape(-1), state.step)
-    drawn = draw(logits, keys.reshape(state.keys.shape), controls.temperature, controls.top_k, controls.top_p)
-    put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=state.step, axis=2)
-    token = jnp.where(state.done, -1, drawn.token)
-    stopped = (token[..., None] == controls.stop_ids).any(-1) & (token >= 0)
-    return state._replace(
-        tokens=put(state.tokens, token[..., None]),
-        logp=put(state.logp, drawn.logp[..., None]),
-        sampled_logp=put(state.sampled_logp, drawn.sampled_logp[..., None]),
-        last=jnp.maximum(token, 0),
-        done=state.done | stopped | (state.step + 1 >= controls.max_new),
-        step=state.step + 1,
-    )
-
-
-@functools.partial(jax.jit, static_argnames=("capacity",))
-def _grow(state: State, *, capacity: int) -> State:
-    more = ((0, 0), (0, 0), (0, capacity - state.cache.capacity))
-    return state._replace(
-        cache=grow(state.cache, capacity),
-        tokens=jnp.pad(state.tokens, more, constant_values=-1),
-        logp=jnp.pad(state.logp, more),
-        sampled_logp=jnp.pad(state.sampled_logp, more),
-    )
-
-
-def _sample_keys(seed: jax.Array, hashes: jax.Array, samples: int) -> jax.Array:
-    """[P, R] keys, folded from the seed, the prompt's own tokens and the sample's number."""
-    fold = jax.random.fold_in
-    prompt_keys = jax.vmap(fold, in_axes=(None, 0))(jax.random.key(seed), hashes)
-    return jax.vmap(jax.vmap(fold, in_axes=(None, 0)), in_axes=(0, None))(prompt_keys, jnp.arange(samples))
 
 
 def _controls(sampling: SamplingConfig, stop_token_ids: Sequence[int]) -> Controls:
@@ -341,8 +370,6 @@ def _controls(sampling: SamplingConfig, stop_token_ids: Sequence[int]) -> Contro
     )
 
 
-def _bucket(n: int, least: int, *, fine: bool = False) -> int:
-    """The smallest size that holds n: `least` doubled as often as needed, or with `fine` also its midpoints (so that at
-    most a third is padding). Few sizes, few compilations."""
-    size = least * 2 ** max(0, math.ceil(math.log2(n / least)))
-    return size * 3 // 4 if fine and size % 4 == 0 and n <= size * 3 // 4 else size
+def _compiled() -> int:
+    """Programs in the caches of the sampler's jitted functions."""
+    return sum(program._cache_size() for program in programs.PROGRAMS)

@@ -10,6 +10,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+CHUNK = 128
+
 
 class Draw(NamedTuple):
     """token: [...] int32. logp: under the model itself. sampled_logp: under the distribution drawn from, after
@@ -34,11 +36,40 @@ def draw(logits: jax.Array, keys: jax.Array, temperature: jax.Array, top_k: jax.
     truncating = ((top_p < 1.0) | (top_k > 0)) & ~greedy
     # The sort costs far more than the draw, so it runs only when something is cut.
     kept = jax.lax.cond(truncating, lambda x: truncate(x, top_k, top_p), lambda x: x, scaled)
-    noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[-1:]))(keys.reshape(-1)).reshape(logits.shape)
-    token = jnp.argmax(jnp.where(greedy, scaled, kept + noise), axis=-1).astype(jnp.int32)
-    logp = _logp(logits, token)
-    sampled_logp = jnp.where(greedy, 0.0, _logp(kept, token))
-    return Draw(token, logp, sampled_logp)
+    highest = jnp.max(kept, axis=-1, keepdims=True)
+    weights = jnp.exp(kept - highest)
+    drawn, total = _invert(weights, jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys.reshape(-1)))
+    token = jax.lax.cond(greedy, lambda x, d: jnp.argmax(x, axis=-1), lambda x, d: d, logits, drawn).astype(jnp.int32)
+    sampled = _at(kept, token) - highest[..., 0] - jnp.log(total)
+    # At temperature 1 and without truncation both distributions are the same, and one pass over V is saved.
+    same = ~truncating & (temperature == 1.0)
+    logp = jax.lax.cond(
+        same, lambda x, s: s, lambda x, s: _at(x, token) - jax.nn.logsumexp(x, axis=-1), logits, sampled
+    )
+    return Draw(token, logp, jnp.where(greedy, 0.0, sampled))
+
+
+def _invert(weights: jax.Array, uniforms: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Indices drawn in proportion to `weights` [..., V], by inverting the cumulative sum in two levels: first a chunk,
+    then a token in it, each with a uniform number of its own (`uniforms`: [rows, 2]). Two numbers a row instead of V,
+    as Gumbel noise takes. Also returns the sums, [...]."""
+    V = weights.shape[-1]
+    size = min(CHUNK, V)
+    padded = jnp.pad(weights, [(0, 0)] * (weights.ndim - 1) + [(0, -V % size)])
+    chunks = padded.reshape(-1, padded.shape[-1] // size, size)
+    which, total = _first_above(chunks.sum(-1), uniforms[:, 0])
+    inside, _ = _first_above(jnp.take_along_axis(chunks, which[:, None, None], axis=1)[:, 0], uniforms[:, 1])
+    lead = weights.shape[:-1]
+    return (which * size + inside).reshape(lead), total.reshape(lead)
+
+
+def _first_above(weights: jax.Array, uniform: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """For each row of [B, M] the first place where the running sum exceeds uniform x total, and the total, [B]."""
+    running = jnp.cumsum(weights, axis=-1)
+    total = running[:, -1]
+    # Rounding must not carry the target up to the total: a place of weight zero could be drawn then.
+    target = jnp.minimum(uniform * total, jnp.nextafter(total, jnp.float32(0)))
+    return jnp.argmax(running > target[:, None], axis=-1), total
 
 
 def truncate(logits: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
@@ -53,6 +84,5 @@ def truncate(logits: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array
     return jnp.where(logits >= smallest, logits, -jnp.inf)
 
 
-def _logp(logits: jax.Array, token: jax.Array) -> jax.Array:
-    chosen = jnp.take_along_axis(logits, token[..., None], axis=-1)[..., 0]
-    return chosen - jax.nn.logsumexp(logits, axis=-1)
+def _at(x: jax.Array, token: jax.Array) -> jax.Array:
+    return jnp.take_along_axis(x, token[..., None], axis=-1)[..., 0]

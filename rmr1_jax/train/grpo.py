@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -29,7 +30,9 @@ from rmr1_jax.model import qwen
 from rmr1_jax.policy import DTYPES, Policy, load
 from rmr1_jax.prompts.trace import STRUCTURES
 from rmr1_jax.prompts.verdict import training_reward
-from rmr1_jax.sampler.engine import SamplingConfig, generate, sampling_weights
+from rmr1_jax.sampler.config import SampleStats, SamplingConfig
+from rmr1_jax.sampler.engine import generate
+from rmr1_jax.sampler.programs import sampling_weights
 from rmr1_jax.train.checkpoint import Checkpointer, start_run
 from rmr1_jax.train.losses import (
     AggregationKind,
@@ -200,29 +203,34 @@ def roll_out(
     With dynamic sampling, rounds go on until there are `prompts_per_step` mixed groups or the rounds are used up; then
     other groups fill the rest, so that the batch has its size.
     """
-    weights = sampling_weights(params, dtype=DTYPES[config.dtype])
+    began = time.perf_counter()
+    weights = jax.block_until_ready(sampling_weights(policy.config, params, dtype=DTYPES[config.dtype]))
     P = config.prompts_per_step
     mixed: list[Group] = []
     others: list[Group] = []
-    facts = {"prompt_tokens": 0, "new_tokens": 0, "rounds": 0}
+    facts = {"prompt_tokens": 0, "new_tokens": 0, "rounds": 0, "weights_seconds": time.perf_counter() - began}
+    took: list[SampleStats] = []
     for round_number in range(config.dynamic_sampling):
         chosen = next_prompts(prompts, P, consumed + round_number * P, config.seed)
         seed = int(np.random.SeedSequence([config.seed, step, round_number]).generate_state(1)[0])
         sampling = dataclasses.replace(config.sampling, seed=seed)
         token_ids = [p.tokens for p in chosen]
         stops = policy.tokenizer.stop_ids
-        samples, stats = generate(policy.config, weights, token_ids, sampling, stops, mesh=policy.mesh)
+        watched = sys.stderr.isatty()
+        samples, stats = generate(policy.config, weights, token_ids, sampling, stops, mesh=policy.mesh, bar=watched)
         groups = score(chosen, samples, policy.tokenizer.decode, reward, normalize_std=config.normalize_std)
         if config.dynamic_sampling == 1:
             mixed = groups  # every group, in order
         else:
             mixed += [g for g in groups if g.mixed]
             others += [g for g in groups if not g.mixed]
-        facts["prompt_tokens"] += stats.prefill_tokens
+        facts["prompt_tokens"] += stats.prompt_tokens
         facts["new_tokens"] += stats.new_tokens
         facts["rounds"] += 1
+        took.append(stats)
         if len(mixed) >= P:
             break
+    facts["occupancy"] = float(np.mean([stats.occupancy for stats in took]))
     return (mixed + others)[:P], facts["rounds"] * P, facts
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from rmr1_jax.data.pipeline import assemble, pack
 from rmr1_jax.prompts.trace import parse_trace
 from rmr1_jax.prompts.verdict import eval_verdict
-from rmr1_jax.sampler.engine import Sample
+from rmr1_jax.sampler.config import Sample
 from rmr1_jax.train.losses import AggregationKind, aggregation_weights, group_advantages
 
 

@@ -1,0 +1,270 @@
+"""The device side of the sampler: four compiled programs over a cache, and the weights in decode's own layout.
+
+`decode` draws up to a dispatch's worth of tokens for every slot in one `while_loop`, `prefill` runs a chunk of some
+prompts, `grow` and `compact` change the cache's shape. Everything else about a slot (whose sample it is, how old, which
+token comes next) is a few numbers that the host sends along; `engine.py` keeps them.
+
+The mesh's data axes hold independent banks of slots: each device (or tensor-parallel group) has its own prompts, slots
+and step counter, and its loop ends when its own slots are done. Inside a bank only `tensor` is left, and the compiler
+splits heads over it. Arrays on the host have a leading axis X, the banks.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from rmr1_jax.mesh import constrain, sampling_sharding
+from rmr1_jax.model import qwen
+from rmr1_jax.model.attention import Members, attend_chunk, attend_slots
+from rmr1_jax.model.cache import Cache, visible_steps, widen, write_chunk, write_step
+from rmr1_jax.model.config import QwenConfig
+from rmr1_jax.sampler.logits import draw
+
+STEPS = 16  # decode steps a dispatch, at most
+STOP_ID_ROOM = 16
+
+Weights = dict[str, Any]
+
+
+class Controls(NamedTuple):
+    """The settings as arrays: arguments of the compiled loop, never closures."""
+
+    seed: jax.Array
+    temperature: jax.Array
+    top_k: jax.Array
+    top_p: jax.Array
+    stop_ids: jax.Array  # [STOP_ID_ROOM] int32, filled up with -1
+    max_new: jax.Array
+
+
+class Slots(NamedTuple):
+    """What the host tells about the slots before a dispatch. int32 unless said otherwise."""
+
+    last: jax.Array  # [X, B] the token to feed next
+    length: jax.Array  # [X, B] its prompt's tokens
+    drawn: jax.Array  # [X, B] tokens drawn so far
+    start: jax.Array  # [X, B] the bank's step at which its owner began
+    live: jax.Array  # [X, B] bool
+    prompt_hash: jax.Array  # [X, B] uint32
+    sample: jax.Array  # [X, B] the sample's number
+    entry: jax.Array  # [X, B] where its prompt's cache is
+    rank: jax.Array  # [X, B]
+    table: jax.Array  # [X, E, R] the slots of each prompt
+    prompt_length: jax.Array  # [X, E] tokens in the prompt's cache
+    step: jax.Array  # [X] the bank's step counter
+    leave_at: jax.Array  # [X] the loop ends when as few slots are live
+
+
+class Drawn(NamedTuple):
+    """What a dispatch drew, [X, B, STEPS]; tokens int32, -1 where nothing was drawn. steps: [X] int32."""
+
+    tokens: jax.Array
+    logp: jax.Array
+    sampled_logp: jax.Array
+    steps: jax.Array
+
+
+def sampling_weights(config: QwenConfig, params: qwen.Params, *, dtype=jnp.float32) -> Weights:
+    """The weights for sampling, made once a policy update: a list of layers instead of a stack (a scan over a stack
+    would carry the cache through itself and copy it), in the dtype that decode computes in, whole on every bank."""
+    mesh, dims, shapes = jax.sharding.get_mesh(), qwen.param_dims(config), qwen.param_shapes(config)
+    top = {k: sampling_sharding(mesh, dims[k], shapes[k]) for k in dims if k != "layers"}
+    layer = {k: sampling_sharding(mesh, d[1:], shapes["layers"][k][1:]) for k, d in dims["layers"].items()}
+    return _unstack(config.num_layers, dtype, tuple(top.items()), tuple(layer.items()))(params)
+
+
+@functools.cache
+def _unstack(depth: int, dtype, top: tuple, layer: tuple) -> Callable:
+    def unstack(params):
+        params = jax.tree.map(lambda x: x.astype(dtype), params)
+        layers = [jax.tree.map(lambda x, i=i: x[i], params["layers"]) for i in range(depth)]
+        return params | {"layers": layers}
+
+    return jax.jit(unstack, out_shardings=dict(top) | {"layers": [dict(layer)] * depth})
+
+
+def _per_bank(function: Callable, outputs: Any) -> Callable:
+    """Run `function(weights, controls, cache, *arrays)` on each bank by itself. Arrays lose their axis X."""
+    banks, whole = PartitionSpec(("replica", "fsdp")), PartitionSpec()
+
+    def run(weights, controls, cache, *arrays):
+        def local(weights, controls, cache, *arrays):
+            return function(weights, controls, cache, *jax.tree.map(lambda x: x[0], arrays))
+
+        specs = (whole, whole, banks, *[banks] * len(arrays))
+        mapped = jax.shard_map(
+            local, in_specs=specs, out_specs=outputs(banks), axis_names={"replica", "fsdp"}, check_vma=False
+        )
+        return mapped(weights, controls, cache, *arrays)
+
+    return run
+
+
+@functools.partial(jax.jit, static_argnames=("config",), donate_argnames=("cache",))
+def decode(config: QwenConfig, weights: Weights, controls: Controls, cache: Cache, slots: Slots) -> tuple[Cache, Drawn]:
+    """Draw up to STEPS tokens for every live slot; ends early when a bank has at most `leave_at` live ones."""
+
+    def bank(weights, controls, cache: Cache, slots: Slots):
+        B = slots.last.shape[0]
+        key = jax.random.key(controls.seed)
+        keys = jax.vmap(lambda h, n: jax.random.fold_in(jax.random.fold_in(key, h), n))(slots.prompt_hash, slots.sample)
+        drawn = Drawn(jnp.full((B, STEPS), -1, jnp.int32), jnp.zeros((B, STEPS)), jnp.zeros((B, STEPS)), jnp.int32(0))
+
+        def going(carry):
+            _, slots, drawn = carry
+            return (drawn.steps < STEPS) & (slots.live.sum() > slots.leave_at)
+
+        def one(carry):
+            cache, slots, drawn = carry
+            cache, logits = _decode_step(config, weights, cache, slots)
+            new = draw(
+                logits,
+                jax.vmap(jax.random.fold_in)(keys, slots.drawn),
+                controls.temperature,
+                controls.top_k,
+                controls.top_p,
+            )
+            token = jnp.where(slots.live, new.token, -1)
+            stopped = (token[:, None] == controls.stop_ids).any(-1) & slots.live
+            put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=drawn.steps, axis=1)
+            drawn = Drawn(
+                put(drawn.tokens, token[:, None]),
+                put(drawn.logp, new.logp[:, None]),
+                put(drawn.sampled_logp, new.sampled_logp[:, None]),
+                drawn.steps + 1,
+            )
+            count = slots.drawn + slots.live
+            slots = slots._replace(
+                last=jnp.maximum(token, 0),
+                drawn=count,
+                live=slots.live & ~stopped & (count < controls.max_new),
+                step=slots.step + 1,
+            )
+            return cache, slots, drawn
+
+        cache, _, drawn = jax.lax.while_loop(going, one, (cache, slots, drawn))
+        return cache, jax.tree.map(lambda x: x[None], drawn)
+
+    return _per_bank(bank, lambda banks: (banks, banks))(weights, controls, cache, slots)
+
+
+def _decode_step(config: QwenConfig, weights: Weights, cache: Cache, slots: Slots) -> tuple[Cache, jax.Array]:
+    """Feed every slot's last token; returns the cache with this step's column, and logits [B, V]."""
+    # A slot's first token to feed is the last one of its prompt; what prefill left is everything before that.
+    positions = slots.length - 1 + slots.drawn
+    rope = qwen.rope_table(config, positions[:, None])
+    prompt_visible = jnp.arange(cache.prompt_room) < slots.prompt_length[:, None]
+    own_visible = visible_steps(slots.step, slots.start, cache.width)
+    members = Members(slots.table, slots.entry, slots.rank)
+    own_k, own_v = list(cache.own_k), list(cache.own_v)
+    x = qwen.embed(weights, slots.last[:, None], weights["final_norm"].dtype)
+    for i, w in enumerate(weights["layers"]):
+
+        def attention(q, k, v, i=i):
+            own_k[i], own_v[i] = write_step(own_k[i], own_v[i], k[:, 0], v[:, 0], slots.step)
+            prompt = (cache.prompt_k[i], cache.prompt_v[i], prompt_visible)
+            return attend_slots(q[:, 0], *prompt, own_k[i], own_v[i], own_visible, members)[:, None], None
+
+        x, _ = qwen.block(config, w, x, rope, attention)
+    x = qwen.rms_norm(x[:, 0], weights["final_norm"], config.rms_norm_eps)
+    return cache._replace(own_k=own_k, own_v=own_v), qwen.logits(config, weights, x)
+
+
+@functools.partial(jax.jit, static_argnames=("config",), donate_argnames=("cache",))
+def prefill(config: QwenConfig, weights: Weights, cache: Cache, tokens, entry, start, active) -> Cache:
+    """Run one chunk of each of P prompts a bank, and put its keys and values into the prompts' cache.
+
+    Args:
+        tokens: [X, P, T] int32; what lies beyond a prompt's end leaves junk in columns that decode never reads.
+        entry: [X, P] rows of the cache. start: [X, P] the chunk's first position. active: [X, P] bool, False for rows
+            that only fill the batch.
+    """
+
+    def bank(weights, _, cache: Cache, tokens, entry, start, active):
+        positions = start[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)
+        rope = qwen.rope_table(config, positions)
+        prompt_k, prompt_v = list(cache.prompt_k), list(cache.prompt_v)
+        x = qwen.embed(weights, tokens, weights["final_norm"].dtype)
+        for i, w in enumerate(weights["layers"]):
+
+            def attention(q, k, v, i=i):
+                prompt_k[i], prompt_v[i] = write_chunk(prompt_k[i], prompt_v[i], k, v, entry, start, active)
+                return attend_chunk(q, prompt_k[i][entry], prompt_v[i][entry], positions), None
+
+            x, _ = qwen.block(config, w, x, rope, attention)
+        return cache._replace(prompt_k=prompt_k, prompt_v=prompt_v)
+
+    return _per_bank(bank, lambda banks: banks)(weights, (), cache, tokens, entry, start, active)
+
+
+@functools.partial(jax.jit, donate_argnames=("cache",))
+def share_prefix(cache: Cache, prefix: jax.Array) -> Cache:
+    """Copy the first `prefix` columns of each bank's first prompt to its other prompts."""
+
+    def bank(weights, prefix, cache: Cache):
+        shared = jnp.arange(cache.prompt_room) < prefix
+        prompt_k = [jnp.where(shared, x[:1], x) for x in cache.prompt_k]
+        prompt_v = [jnp.where(shared[:, None], x[:1], x) for x in cache.prompt_v]
+        return cache._replace(prompt_k=prompt_k, prompt_v=prompt_v)
+
+    return _per_bank(bank, lambda banks: banks)((), prefix, cache)
+
+
+def grow(cache: Cache, step: jax.Array, *, width: int) -> Cache:
+    """The same cache with rings of `width` columns. step: [X] the banks' counters."""
+    return _by_layer(functools.partial(_grow, width=width), cache, step)
+
+
+def compact(cache: Cache, slots: jax.Array, entries: jax.Array) -> Cache:
+    """A smaller cache of the slots [X, B'] and prompts [X, E'] that are given by their numbers."""
+    return _by_layer(_compact, cache, slots, entries)
+
+
+def _by_layer(program: Callable, cache: Cache, *arrays: jax.Array) -> Cache:
+    """Reshape one layer after the other, and drop each before the next: the old cache and the new one never lie whole
+    beside each other. Uses the given cache up."""
+    layers = []
+    for i in range(len(cache.own_k)):
+        layer = Cache(*([part[i]] for part in cache))
+        for part in cache:
+            part[i] = None
+        layers.append(program(layer, *arrays))
+    return Cache(*([layer[part][0] for layer in layers] for part in range(len(cache))))
+
+
+@functools.partial(jax.jit, static_argnames=("width",))
+def _grow(layer: Cache, step: jax.Array, *, width: int) -> Cache:
+    def bank(weights, controls, layer, step):
+        return widen(layer, step, width)
+
+    return _per_bank(bank, lambda banks: banks)((), (), layer, step)
+
+
+@jax.jit
+def _compact(layer: Cache, slots: jax.Array, entries: jax.Array) -> Cache:
+    def bank(weights, controls, layer, slots, entries):
+        rows = (entries, entries, slots, slots)
+        dims = ("EKHS", "EKSH", "RKHC", "RKCH")
+        return Cache(*([constrain(part[0][r], d)] for part, r, d in zip(layer, rows, dims, strict=True)))
+
+    return _per_bank(bank, lambda banks: banks)((), (), layer, slots, entries)
+
+
+PROGRAMS = (decode, prefill, share_prefix, _grow, _compact)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "banks", "entries", "room", "slots", "width", "dtype"))
+def empty_cache(config: QwenConfig, *, banks: int, entries: int, room: int, slots: int, width: int, dtype) -> Cache:
+    """Zeroed buffers: for each of `banks` banks `entries` prompts of `room` tokens, and `slots` rings of `width`."""
+    L, K, H = config.num_layers, config.num_kv_heads, config.head_dim
+
+    def zeros(rows: int, *columns: int) -> list[jax.Array]:
+        return [constrain(jnp.zeros((banks * rows, K, *columns), dtype), "BKCC") for _ in range(L)]
+
+    return Cache(zeros(entries, H, room), zeros(entries, room, H), zeros(slots, H, width), zeros(slots, width, H))

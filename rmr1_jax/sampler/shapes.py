@@ -1,0 +1,83 @@
+"""Every shape that the sampler's programs can have, from the sizes of a run and a budget in bytes.
+
+Few shapes, few compilations: rings double from one width to the next, and the last samples of a run are gathered into
+three quarters, a half, a third of the slots and so on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+from rmr1_jax.errors import InputError
+from rmr1_jax.model.config import QwenConfig
+from rmr1_jax.sampler.config import SamplingConfig
+
+SMALLEST_WIDTH = 64
+WIDTHS = 4  # ring widths at most, each twice the one before
+FEWER_ROWS = (4 / 3, 2, 8 / 3, 4, 6, 8, 16, 32, 64)  # parts of the slots that the last samples are gathered into
+
+
+@dataclasses.dataclass(frozen=True)
+class Shapes:
+    """Every shape that a run can have. A bank has `slots` slots and `entries` prompts of `room` tokens."""
+
+    banks: int
+    slots: int
+    entries: int
+    ranks: int
+    room: int
+    widths: tuple[int, ...]
+
+    @property
+    def sizes(self) -> list[tuple[int, int, int]]:
+        """(slots, entries, ranks), from all slots down to a few. Once few slots are left for each prompt, each slot has
+        a copy of its prompt to itself."""
+        fewer = dict.fromkeys(math.ceil(self.slots / part) for part in FEWER_ROWS)
+        fewer.pop(self.slots, None)
+        shrunk = [(b, b, 1) if b <= 2 * self.entries else (b, self.entries, self.ranks) for b in fewer]
+        return [(self.slots, self.entries, self.ranks), *shrunk]
+
+    def cache_bytes(self, config: QwenConfig, itemsize: int) -> int:
+        """Of the largest cache that a run can have, on all devices together."""
+        column = 2 * config.num_layers * config.num_kv_heads * config.head_dim * itemsize
+        most = max(slots * self.widths[-1] + entries * self.room for slots, entries, _ in self.sizes)
+        return self.banks * most * column
+
+
+def plan_shapes(
+    config: QwenConfig, sampling: SamplingConfig, *, prompts: int, longest: int, banks: int, itemsize: int
+) -> Shapes:
+    """The shapes for `prompts` prompts of at most `longest` tokens.
+
+    Raises:
+        InputError: not even one slot a bank fits in `cache_gib`.
+    """
+    most = -(-sampling.max_new_tokens // 16) * 16
+    widths = [most]
+    while len(widths) < WIDTHS and widths[0] // 2 >= SMALLEST_WIDTH:
+        widths.insert(0, -(-widths[0] // 32) * 16)
+
+    def shapes(slots: int) -> Shapes:
+        # Samples of a group end at different times, so more groups are open than slots / n: about three times as many.
+        entries = min(slots, max(1, -(-prompts // banks)), -(-3 * slots // sampling.n))
+        return Shapes(banks, slots, entries, min(sampling.n, slots), _bucket(max(1, longest - 1)), tuple(widths))
+
+    slots = -(-min(sampling.slots, max(1, prompts) * sampling.n) // banks)
+    if sampling.cache_gib is None:
+        return shapes(slots)
+    budget = sampling.cache_gib * 2**30
+    fitting = next((s for s in range(slots, 0, -1) if shapes(s).cache_bytes(config, itemsize) <= budget), None)
+    if fitting is None:
+        least = shapes(1).cache_bytes(config, itemsize) / 2**30
+        raise InputError(
+            f"sampling.cache_gib={sampling.cache_gib} holds no sample of {longest} + {sampling.max_new_tokens} tokens "
+            f"on {banks} data-parallel devices; give at least {least:.3g}, or fewer tokens"
+        )
+    return shapes(fitting)
+
+
+def _bucket(n: int) -> int:
+    """The smallest of 16, 32, 64, 96, 128, 192, 256, 384, ... that holds n: at most a third is padding."""
+    size = 16 * 2 ** max(0, math.ceil(math.log2(n / 16)))
+    return size * 3 // 4 if size >= 128 and n <= size * 3 // 4 else size

@@ -1,0 +1,159 @@
+"""scripts/bench.py on a tiny shape: what it prints, what it refuses, and that the peers sample the same thing."""
+
+import functools
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rmr1_jax.model import qwen
+
+SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "bench.py"
+TINY = "sample --layers 1 --width 32 --mlp 64 --heads 2 --kv-heads 1 --head-dim 16 --vocab 64 --prompts 2 --group 3"
+TINY = [*TINY.split(), "--prompt-length", "8:16", "--max-new", "16", "--json"]
+
+
+@pytest.fixture(scope="module")
+def bench():
+    """The script as a module."""
+    spec = importlib.util.spec_from_file_location("bench", SCRIPT)
+    sys.modules["bench"] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules["bench"]
+
+
+def lines_of(capsys) -> list[dict]:
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def test_our_line(bench, capsys):
+    assert bench.main(TINY) == 0
+    (line,) = lines_of(capsys)
+    prompts = bench.Sample(vocab=64, prompts=2, prompt_length=(8, 16)).workload()["prompts"]
+    assert line["name"] == "rmr1_jax" and line["samples"] == line["slots"] == 6
+    assert 6 <= line["useful"] <= 6 * 16
+    assert line["useful_tok_s"] == pytest.approx(line["useful"] / line["seconds"], rel=0.2)  # seconds are rounded
+    assert line["seconds"] > 0 and line["warm_up_seconds"] > 0
+    assert 0 < line["occupancy"] <= 1 and line["compiles"] == 0
+    assert line["unique_prompt_tokens"] == sum(map(len, prompts)) <= line["prefill_tokens"] + 2
+    # One layer's keys and values in float32 of two prompts and of six samples' 16 tokens, at least.
+    assert line["cache_bytes"] >= 2 * 4 * 16 * (sum(map(len, prompts)) - 2 + 6 * 16)
+
+
+def test_the_workload(bench):
+    sample = functools.partial(bench.Sample, vocab=32, prompts=100, prompt_length=(3, 6), stop_ids=5)
+    work = sample().workload()
+    assert {len(p) for p in work["prompts"]} == {3, 4, 5, 6}
+    assert {token for p in work["prompts"] for token in p} == set(range(27))
+    assert work["stop_ids"] == [27, 28, 29, 30, 31]
+    assert work == sample().workload() != sample(seed=1).workload()
+
+
+def test_useful_tokens_end_with_the_first_stop(bench):
+    assert bench.useful_tokens([[1, 2, 9, 3, 9], [8], [1, 2, 3], []], [8, 9]) == 3 + 1 + 3
+
+
+@pytest.mark.parametrize("peer", ["hf", pytest.param("tunix", marks=pytest.mark.slow)])
+def test_a_peer_draws_the_same_as_we(bench, peer, monkeypatch, capsys):
+    """With a head so sharp that a sample at temperature 1 is the greedy one. The same weights, prompts and stop ids
+    have then reached the peer."""
+    try:
+        bench.peer_python(peer)
+    except bench.InputError as e:
+        pytest.skip(str(e))
+    plain, count, drawn = qwen.init_params, bench.useful_tokens, []
+
+    def sharp(*args, **kwargs):
+        params = plain(*args, **kwargs)
+        return params | {"head": params["head"] * 1e4}
+
+    def remember(rows, stop_ids):
+        # Which of the stop ids it was, tunix does not tell.
+        drawn.append([[min(token, stop_ids[0]) for token in row] for row in rows])
+        return count(rows, stop_ids)
+
+    monkeypatch.setattr(qwen, "init_params", sharp)
+    monkeypatch.setattr(bench, "useful_tokens", remember)
+    assert bench.main([*TINY, "--seed", "5", "--peer", peer]) == 0
+    ours, theirs = lines_of(capsys)
+    assert [len(row) for row in drawn[0]] == [9] * 3 + [3] * 3  # all stopped
+    assert drawn[0] == [row[: len(our)] for row, our in zip(drawn[1], drawn[0], strict=True)]
+    assert max(map(len, drawn[1])) == 9  # and the peer with them
+    assert (theirs["name"], theirs["useful"]) == (peer, ours["useful"])
+    assert theirs["ratio"] == pytest.approx(ours["useful_tok_s"] / theirs["useful_tok_s"], abs=0.01)
+
+
+def test_a_table_for_a_reader(bench, monkeypatch, capsys):
+    ours = {"name": "rmr1_jax", "useful_tok_s": 100.0, "seconds": 3.0, "useful": 300, "samples": 56, "slots": 56}
+    ours |= {"occupancy": 0.95, "compiles": 0, "warm_up_seconds": 9.0, "cache_bytes": 3 * 2**20}
+    ours |= {"prefill_tokens": 40, "unique_prompt_tokens": 39}
+    peer = {"seconds": 10.0, "rows": [[1] * 5] * 56, "warm_up_seconds": 1.0, "version": "tunix 1", "note": "one by one"}
+    monkeypatch.setattr(bench.Sample, "measure_ours", lambda self, model_dir: ours)
+    monkeypatch.setattr(bench, "peer_python", lambda name: Path(sys.executable))
+    monkeypatch.setattr(bench, "run_peer", lambda name, python, folder: dict(peer))
+    assert bench.main(["sample", "--peer", "tunix", "--peer", "hf", "--peer", "tunix"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split() for line in lines[1:4]] == [
+        ["rmr1_jax", "100.0", "3.0", "300", "56"],
+        ["tunix", "28.0", "10.0", "280", "56", "3.57"],
+        ["hf", "28.0", "10.0", "280", "56", "3.57"],
+    ]
+    assert "95.0% of 56 slots, 0 compiles" in lines[4] and "3.0 MiB, prefilled 40 tokens for 39" in lines[4]
+    assert lines[5] == "tunix: tunix 1; one by one"
+
+
+def test_an_absent_peer_is_refused_before_anything_runs(bench, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(bench.PEERS, "tunix", bench.Peer(tmp_path / "nowhere", "tunix"))
+    assert bench.main([*TINY, "--peer", "tunix"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err == (
+        f"error: --peer tunix needs tunix in {tmp_path}/nowhere, where it is not; run: bash scripts/peers\n"
+    )
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python").symlink_to(sys.executable)
+    monkeypatch.setitem(bench.PEERS, "hf", bench.Peer(tmp_path, "no_such_package"))
+    assert bench.main([*TINY, "--peer", "hf"]) == 2
+    assert "--peer hf needs no_such_package in" in capsys.readouterr().err
+
+
+def test_a_peer_that_fails_says_why(bench, tmp_path, monkeypatch, capsys):
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho out of luck >&2\nexit 3\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(bench.Sample, "measure_ours", lambda self, model_dir: {"name": "rmr1_jax"})
+    monkeypatch.setattr(bench, "peer_python", lambda name: python)
+    assert bench.main([*TINY, "--peer", "hf"]) == 1
+    error = "error: the peer hf failed with exit code 3; what it said stands above"
+    assert capsys.readouterr().err.splitlines()[-2:] == ["out of luck", error]
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--prompt-length", "9:3"], "1 <= LOW <= HIGH"),
+        (["--prompt-length", "many"], "--prompt-length"),
+        (["--stop-ids", "16", "--vocab", "16"], "less than the vocabulary"),
+        (["--stop-ids", "17"], "1 to 16"),
+        (["--heads", "7"], "num_key_value_heads"),
+        (["--peer", "vllm"], "invalid choice 'vllm'"),
+        (["--depth", "3"], "--depth"),
+    ],
+)
+def test_a_wrong_command_line_exits_with_2(bench, argv, words, capsys):
+    try:
+        code = bench.main(["sample", *argv])
+    except SystemExit as e:
+        code = e.code
+    assert code == 2
+    assert words in " ".join(capsys.readouterr().err.replace("│", "").split())
+
+
+def test_help_needs_neither_jax_nor_torch():
+    code = "import sys, runpy\ntry: runpy.run_path(sys.argv.pop(1), run_name='__main__')\nfinally: print(*sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code, SCRIPT, "sample", "--help"], capture_output=True, text=True)
+    assert out.returncode == 0 and "--prompt-length" in out.stdout
+    assert not {"jax", "numpy", "torch", "transformers"} & set(out.stdout.splitlines()[-1].split())
