@@ -266,10 +266,8 @@ class _Run:
             self.cache = programs.grow(self.cache, _steps(self.banks), width=shapes.widths[self.width])
         held = sum(x.nbytes for x in jax.tree.leaves(self.cache))
         self.stats.cache_bytes = max(self.stats.cache_bytes, held)
-        if self._waiting:
-            return
         live = max(bank.live_count for bank in self.banks)
-        while self.size + 1 < len(shapes.sizes) and live <= shapes.sizes[self.size + 1][0]:
+        while live <= self._fewer:
             self.size += 1
             kept = [bank.compact(*shapes.sizes[self.size]) for bank in self.banks]
             self.cache = programs.compact(self.cache, *map(np.stack, zip(*kept, strict=True)))
@@ -278,9 +276,17 @@ class _Run:
     def _waiting(self) -> bool:
         return bool(self.queue) or any(bank.unseated for bank in self.banks)
 
+    @property
+    def _fewer(self) -> int:
+        """The slots of the next smaller batch; 0 where there is none to go to: samples wait for their slots, or the
+        last ones have so few tokens to go that it would not pay."""
+        sizes = self.engine.shapes.sizes[self.size + 1 :]
+        youngest = min((int(b.drawn[b.live].min()) for b in self.banks if b.live_count), default=0)
+        short = self.sampling.max_new_tokens - youngest <= 2 * programs.STEPS
+        return 0 if self._waiting or short or not sizes else sizes[0][0]
+
     def _decode(self) -> list[Seat]:
-        config, sizes, waiting = self.engine.config, self.engine.shapes.sizes, self._waiting
-        fewer = sizes[self.size + 1][0] if self.size + 1 < len(sizes) else 0
+        config, waiting, fewer = self.engine.config, self._waiting, self._fewer
         leave_at = [self._leave_at(bank, waiting, fewer) for bank in self.banks]
         slots = _to_slots(self.banks, leave_at)
         self.cache, drawn = programs.decode(config, self.weights, self.controls, self.cache, slots)
