@@ -1,8 +1,8 @@
-"""Measure the sampler, beside its peers where asked: `python scripts/bench.py sample --peer hf --peer tunix`.
+"""Measure the sampler: `python scripts/bench.py sample --peer hf --peer tunix` beside its peers, `... steps` by length.
 
-All systems get the same random weights in float32 and the same prompts of random ids, and sample at temperature 1 until
-one of the stop ids, the last of the vocabulary, or --max-new tokens. What counts is useful tokens a second: new tokens
-up to and with the stop. Compilation and other first calls are made before and timed apart.
+In `sample` all systems get the same random weights in float32 and the same prompts of random ids, and sample at
+temperature 1 until one of the stop ids, the last of the vocabulary, or --max-new tokens. What counts is useful tokens a
+second: new tokens up to and with the stop. Compilation and other first calls are made before and timed apart.
 
 The peers run one after the other in environments of their own (`bash scripts/peers` makes them); see `bench_peers.py`.
 """
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 import tyro
-from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, OmitSubcommandPrefixes, Suppress, UseAppendAction, subcommand
+from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, OmitSubcommandPrefixes, UseAppendAction, subcommand
 from tyro.constructors import PrimitiveConstructorSpec
 
 from rmr1_jax.errors import InputError, RunError
@@ -152,7 +152,7 @@ class Sample:
         from rmr1_jax.sampler.engine import Engine
         from rmr1_jax.sampler.programs import sampling_weights
 
-        config, work, mesh = self.model_config(), self.workload(), single_device_mesh()
+        config, work, mesh = model_config(self), self.workload(), single_device_mesh()
         slots = {} if self.slots is None else {"slots": self.slots}
         sampling = SamplingConfig(n=self.group, max_new_tokens=self.max_new, seed=self.seed, **slots)
         longest = max(map(len, work["prompts"]))
@@ -186,24 +186,86 @@ class Sample:
             },
         )
 
-    def model_config(self):
-        """An untied Qwen2, by the reader of config.json, which says what is wrong with a shape."""
-        from rmr1_jax.model.config import parse_config
 
-        fields = {
-            "model_type": "qwen2",
-            "num_hidden_layers": self.layers,
-            "hidden_size": self.width,
-            "intermediate_size": self.mlp,
-            "num_attention_heads": self.heads,
-            "num_key_value_heads": self.kv_heads,
-            "head_dim": self.head_dim,
-            "vocab_size": self.vocab,
-            "max_position_embeddings": self.prompt_length[1] + self.max_new,
-            "rope_theta": 10000.0,
-            "tie_word_embeddings": False,
-        }
-        return parse_config(fields, "the shape on the command line")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Steps:
+    """Milliseconds of a decode step by the length of the longest live sample. By default most of it is the cache."""
+
+    layers: int = 4
+    width: int = 128
+    mlp: int = 256
+    heads: int = 8
+    kv_heads: int = 8
+    head_dim: int = 64
+    vocab: int = 512
+    slots: int = 32
+    prompt_length: Range = (16, 16)
+    max_new: int = 2048
+    json: bool = False
+    """Print one JSON object a length."""
+
+    def run(self) -> None:
+        lines = list(self.measure())
+        for line in lines:
+            if self.json:
+                print(json.dumps(line))
+            else:
+                share = line["ms"] / lines[-1]["ms"]
+                print(f"up to {line['live_length']:6} tokens {line['ms']:9.2f} ms a step, {share:5.2f} of the longest")
+
+    def measure(self) -> Iterator[dict[str, Any]]:
+        """One line for every width that the samples' part of the cache can have, the best of five dispatches."""
+        import jax
+        import numpy as np
+
+        from rmr1_jax.mesh import single_device_mesh
+        from rmr1_jax.model.qwen import init_params
+        from rmr1_jax.sampler import programs
+        from rmr1_jax.sampler.config import SamplingConfig
+        from rmr1_jax.sampler.engine import Engine
+        from rmr1_jax.sampler.run import make_controls, to_slots
+        from rmr1_jax.sampler.schedule import Bank
+
+        config, mesh = model_config(self), single_device_mesh()
+        sampling = SamplingConfig(max_new_tokens=self.max_new, slots=self.slots)
+        engine = Engine(config, sampling, prompts=self.slots, longest=self.prompt_length[1], mesh=mesh)
+        bank = Bank(*engine.shapes.sizes[0])
+        for number in range(self.slots):
+            bank.admit(number, np.zeros(self.prompt_length[1], np.int32), number, 1)
+        bank.seat(1)
+        with jax.set_mesh(mesh):
+            weights = programs.sampling_weights(config, init_params(config, jax.random.key(0), mesh=mesh))
+            for width in engine.shapes.widths:
+                cache, seconds = engine.empty_cache(width), []
+                for _ in range(6):
+                    start = time.perf_counter()
+                    cache, drawn = programs.decode(
+                        config, weights, make_controls(sampling, ()), cache, to_slots([bank], [0])
+                    )
+                    jax.block_until_ready(drawn)
+                    seconds.append((time.perf_counter() - start) / programs.STEPS)
+                held = sum(x.nbytes for x in jax.tree.leaves(cache))
+                yield {"live_length": width, "ms": round(1e3 * min(seconds[1:]), 3), "cache_bytes": held}
+
+
+def model_config(shape: Sample | Steps):
+    """An untied Qwen2, by the reader of config.json, which says what is wrong with a shape."""
+    from rmr1_jax.model.config import parse_config
+
+    fields = {
+        "model_type": "qwen2",
+        "num_hidden_layers": shape.layers,
+        "hidden_size": shape.width,
+        "intermediate_size": shape.mlp,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads,
+        "head_dim": shape.head_dim,
+        "vocab_size": shape.vocab,
+        "max_position_embeddings": shape.prompt_length[1] + shape.max_new,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": False,
+    }
+    return parse_config(fields, "the shape on the command line")
 
 
 def useful_tokens(rows: Sequence[Sequence[int]], stop_ids: Sequence[int]) -> int:
@@ -258,7 +320,7 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-Command = Annotated[Sample, subcommand("sample")] | Annotated[None, Suppress]
+Command = Annotated[Sample, subcommand("sample")] | Annotated[Steps, subcommand("steps")]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -157,3 +157,13 @@ def test_help_needs_neither_jax_nor_torch():
     out = subprocess.run([sys.executable, "-c", code, SCRIPT, "sample", "--help"], capture_output=True, text=True)
     assert out.returncode == 0 and "--prompt-length" in out.stdout
     assert not {"jax", "numpy", "torch", "transformers"} & set(out.stdout.splitlines()[-1].split())
+
+
+def test_steps_by_length(bench, capsys):
+    shape = "--layers 1 --width 32 --mlp 64 --heads 2 --kv-heads 1 --head-dim 16 --vocab 64 --slots 2 --max-new 128"
+    assert bench.main(["steps", *shape.split(), "--json"]) == 0
+    lines = lines_of(capsys)
+    assert [line["live_length"] for line in lines] == [64, 128]
+    assert all(line["ms"] > 0 for line in lines)
+    # One layer's keys and values in float32: two prompts of 16 columns, and two rings.
+    assert [line["cache_bytes"] for line in lines] == [2 * 4 * 16 * 2 * (16 + width) for width in (64, 128)]

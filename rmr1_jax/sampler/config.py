@@ -15,7 +15,8 @@ class SamplingConfig:
     recompiles nothing.
 
     `slots` (at most that many samples are in flight at once) and `cache_gib` (at most that much memory for keys and
-    values on all devices together; None: no such bound) decide speed and memory; they change no token.
+    values, on all devices together; None: four fifths of what is free on a GPU or TPU, no bound on a CPU) decide speed
+    and memory; they change no token.
     """
 
     n: int = 1
@@ -35,7 +36,7 @@ class SamplingConfig:
             ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
             ("top_k", self.top_k is None or self.top_k >= 1, "None (off) or at least 1"),
             ("slots", self.slots >= 1, "at least 1"),
-            ("cache_gib", self.cache_gib is None or self.cache_gib > 0, "None (no bound) or more than 0"),
+            ("cache_gib", self.cache_gib is None or self.cache_gib > 0, "None or more than 0"),
         ):
             if not ok:
                 raise InputError(f"sampling.{name}={getattr(self, name)!r} must be {wanted}")

@@ -6,16 +6,13 @@ the queue is empty and few samples are left, over fewer rows. All shapes come fr
 after `warm_up` nothing compiles. A sample is a function of (seed, prompt, sample, step): its slot and its neighbours do
 not matter.
 
-Read `schedule.py` for who sits where, `programs.py` for what runs on the device, `logits.py` for the draw;
+Read `run.py` for what happens in a call, `schedule.py` for who sits where, `programs.py` for what runs on the device;
 `policy.py` puts a tokenizer on top.
 """
 
 from __future__ import annotations
 
 import math
-import time
-import zlib
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
@@ -30,12 +27,10 @@ from rmr1_jax.model.cache import Cache
 from rmr1_jax.model.config import QwenConfig
 from rmr1_jax.sampler import programs
 from rmr1_jax.sampler.config import Sample, SampleStats, SamplingConfig
-from rmr1_jax.sampler.programs import STOP_ID_ROOM, Controls, Slots, Weights
-from rmr1_jax.sampler.schedule import Bank, Seat
+from rmr1_jax.sampler.programs import Weights
+from rmr1_jax.sampler.run import CHUNKS, PREFILL_ROWS, Run, compiled, make_controls, steps_of, to_slots
+from rmr1_jax.sampler.schedule import Bank
 from rmr1_jax.sampler.shapes import plan_shapes
-
-CHUNKS = (256, 64, 16)  # tokens of a prompt that one prefill computes
-PREFILL_ROWS = 8
 
 
 class Engine:
@@ -56,36 +51,35 @@ class Engine:
         self.config, self.sampling, self.mesh, self.dtype = config, sampling, mesh, jnp.dtype(dtype)
         self.longest = longest
         banks = rows_divisor(mesh)
-        self.shapes = plan_shapes(
-            config, sampling, prompts=prompts, longest=longest, banks=banks, itemsize=self.dtype.itemsize
-        )
+        sizes = {"prompts": prompts, "longest": longest, "banks": banks, "itemsize": self.dtype.itemsize}
+        self.shapes = plan_shapes(config, sampling, **sizes, free_gib=_free_gib(mesh))
         self.stats = SampleStats()
 
     def warm_up(self, weights: Weights) -> int:
         """Compile every program that a run can need; returns how many were compiled."""
-        before, shapes = _compiled(), self.shapes
-        controls = _controls(self.sampling, ())
+        before, shapes = compiled(), self.shapes
+        controls = make_controls(self.sampling, ())
         with jax.set_mesh(self.mesh):
             for width, wider in zip(shapes.widths, (*shapes.widths[1:], None), strict=True):
-                cache = self._empty(width)
+                cache = self.empty_cache(width)
                 for i, size in enumerate(shapes.sizes):
                     idle = [Bank(*size) for _ in range(shapes.banks)]
                     cache, _ = programs.decode(
-                        self.config, weights, controls, cache, _to_slots(idle, [0] * shapes.banks)
+                        self.config, weights, controls, cache, to_slots(idle, [0] * shapes.banks)
                     )
                     if wider:
-                        programs.grow(Cache(*map(list, cache)), _steps(idle), width=wider)  # uses its lists up
+                        programs.grow(Cache(*map(list, cache)), steps_of(idle), width=wider)  # uses its lists up
                     if i + 1 < len(shapes.sizes):
                         kept = [bank.compact(*shapes.sizes[i + 1]) for bank in idle]
                         cache = programs.compact(cache, *map(np.stack, zip(*kept, strict=True)))
-            cache = programs.share_prefix(self._empty(shapes.widths[0]), np.int32(0))
+            cache = programs.share_prefix(self.empty_cache(shapes.widths[0]), np.int32(0))
             for chunk in (c for c in CHUNKS if c <= shapes.room):
                 for rows in (1, PREFILL_ROWS):
                     nothing = np.zeros((shapes.banks, rows), np.int32)
                     tokens = np.zeros((shapes.banks, rows, chunk), np.int32)
                     cache = programs.prefill(self.config, weights, cache, tokens, nothing, nothing, nothing > 0)
             jax.block_until_ready(cache)
-        return _compiled() - before
+        return compiled() - before
 
     def stream(
         self,
@@ -112,7 +106,7 @@ class Engine:
                 f"({self.sampling.n}, {self.sampling.max_new_tokens})"
             )
         _check_prompts(self.config, prompts, sampling, self.longest)
-        run = _Run(self, weights, prompts, sampling, stop_token_ids)
+        run = Run(self, weights, prompts, sampling, stop_token_ids)
         self.stats = run.stats
         with tqdm(total=len(prompts) * sampling.n, unit="text", desc="sampling", disable=not bar, leave=False) as shown:
             for seat in run.go():
@@ -144,7 +138,8 @@ class Engine:
                 on_done(1)
         return results, self.stats
 
-    def _empty(self, width: int) -> Cache:
+    def empty_cache(self, width: int) -> Cache:
+        """All slots and prompts, with rings of `width` columns."""
         s = self.shapes
         sizes = {"banks": s.banks, "entries": s.entries, "room": s.room, "slots": s.slots}
         return programs.empty_cache(self.config, **sizes, width=width, dtype=self.dtype)
@@ -168,180 +163,6 @@ def generate(
     return engine.generate(weights, prompts, stop_token_ids, on_done=on_done, bar=bar)
 
 
-class _Run:
-    """One call: the queue, the banks, the cache."""
-
-    def __init__(self, engine: Engine, weights: Weights, prompts, sampling: SamplingConfig, stop_token_ids):
-        self.engine, self.weights, self.sampling = engine, weights, sampling
-        self.controls = _controls(sampling, stop_token_ids)
-        self.stops = set(map(int, stop_token_ids))
-        self.prompts = [np.asarray(p, np.int32) for p in prompts]
-        self.hashes = [zlib.crc32(p.tobytes()) for p in self.prompts]
-        # Longest first: what is prefilled together is of like length, and memory trouble shows at once, not at the end.
-        self.queue = deque(sorted(range(len(prompts)), key=lambda i: -len(prompts[i])))
-        self.prefix = _common_prefix(self.prompts)
-        shapes = engine.shapes
-        self.size, self.width = 0, 0  # places in shapes.sizes and shapes.widths
-        self.banks = [Bank(*shapes.sizes[0]) for _ in range(shapes.banks)]
-        self.stats = SampleStats(prompt_tokens=sum(map(len, prompts)), slots=shapes.banks * shapes.slots)
-
-    def go(self) -> Iterator[Seat]:
-        """Everything from the first prefill to the last stop; yields those who finish. `seconds` counts the time that
-        passes in here, not what the caller does between."""
-        mark, compiled = time.perf_counter(), _compiled()
-        with jax.set_mesh(self.engine.mesh):
-            self.cache = self.engine._empty(self.engine.shapes.widths[0])
-        while self.queue or any(bank.live_count or bank.unseated for bank in self.banks):
-            with jax.set_mesh(self.engine.mesh):
-                self._admit()
-                self._reshape()
-                finished = self._decode()
-            self.stats.compiles = _compiled() - compiled
-            self.stats.seconds += time.perf_counter() - mark
-            yield from finished
-            mark = time.perf_counter()
-
-    def sample(self, seat: Seat) -> Sample:
-        ids = np.concatenate(seat.tokens).tolist()
-        reason = "stop" if ids[-1] in self.stops else "length"
-        return Sample(ids, np.concatenate(seat.logp), np.concatenate(seat.sampled_logp), reason)
-
-    def _admit(self) -> None:
-        """Prompts from the queue into free entries, wherever there are slots for their samples."""
-        admitted: list[list[tuple[int, np.ndarray]]] = [[] for _ in self.banks]
-        while self.queue:
-            x = max(range(len(self.banks)), key=lambda x: self.banks[x].open_slots)
-            if self.banks[x].open_slots <= 0:
-                break
-            tokens = self.prompts[self.queue[0]]
-            entry = self.banks[x].admit(self.queue[0], tokens, self.hashes[self.queue[0]], self.sampling.n)
-            if entry is None:
-                break
-            self.queue.popleft()
-            admitted[x].append((entry, tokens))
-        if any(admitted):
-            self._prefill(admitted)
-        for bank in self.banks:
-            bank.seat(self.sampling.n)
-
-    def _prefill(self, admitted: list[list[tuple[int, np.ndarray]]]) -> None:
-        if self.prefix and not self.stats.prefill_tokens:
-            # Once, in each bank's first entry, and copied to all others: what comes later starts behind it.
-            first = self.prompts[0][: self.prefix + 1]
-            self._prefill_together([[(0, first)] for _ in self.banks], 0)
-            self.cache = programs.share_prefix(self.cache, np.int32(self.prefix))
-        while any(admitted):
-            rows = PREFILL_ROWS if max(map(len, admitted)) > PREFILL_ROWS // 2 else 1
-            self._prefill_together([bank[:rows] for bank in admitted], self.prefix, rows)
-            admitted = [bank[rows:] for bank in admitted]
-
-    def _prefill_together(self, group: list[list[tuple[int, np.ndarray]]], start: int, rows: int = 1) -> None:
-        """All of some prompts but their last token, chunk by chunk from position `start` on."""
-        banks, room = len(group), self.engine.shapes.room
-        entries = np.zeros((banks, rows), np.int32)
-        for x, bank in enumerate(group):
-            entries[x, : len(bank)] = [entry for entry, _ in bank]
-        end = max(len(tokens) - 1 for bank in group for _, tokens in bank)
-        while start < end:
-            chunk = _chunk(end - start, room - start)
-            tokens = np.zeros((banks, rows, chunk), np.int32)
-            active = np.zeros((banks, rows), bool)
-            for x, bank in enumerate(group):
-                for p, (_, prompt) in enumerate(bank):
-                    part = prompt[start : start + chunk]
-                    tokens[x, p, : len(part)] = part
-                    active[x, p] = start < len(prompt) - 1
-            starts = np.full((banks, rows), start, np.int32)
-            config, weights = self.engine.config, self.weights
-            self.cache = programs.prefill(config, weights, self.cache, tokens, entries, starts, active)
-            self.stats.prefill_tokens += tokens.size
-            start += chunk
-
-    def _reshape(self) -> None:
-        """Rings wide enough for the next dispatch; no more rows than needed once nobody waits."""
-        shapes = self.engine.shapes
-        needed = min(max(bank.oldest for bank in self.banks) + programs.STEPS, self.sampling.max_new_tokens)
-        while shapes.widths[self.width] < needed:
-            self.width += 1
-            self.cache = programs.grow(self.cache, _steps(self.banks), width=shapes.widths[self.width])
-        held = sum(x.nbytes for x in jax.tree.leaves(self.cache))
-        self.stats.cache_bytes = max(self.stats.cache_bytes, held)
-        live = max(bank.live_count for bank in self.banks)
-        while live <= self._fewer:
-            self.size += 1
-            kept = [bank.compact(*shapes.sizes[self.size]) for bank in self.banks]
-            self.cache = programs.compact(self.cache, *map(np.stack, zip(*kept, strict=True)))
-
-    @property
-    def _waiting(self) -> bool:
-        return bool(self.queue) or any(bank.unseated for bank in self.banks)
-
-    @property
-    def _fewer(self) -> int:
-        """The slots of the next smaller batch; 0 where there is none to go to: samples wait for their slots, or the
-        last ones have so few tokens to go that it would not pay."""
-        sizes = self.engine.shapes.sizes[self.size + 1 :]
-        youngest = min((int(b.drawn[b.live].min()) for b in self.banks if b.live_count), default=0)
-        short = self.sampling.max_new_tokens - youngest <= 2 * programs.STEPS
-        return 0 if self._waiting or short or not sizes else sizes[0][0]
-
-    def _decode(self) -> list[Seat]:
-        config, waiting, fewer = self.engine.config, self._waiting, self._fewer
-        leave_at = [self._leave_at(bank, waiting, fewer) for bank in self.banks]
-        slots = _to_slots(self.banks, leave_at)
-        self.cache, drawn = programs.decode(config, self.weights, self.controls, self.cache, slots)
-        tokens, logp, sampled_logp, steps = jax.device_get(drawn)
-        finished = []
-        for x, bank in enumerate(self.banks):
-            finished += bank.take(
-                tokens[x], logp[x], sampled_logp[x], int(steps[x]), self.stops, self.sampling.max_new_tokens
-            )
-        new, rows = int((tokens >= 0).sum()), int(steps.max()) * tokens.shape[0] * tokens.shape[1]
-        self.stats.new_tokens += new
-        self.stats.row_steps += rows
-        if waiting:
-            self.stats.busy_new_tokens += new
-            self.stats.busy_row_steps += rows
-        self.stats.dispatches += 1
-        return finished
-
-    @staticmethod
-    def _leave_at(bank: Bank, waiting: bool, fewer: int) -> int:
-        """How few live slots end a dispatch early: a few less than now while others wait for their places, or so few
-        that they fit in the next smaller batch."""
-        live = bank.live_count
-        if waiting:
-            return max(0, live - max(1, len(bank.seats) // 16))
-        return fewer if live > fewer else 0
-
-
-def _to_slots(banks: list[Bank], leave_at: list[int]) -> Slots:
-    def stacked(name: str) -> np.ndarray:
-        return np.stack([getattr(bank, name) for bank in banks])
-
-    arrays = {name: stacked(name) for name in Slots._fields if name not in ("step", "leave_at", "table")}
-    table = np.maximum(stacked("table"), 0)  # where nobody sits any slot will do: nobody reads the result
-    return Slots(**arrays, table=table, step=_steps(banks), leave_at=np.asarray(leave_at, np.int32))
-
-
-def _steps(banks: list[Bank]) -> np.ndarray:
-    return np.asarray([bank.step for bank in banks], np.int32)
-
-
-def _common_prefix(prompts: list[np.ndarray]) -> int:
-    """Tokens that all prompts begin with, in whole chunks of the smallest size, and less than any of them."""
-    if len(prompts) < 2:
-        return 0
-    shortest = min(map(len, prompts)) - 1
-    same = np.all([p[:shortest] == prompts[0][:shortest] for p in prompts], axis=0)
-    return int(same.argmin() if not same.all() else shortest) // CHUNKS[-1] * CHUNKS[-1]
-
-
-def _chunk(n: int, room: int) -> int:
-    """The largest chunk of which n tokens fill three quarters, or the smallest there is."""
-    return next((c for c in CHUNKS if n >= 0.75 * c and c <= room), CHUNKS[-1])
-
-
 def _check_prompts(
     config: QwenConfig, prompts: Sequence[Sequence[int]], sampling: SamplingConfig, longest: int
 ) -> None:
@@ -361,21 +182,11 @@ def _check_prompts(
             )
 
 
-def _controls(sampling: SamplingConfig, stop_token_ids: Sequence[int]) -> Controls:
-    if len(stop_token_ids) > STOP_ID_ROOM:
-        raise InputError(f"{len(stop_token_ids)} stop token ids given; at most {STOP_ID_ROOM} are supported")
-    stops = np.full(STOP_ID_ROOM, -1, np.int32)
-    stops[: len(stop_token_ids)] = stop_token_ids
-    return Controls(
-        seed=np.uint32(sampling.seed % 2**32),
-        temperature=np.float32(sampling.temperature),
-        top_k=np.int32(sampling.top_k or 0),
-        top_p=np.float32(sampling.top_p),
-        stop_ids=stops,
-        max_new=np.int32(sampling.max_new_tokens),
-    )
-
-
-def _compiled() -> int:
-    """Programs in the caches of the sampler's jitted functions."""
-    return sum(program._cache_size() for program in programs.PROGRAMS)
+def _free_gib(mesh: Mesh) -> float | None:
+    """Four fifths of what is free on all devices together, where they tell (a CPU does not): the rest is for a step's
+    temporaries."""
+    told = [d.memory_stats() for d in mesh.local_devices]
+    if not all(told):
+        return None
+    free = min(t["bytes_limit"] - t["bytes_in_use"] for t in told)
+    return 0.8 * free * mesh.size / 2**30

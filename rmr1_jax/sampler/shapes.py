@@ -46,12 +46,19 @@ class Shapes:
 
 
 def plan_shapes(
-    config: QwenConfig, sampling: SamplingConfig, *, prompts: int, longest: int, banks: int, itemsize: int
+    config: QwenConfig,
+    sampling: SamplingConfig,
+    *,
+    prompts: int,
+    longest: int,
+    banks: int,
+    itemsize: int,
+    free_gib: float | None = None,
 ) -> Shapes:
-    """The shapes for `prompts` prompts of at most `longest` tokens.
+    """The shapes for `prompts` prompts of at most `longest` tokens. free_gib: the budget where `cache_gib` sets none.
 
     Raises:
-        InputError: not even one slot a bank fits in `cache_gib`.
+        InputError: not even one slot a bank fits in the budget.
     """
     most = -(-sampling.max_new_tokens // 16) * 16
     widths = [most]
@@ -64,14 +71,15 @@ def plan_shapes(
         return Shapes(banks, slots, entries, min(sampling.n, slots), _bucket(max(1, longest - 1)), tuple(widths))
 
     slots = -(-min(sampling.slots, max(1, prompts) * sampling.n) // banks)
-    if sampling.cache_gib is None:
+    budget = free_gib if sampling.cache_gib is None else sampling.cache_gib
+    if budget is None:
         return shapes(slots)
-    budget = sampling.cache_gib * 2**30
-    fitting = next((s for s in range(slots, 0, -1) if shapes(s).cache_bytes(config, itemsize) <= budget), None)
+    fitting = next((s for s in range(slots, 0, -1) if shapes(s).cache_bytes(config, itemsize) <= budget * 2**30), None)
     if fitting is None:
         least = shapes(1).cache_bytes(config, itemsize) / 2**30
+        given = f"{budget:.3g} GiB, what is free on the devices," if sampling.cache_gib is None else f"{budget}"
         raise InputError(
-            f"sampling.cache_gib={sampling.cache_gib} holds no sample of {longest} + {sampling.max_new_tokens} tokens "
+            f"sampling.cache_gib={given} holds no sample of {longest} + {sampling.max_new_tokens} tokens "
             f"on {banks} data-parallel devices; give at least {least:.3g}, or fewer tokens"
         )
     return shapes(fitting)
