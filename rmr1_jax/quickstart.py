@@ -32,10 +32,10 @@ from rmr1_jax.train.rollout import RlPrompt
 from rmr1_jax.train.sft import SftConfig, sft
 from rmr1_jax.world_tokenizer import train_tokenizer
 
-SFT_ITEMS = 14000  # each is seen once: repeated, a policy of this size learns them by heart
+SFT_ITEMS = 14000  # pairs, each seen once: repeated, a policy of this size learns them by heart
 GRPO_ITEMS = 2000
 TEST_ITEMS = 1024
-MAX_TRACE = 80  # tokens; the longest trace of the teacher has 68
+MAX_TRACE = 80  # tokens; the longest trace of the teacher has 70
 
 MODEL = QwenConfig(
     model_type="qwen2",

@@ -73,7 +73,7 @@ def make_items(n: int, *, split: str, seed: int = 0, kinds: tuple[str, ...] = KI
     otherwise).
 
     Raises:
-      InputError: an unknown split or kind, or more items than the split has questions.
+      InputError: an unknown split or kind, or more items than the split has pairs.
     """
     if split not in SPLITS:
         raise InputError(f"split={split!r}: expected one of {', '.join(SPLITS)}")
@@ -176,7 +176,7 @@ def _items_of_kind(kind: str, count: int, split: str, seed: int, rng: np.random.
 def _new_case(maker: Callable, split: str, seen: set[str], rng: np.random.Generator) -> Case:
     for _ in range(2000):
         case = maker(rng)
-        pair = f"{case.question} {case.better} {case.worse}"
+        pair = f"{case.key} {case.better} {case.worse}"
         if pair not in seen and split_of(case.key) == split:
             seen.add(pair)
             return case
@@ -220,7 +220,7 @@ def _chat_body(item: Item) -> str:
 
 
 def _summary(item: Item, side: str, findings: str) -> str:
-    """What was found on one side, and how it sounds: its opening word, the last thing before the verdict."""
+    """What was found on one side, and then how it sounds: its opening word."""
     response = item.response_a if side == "A" else item.response_b
     return f"<summary_{side}>{findings} {response[: response.index('!')]}</summary_{side}>"
 
