@@ -9,6 +9,7 @@ Next: the functions that the commands call: `train/sft.py`, `train/grpo.py`, `ju
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -271,6 +272,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         args=argv,
         config=(FlagCreatePairsOff, OmitArgPrefixes, OmitSubcommandPrefixes),
     )
+    # Transformers is here for its tokenizers; that PyTorch is absent is no news to anybody.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
         command.run()
     except (InputError, RunError) as e:
