@@ -176,7 +176,6 @@ def _decode_step(config: QwenConfig, weights: Weights, cache: Cache, slots: Slot
     return cache._replace(own_k=own_k, own_v=own_v), qwen.logits(config, weights, x)
 
 
-@functools.partial(jax.jit, static_argnames=("config",), donate_argnames=("cache",))
 def prefill(config: QwenConfig, weights: Weights, cache: Cache, tokens, entry, start, active) -> Cache:
     """Run one chunk of each of P prompts a bank, and put its keys and values into the prompts' cache.
 
@@ -185,7 +184,21 @@ def prefill(config: QwenConfig, weights: Weights, cache: Cache, tokens, entry, s
         entry: [X, P] rows of the cache. start: [X, P] the chunk's first position. active: [X, P] bool, False for rows
             that only fill the batch.
     """
+    return _prompts_only(lambda prompts: _prefill(config, weights, prompts, tokens, entry, start, active), cache)
 
+
+def share_prefix(cache: Cache, prefix: jax.Array) -> Cache:
+    """Copy the first `prefix` columns of each bank's first prompt to its other prompts."""
+    return _prompts_only(lambda prompts: _share_prefix(prompts, prefix), cache)
+
+
+def _prompts_only(program: Callable, cache: Cache) -> Cache:
+    """Give a program the prompts' part alone: its shapes, and so its compilation, do not depend on the rings'."""
+    return program(cache._replace(own_k=[], own_v=[]))._replace(own_k=cache.own_k, own_v=cache.own_v)
+
+
+@functools.partial(jax.jit, static_argnames=("config",), donate_argnames=("cache",))
+def _prefill(config: QwenConfig, weights: Weights, cache: Cache, tokens, entry, start, active) -> Cache:
     def bank(weights, _, cache: Cache, tokens, entry, start, active):
         positions = start[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)
         rope = qwen.rope_table(config, positions)
@@ -204,9 +217,7 @@ def prefill(config: QwenConfig, weights: Weights, cache: Cache, tokens, entry, s
 
 
 @functools.partial(jax.jit, donate_argnames=("cache",))
-def share_prefix(cache: Cache, prefix: jax.Array) -> Cache:
-    """Copy the first `prefix` columns of each bank's first prompt to its other prompts."""
-
+def _share_prefix(cache: Cache, prefix: jax.Array) -> Cache:
     def bank(weights, prefix, cache: Cache):
         shared = jnp.arange(cache.prompt_room) < prefix
         prompt_k = [jnp.where(shared, x[:1], x) for x in cache.prompt_k]
@@ -256,7 +267,7 @@ def _compact(layer: Cache, slots: jax.Array, entries: jax.Array) -> Cache:
     return _per_bank(bank, lambda banks: banks)((), (), layer, slots, entries)
 
 
-PROGRAMS = (decode, prefill, share_prefix, _grow, _compact)
+PROGRAMS = (decode, _prefill, _share_prefix, _grow, _compact)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "banks", "entries", "room", "slots", "width", "dtype"))
