@@ -205,64 +205,93 @@ CONFIG = QwenConfig(
 
 
 class Device:
-    """Stands in for the programs: no arithmetic, but every shape and width is checked, and all is counted."""
+    """Stands in for the programs. It computes nothing, but its cache holds which tokens were prefilled where, and every
+    shape, width and entry that it is given is checked."""
 
-    def __init__(self, monkeypatch, engine: Engine, mean: float, samples: int):
-        self.engine, self.mean, self.samples = engine, mean, samples
-        self.slots, self.entries, self.ranks = engine.shapes.sizes[0]
-        self.begun, self.busy_drawn, self.busy_steps, self.sizes = set(), 0, 0, []
+    def __init__(self, monkeypatch, engine: Engine, texts: list[list[int]], mean: float):
+        self.engine, self.mean, self.samples = engine, mean, len(texts) * engine.sampling.n
+        self.texts = {zlib.crc32(np.asarray(text, np.int32).tobytes()): text for text in texts}
+        self.size, self.sizes = engine.shapes.sizes[0], engine.shapes.sizes[1:]
+        self.begun, self.prefilled, self.busy_drawn, self.busy_steps = set(), 0, 0, 0
         for name in ("decode", "prefill", "share_prefix", "grow", "compact"):
             monkeypatch.setattr(programs, name, getattr(self, name))
         monkeypatch.setattr(engine, "empty_cache", self.empty)
 
     def empty(self, width: int) -> Cache:
-        """Rings of a width, and nothing in them."""
-        return Cache([], [], [np.zeros((0, 1, 1, width))], [])
+        """Prompts of tokens, [X, E, S], and rings that have a width and nothing in them."""
+        shapes = self.engine.shapes
+        return Cache([np.full((shapes.banks, shapes.entries, shapes.room), -1)], [], [np.zeros((0, 1, 1, width))], [])
 
     def prefill(self, config, weights, cache, tokens, entry, start, active):
-        assert tokens.shape[:2] == entry.shape == start.shape == active.shape
-        room = start + tokens.shape[2] <= self.engine.shapes.room
-        assert room.all() and (entry < self.entries).all()
+        for x, p in np.argwhere(active):
+            row = cache.prompt_k[0][x, entry[x, p], start[x, p] :]
+            row[: tokens.shape[2]] = tokens[x, p]  # an error where the chunk is longer than the room
         for x in range(len(entry)):
             rows = entry[x][active[x]].tolist()
             assert len(rows) == len(set(rows))
+        self.prefilled += tokens.size
         return cache
 
     def share_prefix(self, cache, prefix):
+        cache.prompt_k[0][:, :, :prefix] = cache.prompt_k[0][:, :1, :prefix]
         return cache
 
     def grow(self, cache, step, *, width):
         assert width > cache.width and width in self.engine.shapes.widths
-        return self.empty(width)
+        return cache._replace(own_k=[np.zeros((0, 1, 1, width))])
 
     def compact(self, cache, slots, entries):
-        size = self.engine.shapes.sizes[self.engine.shapes.sizes.index((self.slots, self.entries, self.ranks)) + 1]
-        assert (slots.shape[1], entries.shape[1]) == size[:2]
-        assert (slots < self.slots).all() and (entries < self.entries).all()
-        self.slots, self.entries, self.ranks = size
-        self.sizes.append(size)
-        return cache
+        assert (slots < self.size[0]).all()
+        self.size = self.sizes.pop(0)
+        assert (slots.shape[1], entries.shape[1]) == self.size[:2]
+        return cache._replace(prompt_k=[np.stack([x[e] for x, e in zip(cache.prompt_k[0], entries, strict=True)])])
 
     def decode(self, config, weights, controls, cache, slots):
-        assert slots.table.shape[1:] == (self.entries, self.ranks) and slots.last.shape[1:] == (self.slots,)
+        assert slots.table.shape[1:] == self.size[1:] and slots.last.shape[1:] == self.size[:1]
         max_new, (banks, B) = int(controls.max_new), slots.last.shape
-        self.begun |= {
-            (int(h), int(s)) for h, s in zip(slots.prompt_hash[slots.live], slots.sample[slots.live], strict=True)
-        }
-        waiting = len(self.begun) < self.samples
         results = []
         for x in range(banks):
             bank = programs.Slots(*(part[x] for part in slots))
+            for b in np.nonzero(bank.live)[0]:
+                text, e = self.texts[int(bank.prompt_hash[b])], bank.entry[b]
+                assert bank.table[e, bank.rank[b]] == b
+                assert bank.prompt_length[e] == len(text) - 1 == bank.length[b] - 1
+                assert cache.prompt_k[0][x, e, : len(text) - 1].tolist() == text[:-1]
+                assert bank.drawn[b] or bank.last[b] == text[-1]
+                self.begun.add((int(bank.prompt_hash[b]), int(bank.sample[b])))
             drawn = pretend(bank, int(bank.leave_at), max_new, self.mean)
             age = int((bank.step - bank.start)[bank.live].max(initial=0)) + drawn[3]
             assert min(age, max_new) <= cache.width, "a ring is too narrow for what its slot draws"
             results.append(drawn)
         tokens, logp, sampled_logp, steps = (np.stack(part) for part in zip(*results, strict=True))
         assert steps.max() > 0, "a dispatch that does nothing"
-        if waiting:
+        if len(self.begun) < self.samples:
             self.busy_drawn += (tokens >= 0).sum()
             self.busy_steps += steps.max() * banks * B
         return cache, programs.Drawn(tokens, logp, sampled_logp, steps)
+
+
+def run_pretended(monkeypatch, texts, *, slots, n, mean, max_new, mesh=None):
+    """Sample on a pretended device, and check that every sample is complete and its own."""
+    settings = SamplingConfig(n=n, max_new_tokens=max_new, slots=slots)
+    mesh = make_mesh(mesh) if mesh else single_device_mesh()
+    engine = Engine(CONFIG, settings, prompts=len(texts), longest=max(map(len, texts)), mesh=mesh)
+    device = Device(monkeypatch, engine, texts, mean)
+    groups, stats = engine.generate({}, texts, [STOP])
+    for text, group in zip(texts, groups, strict=True):
+        hash_ = zlib.crc32(np.asarray(text, np.int32).tobytes())
+        for number, sample in enumerate(group):
+            expected = script(hash_, number, max_new, mean)
+            assert sample.token_ids == expected.tolist()
+            assert sample.finish_reason == ("stop" if expected[-1] == STOP else "length")
+            np.testing.assert_array_equal(sample.logprobs, expected / 2)
+            np.testing.assert_array_equal(sample.sampled_logprobs, expected / 4)
+    assert {sample.finish_reason for group in groups for sample in group} == {"stop", "length"}
+    assert stats.new_tokens == sum(len(sample.token_ids) for group in groups for sample in group)
+    assert (stats.busy_new_tokens, stats.busy_row_steps) == (device.busy_drawn, device.busy_steps)
+    assert stats.prefill_tokens == device.prefilled and stats.prompt_tokens == sum(map(len, texts))
+    assert len(device.sizes) < len(engine.shapes.sizes) - 1  # the last samples ran in fewer rows
+    return stats
 
 
 @pytest.mark.parametrize(
@@ -279,32 +308,20 @@ class Device:
     ids=str,
 )
 def test_slots_are_busy_until_the_queue_is_empty(monkeypatch, slots, n, prompts, mesh, mean):
-    """Occupancy counted by hand, and every sample complete: for groups, single samples, several banks."""
-    max_new = 3 * mean
+    """Groups and single samples, more slots than a group and fewer, several banks."""
     rng = np.random.default_rng(slots)
     texts = [rng.integers(2, 50, rng.integers(1, 40)).tolist() for _ in range(prompts)]
-    engine = Engine(
-        CONFIG,
-        SamplingConfig(n=n, max_new_tokens=max_new, slots=slots),
-        prompts=prompts,
-        longest=40,
-        mesh=make_mesh(mesh) if mesh else single_device_mesh(),
-    )
-    device = Device(monkeypatch, engine, mean, prompts * n)
-    groups, stats = engine.generate({}, texts, [STOP])
-    reasons = set()
-    for text, group in zip(texts, groups, strict=True):
-        hash_ = zlib.crc32(np.asarray(text, np.int32).tobytes())
-        for number, sample in enumerate(group):
-            expected = script(hash_, number, max_new, mean)
-            assert sample.token_ids == expected.tolist()
-            assert sample.finish_reason == ("stop" if expected[-1] == STOP else "length")
-            np.testing.assert_array_equal(sample.logprobs, expected / 2)
-            np.testing.assert_array_equal(sample.sampled_logprobs, expected / 4)
-            reasons.add(sample.finish_reason)
-    assert reasons == {"stop", "length"}
-    assert (stats.busy_new_tokens, stats.busy_row_steps) == (device.busy_drawn, device.busy_steps)
-    assert stats.new_tokens == sum(len(s.token_ids) for group in groups for s in group)
-    assert stats.occupancy == device.busy_drawn / device.busy_steps
+    stats = run_pretended(monkeypatch, texts, slots=slots, n=n, mean=mean, max_new=3 * mean, mesh=mesh)
+    assert stats.occupancy == stats.busy_new_tokens / stats.busy_row_steps
     assert stats.occupancy >= 0.9
-    assert device.sizes  # the last samples ran in fewer rows
+
+
+@pytest.mark.parametrize("prefix", [0, 160])
+@pytest.mark.parametrize(("slots", "n", "prompts"), [(56, 7, 8), (56, 1, 56), (8, 4, 30)], ids=str)
+def test_prompts_are_prefilled_once_and_with_little_padding(monkeypatch, slots, n, prompts, prefix):
+    rng = np.random.default_rng(slots + prefix)
+    head = rng.integers(2, 50, prefix).tolist()
+    texts = [head + rng.integers(2, 50, rng.integers(448, 513) - prefix).tolist() for _ in range(prompts)]
+    stats = run_pretended(monkeypatch, texts, slots=slots, n=n, mean=40, max_new=120)
+    unique = sum(map(len, texts)) - prefix * (prompts - 1)
+    assert unique - prompts <= stats.prefill_tokens <= 1.25 * unique

@@ -65,8 +65,9 @@ def _invert(weights: jax.Array, uniforms: jax.Array) -> tuple[jax.Array, jax.Arr
 
 def _first_above(weights: jax.Array, uniform: jax.Array) -> tuple[jax.Array, jax.Array]:
     """For each row of [B, M] the first place where the running sum exceeds uniform x total, and the total, [B]."""
-    running = jnp.cumsum(weights, axis=-1)
-    total = running[:, -1]
+    # A long running sum may rise, by rounding, at a place of weight zero: such a place must never be the first above.
+    running = jnp.where(weights > 0, jnp.cumsum(weights, axis=-1), 0)
+    total = jnp.max(running, axis=-1)
     # Rounding must not carry the target up to the total: a place of weight zero could be drawn then.
     target = jnp.minimum(uniform * total, jnp.nextafter(total, jnp.float32(0)))
     return jnp.argmax(running > target[:, None], axis=-1), total

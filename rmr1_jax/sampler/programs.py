@@ -123,6 +123,9 @@ def decode(config: QwenConfig, weights: Weights, controls: Controls, cache: Cach
         def one(carry):
             cache, slots, drawn = carry
             cache, logits = _decode_step(config, weights, cache, slots)
+            # Whole before the draw: what the compiler makes of a cut in the middle of split rows is an exchange among
+            # all devices, and the banks' loops do not end together.
+            logits = constrain(logits, "RC")
             new = draw(
                 logits,
                 jax.vmap(jax.random.fold_in)(keys, slots.drawn),
@@ -184,7 +187,7 @@ def prefill(config: QwenConfig, weights: Weights, cache: Cache, tokens, entry, s
         entry: [X, P] rows of the cache. start: [X, P] the chunk's first position. active: [X, P] bool, False for rows
             that only fill the batch.
     """
-    return _prompts_only(lambda prompts: _prefill(config, weights, prompts, tokens, entry, start, active), cache)
+    return _prompts_only(lambda prompts: prefill_prompts(config, weights, prompts, tokens, entry, start, active), cache)
 
 
 def share_prefix(cache: Cache, prefix: jax.Array) -> Cache:
@@ -198,7 +201,7 @@ def _prompts_only(program: Callable, cache: Cache) -> Cache:
 
 
 @functools.partial(jax.jit, static_argnames=("config",), donate_argnames=("cache",))
-def _prefill(config: QwenConfig, weights: Weights, cache: Cache, tokens, entry, start, active) -> Cache:
+def prefill_prompts(config: QwenConfig, weights: Weights, cache: Cache, tokens, entry, start, active) -> Cache:
     def bank(weights, _, cache: Cache, tokens, entry, start, active):
         positions = start[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)
         rope = qwen.rope_table(config, positions)
@@ -267,7 +270,7 @@ def _compact(layer: Cache, slots: jax.Array, entries: jax.Array) -> Cache:
     return _per_bank(bank, lambda banks: banks)((), (), layer, slots, entries)
 
 
-PROGRAMS = (decode, _prefill, _share_prefix, _grow, _compact)
+PROGRAMS = (decode, prefill_prompts, _share_prefix, _grow, _compact)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "banks", "entries", "room", "slots", "width", "dtype"))

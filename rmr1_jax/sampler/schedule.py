@@ -131,7 +131,7 @@ class Bank:
         for name in ("last", "length", "drawn", "start", "sample", "entry", "rank", "live", "prompt_hash"):
             setattr(self, name, getattr(self, name)[order])
         self.seats = [self.seats[slot] for slot in order]
-        if entries == len(self.guests):
+        if ranks > 1 and entries == len(self.guests):
             kept = np.arange(entries, dtype=np.int32)
         else:
             kept = self.entry.copy()

@@ -76,16 +76,16 @@ def plan_shapes(
         return shapes(slots)
     fitting = next((s for s in range(slots, 0, -1) if shapes(s).cache_bytes(config, itemsize) <= budget * 2**30), None)
     if fitting is None:
-        least = shapes(1).cache_bytes(config, itemsize) / 2**30
+        least = math.ceil(shapes(1).cache_bytes(config, itemsize) / 2**30 * 1e6) / 1e6
         given = f"{budget:.3g} GiB, what is free on the devices," if sampling.cache_gib is None else f"{budget}"
         raise InputError(
             f"sampling.cache_gib={given} holds no sample of {longest} + {sampling.max_new_tokens} tokens "
-            f"on {banks} data-parallel devices; give at least {least:.3g}, or fewer tokens"
+            f"on {banks} data-parallel devices; give at least {least:g}, or fewer tokens"
         )
     return shapes(fitting)
 
 
 def _bucket(n: int) -> int:
-    """The smallest of 16, 32, 64, 96, 128, 192, 256, 384, ... that holds n: at most a third is padding."""
+    """The smallest of 16, 32, 64, 96, 128, 192, 256, 384, ... that holds n: above 64 at most a third is padding."""
     size = 16 * 2 ** max(0, math.ceil(math.log2(n / 16)))
     return size * 3 // 4 if size >= 128 and n <= size * 3 // 4 else size
