@@ -2,9 +2,11 @@
 
 import dataclasses
 import importlib
+import importlib.util
 import json
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import jax
@@ -185,7 +187,19 @@ def settings(tmp_path, monkeypatch) -> dict:
     return seen
 
 
-def test_commands_are_taken_as_they_stand(settings):
+@pytest.fixture
+def bench(monkeypatch):
+    """scripts/bench.py as a module whose commands are read but not run."""
+    spec = importlib.util.spec_from_file_location("readme_bench", ROOT / "scripts" / "bench.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "readme_bench", module)
+    spec.loader.exec_module(module)
+    for command in (module.Sample, module.Steps):
+        monkeypatch.setattr(command, "run", lambda self: None)
+    return module
+
+
+def test_commands_are_taken_as_they_stand(settings, bench):
     for program, *words in command_lines():
         if program == "bash":
             assert (ROOT / words[0]).is_file(), words
@@ -193,6 +207,8 @@ def test_commands_are_taken_as_they_stand(settings):
                 assert cli.main(["quickstart", *words[1:]]) == 0
         elif program == "rmr1":
             assert cli.main(words) == 0, words
+        elif program == "python":
+            assert words[0] == "scripts/bench.py" and bench.main(words[1:]) == 0, words
         else:
             assert program in ("hf", "source")
     recipe = settings["runs/grpo-7b"]
