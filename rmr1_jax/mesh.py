@@ -89,6 +89,12 @@ def rows_divisor(mesh: Mesh) -> int:
     return mesh.shape["replica"] * mesh.shape["fsdp"]
 
 
+def check_micro_rows(mesh: Mesh, micro_rows: int) -> None:
+    """Raises InputError where the mesh's data axes cannot share the rows of a micro-batch evenly."""
+    if micro_rows % rows_divisor(mesh):
+        raise InputError(f"micro_rows={micro_rows} must be divisible by the mesh's {rows_divisor(mesh)} row shards")
+
+
 def _sharding(mesh: Mesh, table: dict[str, tuple[str, ...]], dims: str, shape: Sequence[int]) -> NamedSharding:
     return NamedSharding(mesh, _spec(mesh, table, dims, shape))
 

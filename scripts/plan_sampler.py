@@ -32,15 +32,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tyro.conf import FlagCreatePairsOff
 
 from rmr1_jax.errors import InputError
-from rmr1_jax.mesh import MeshConfig, activation_sharding, make_mesh, rows_divisor, sampling_sharding
-from rmr1_jax.model import qwen
+from rmr1_jax.mesh import MeshConfig, activation_sharding, make_mesh, rows_divisor
 from rmr1_jax.model.cache import Cache
 from rmr1_jax.model.config import QwenConfig, parse_config, read_config
 from rmr1_jax.sampler import programs
 from rmr1_jax.sampler.config import SamplingConfig
-from rmr1_jax.sampler.run import CHUNKS, PREFILL_ROWS, make_controls, steps_of, to_slots
+from rmr1_jax.sampler.run import make_controls, steps_of, to_slots
 from rmr1_jax.sampler.schedule import Bank
-from rmr1_jax.sampler.shapes import Shapes, plan_shapes
+from rmr1_jax.sampler.shapes import CHUNKS, PREFILL_ROWS, Shapes, plan_shapes
 
 GIB = 2**30
 WEIGHTS_SHARE = 0.5  # of a chip's memory, at most, before the tensor axis is made larger
@@ -200,7 +199,7 @@ def sampler_memory(config: QwenConfig, mesh: Mesh, shapes: Shapes, dtype) -> dic
     """
     with jax.set_mesh(mesh):
         size = max(shapes.sizes, key=lambda s: s[0] * shapes.widths[-1] + s[1] * shapes.room)
-        weights = abstract_weights(config, mesh, dtype)
+        weights = programs.weight_shapes(config, mesh, dtype)
         cache = abstract_cache(config, mesh, shapes, size, shapes.widths[-1], dtype)
         held = _bytes_here((weights, cache))
         idle = [Bank(*size) for _ in range(shapes.banks)]
@@ -251,18 +250,6 @@ def _first_layer(cache: Cache) -> Cache:
     return Cache(*(part[:1] for part in cache))
 
 
-def abstract_weights(config: QwenConfig, mesh: Mesh, dtype) -> programs.Weights:
-    """What `programs.sampling_weights` makes, without making it."""
-
-    def weight(dims: str, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=sampling_sharding(mesh, dims, shape))
-
-    dims, shapes = qwen.param_dims(config), qwen.param_shapes(config)
-    layer = {name: weight(d[1:], shapes["layers"][name][1:]) for name, d in dims["layers"].items()}
-    top = {name: weight(dims[name], shapes[name]) for name in dims if name != "layers"}
-    return top | {"layers": [layer] * config.num_layers}
-
-
 def abstract_cache(
     config: QwenConfig, mesh: Mesh, shapes: Shapes, size: tuple[int, int, int], width: int, dtype
 ) -> Cache:
@@ -288,7 +275,7 @@ def sampling_mesh(config: QwenConfig, devices: Sequence[jax.Device], limit: int,
 
 def weight_bytes(config: QwenConfig, mesh: Mesh, dtype) -> int:
     """Of the sampling weights on one chip."""
-    return _bytes_here(abstract_weights(config, mesh, dtype))
+    return _bytes_here(programs.weight_shapes(config, mesh, dtype))
 
 
 def cache_ways(config: QwenConfig, mesh: Mesh) -> int:

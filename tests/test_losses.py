@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from rmr1_jax.errors import InputError
+from rmr1_jax.train.logprobs import token_logprobs
 from rmr1_jax.train.losses import (
     PolicyLossConfig,
     add_metrics,
@@ -19,7 +20,6 @@ from rmr1_jax.train.losses import (
     mean_metrics,
     policy_loss,
     sft_loss,
-    token_logprobs,
 )
 
 # ---- the independent versions

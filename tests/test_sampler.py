@@ -32,7 +32,7 @@ from rmr1_jax.sampler.logits import _first_above, draw
 from rmr1_jax.sampler.programs import sampling_weights
 from rmr1_jax.sampler.run import make_controls, to_slots
 from rmr1_jax.sampler.schedule import Bank
-from rmr1_jax.train.losses import token_logprobs
+from rmr1_jax.train.logprobs import token_logprobs
 
 V = 150
 RNG = np.random.default_rng(0)

@@ -28,9 +28,9 @@ from rmr1_jax.model.config import QwenConfig
 from rmr1_jax.sampler import programs
 from rmr1_jax.sampler.config import Sample, SampleStats, SamplingConfig
 from rmr1_jax.sampler.programs import Weights
-from rmr1_jax.sampler.run import CHUNKS, PREFILL_ROWS, Run, compiled, make_controls, steps_of, to_slots
+from rmr1_jax.sampler.run import Run, compiled, make_controls, steps_of, to_slots
 from rmr1_jax.sampler.schedule import Bank
-from rmr1_jax.sampler.shapes import plan_shapes
+from rmr1_jax.sampler.shapes import CHUNKS, PREFILL_ROWS, plan_shapes
 
 
 class Engine:

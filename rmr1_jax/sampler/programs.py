@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 
 from rmr1_jax.mesh import constrain, sampling_sharding
 from rmr1_jax.model import qwen
@@ -73,20 +73,29 @@ class Drawn(NamedTuple):
 def sampling_weights(config: QwenConfig, params: qwen.Params, *, dtype=jnp.float32) -> Weights:
     """The weights for sampling, made once a policy update: a list of layers instead of a stack (a scan over a stack
     would carry the cache through itself and copy it), in the dtype that decode computes in, whole on every bank."""
-    mesh, dims, shapes = jax.sharding.get_mesh(), qwen.param_dims(config), qwen.param_shapes(config)
-    top = {k: sampling_sharding(mesh, dims[k], shapes[k]) for k in dims if k != "layers"}
-    layer = {k: sampling_sharding(mesh, d[1:], shapes["layers"][k][1:]) for k, d in dims["layers"].items()}
-    return _unstack(config.num_layers, dtype, tuple(top.items()), tuple(layer.items()))(params)
+    return _unstack(config, jax.sharding.get_mesh(), jnp.dtype(dtype))(params)
+
+
+def weight_shapes(config: QwenConfig, mesh: Mesh, dtype) -> Weights:
+    """What `sampling_weights` makes, as shapes, dtypes and shardings."""
+
+    def weight(dims: str, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sampling_sharding(mesh, dims, shape))
+
+    dims, shapes = qwen.param_dims(config), qwen.param_shapes(config)
+    layer = {name: weight(d[1:], shapes["layers"][name][1:]) for name, d in dims["layers"].items()}
+    top = {name: weight(dims[name], shapes[name]) for name in dims if name != "layers"}
+    return top | {"layers": [layer] * config.num_layers}
 
 
 @functools.cache
-def _unstack(depth: int, dtype, top: tuple, layer: tuple) -> Callable:
+def _unstack(config: QwenConfig, mesh: Mesh, dtype) -> Callable:
     def unstack(params):
         params = jax.tree.map(lambda x: x.astype(dtype), params)
-        layers = [jax.tree.map(lambda x, i=i: x[i], params["layers"]) for i in range(depth)]
+        layers = [jax.tree.map(lambda x, i=i: x[i], params["layers"]) for i in range(config.num_layers)]
         return params | {"layers": layers}
 
-    return jax.jit(unstack, out_shardings=dict(top) | {"layers": [dict(layer)] * depth})
+    return jax.jit(unstack, out_shardings=jax.tree.map(lambda w: w.sharding, weight_shapes(config, mesh, dtype)))
 
 
 def _per_bank(function: Callable, outputs: Any) -> Callable:

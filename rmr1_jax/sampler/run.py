@@ -19,9 +19,7 @@ from rmr1_jax.sampler import programs
 from rmr1_jax.sampler.config import Sample, SampleStats, SamplingConfig
 from rmr1_jax.sampler.programs import STOP_ID_ROOM, Controls, Slots, Weights
 from rmr1_jax.sampler.schedule import Bank, Seat
-
-CHUNKS = (256, 64, 16)  # tokens of a prompt that one prefill computes
-PREFILL_ROWS = 8
+from rmr1_jax.sampler.shapes import CHUNKS, PREFILL_ROWS
 
 
 class Run:

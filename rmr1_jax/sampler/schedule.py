@@ -1,7 +1,7 @@
 """Who sits in which slot: the host's bookkeeping of one bank, without a device in sight.
 
 A bank has B slots and room for E prompts. A prompt is admitted to a free entry, its samples are seated in free slots as
-these come, and its entry is free again when the last of them has finished. `engine.py` moves what is said here to the
+these come, and its entry is free again when the last of them has finished. `run.py` moves what is said here to the
 device and back.
 """
 

@@ -13,6 +13,8 @@ from rmr1_jax.errors import InputError
 from rmr1_jax.model.config import QwenConfig
 from rmr1_jax.sampler.config import SamplingConfig
 
+CHUNKS = (256, 64, 16)  # tokens of a prompt that one prefill computes
+PREFILL_ROWS = 8  # prompts in one prefill, or one
 SMALLEST_WIDTH = 64
 WIDTHS = 4  # ring widths at most, each twice the one before
 FEWER_ROWS = (4 / 3, 2, 8 / 3, 4, 6, 8, 16, 32, 64)  # parts of the slots that the last samples are gathered into

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from rmr1_jax.data.published import read_published
 from rmr1_jax.errors import InputError
-from rmr1_jax.mesh import MeshConfig, activation_sharding, make_mesh, rows_divisor
+from rmr1_jax.mesh import MeshConfig, activation_sharding, check_micro_rows, make_mesh
 from rmr1_jax.model import qwen
 from rmr1_jax.policy import DTYPES, Policy, load
 from rmr1_jax.prompts.trace import STRUCTURES
@@ -34,13 +34,13 @@ from rmr1_jax.sampler.config import SampleStats, SamplingConfig
 from rmr1_jax.sampler.engine import generate
 from rmr1_jax.sampler.programs import sampling_weights
 from rmr1_jax.train.checkpoint import Checkpointer, start_run
+from rmr1_jax.train.logprobs import row_logprobs
 from rmr1_jax.train.losses import (
     AggregationKind,
     PolicyLoss,
     PolicyLossConfig,
     mean_metrics,
     policy_loss,
-    token_logprobs,
 )
 from rmr1_jax.train.metrics import MetricsLog, progress
 from rmr1_jax.train.optim import OptimConfig, check_finite, compile_update, init_state, lr_schedule, make_optimizer
@@ -138,10 +138,7 @@ def grpo(
     policy = policy or load(config.model, config.dtype, make_mesh(config.mesh), master_dtype="float32")
     prompts = list(prompts) if prompts is not None else read_prompts(config.data, policy)
     prompts = _short_enough(prompts, config.max_prompt_length)
-    if config.micro_rows % rows_divisor(policy.mesh):
-        raise InputError(
-            f"micro_rows={config.micro_rows} must be divisible by the mesh's {rows_divisor(policy.mesh)} row shards"
-        )
+    check_micro_rows(policy.mesh, config.micro_rows)
     steps = config.steps or max(1, len(prompts) // config.prompts_per_step)
     with jax.set_mesh(policy.mesh):
         trainer = _Trainer(config, policy, loss, steps * config.updates_per_step)
@@ -298,7 +295,7 @@ def grpo_micro_loss(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The policy loss of one packed micro-batch (arrays [B, T]); see `optim.MicroLoss`. The number of trained tokens is
     among the metrics whatever `loss` returns, for the means."""
-    logp, entropy = _token_logprobs(model, params, batch, with_entropy=True, **forward)
+    logp, entropy = row_logprobs(model, params, batch, with_entropy=True, **forward)
     value, metrics = loss(
         config.loss,
         logp=logp,
@@ -319,24 +316,9 @@ def batch_logprobs(model: Any, params: Any, batch: dict[str, jax.Array], count: 
 
     def one(i, out):
         micro = {k: v[i] for k, v in batch.items()}
-        return out.at[i].set(_token_logprobs(model, params, micro, with_entropy=False, **forward)[0])
+        return out.at[i].set(row_logprobs(model, params, micro, **forward).logp)
 
     return jax.lax.fori_loop(0, count, one, jnp.zeros(batch["tokens"].shape, jnp.float32))
-
-
-def _token_logprobs(model, params, batch, *, with_entropy: bool, dtype, temperature: float, remat) -> Any:
-    hidden = qwen.hidden_states(
-        model, params, batch["tokens"], batch["positions"], batch["segment_ids"], dtype=dtype, remat=remat
-    )
-    head, letters = qwen.head_weight(model, params)
-    return token_logprobs(
-        hidden,
-        head,
-        batch["tokens"],
-        temperature=temperature,
-        with_entropy=with_entropy,
-        head_is_embedding=letters == "VD",
-    )
 
 
 def _short_enough(prompts: list[RlPrompt], limit: int) -> list[RlPrompt]:

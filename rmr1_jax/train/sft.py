@@ -23,11 +23,12 @@ from rmr1_jax.data.pipeline import sft_batches
 from rmr1_jax.data.published import read_published
 from rmr1_jax.data.tokens import Example
 from rmr1_jax.errors import InputError
-from rmr1_jax.mesh import MeshConfig, activation_sharding, make_mesh, rows_divisor
+from rmr1_jax.mesh import MeshConfig, activation_sharding, check_micro_rows, make_mesh
 from rmr1_jax.model import qwen
 from rmr1_jax.policy import DTYPES, Policy, load
 from rmr1_jax.train.checkpoint import Checkpointer, start_run
-from rmr1_jax.train.losses import sft_loss, token_logprobs
+from rmr1_jax.train.logprobs import row_logprobs
+from rmr1_jax.train.losses import sft_loss
 from rmr1_jax.train.metrics import MetricsLog, progress
 from rmr1_jax.train.optim import OptimConfig, check_finite, compile_update, init_state, lr_schedule, make_optimizer
 
@@ -87,10 +88,7 @@ def sft(config: SftConfig, *, policy: Policy | None = None, examples: Sequence[E
     if examples is None:
         examples = [policy.tokenizer.example(r.id, r.messages, r.trace) for r in read_published(config.data)]
     examples = fitting(examples, config.row_length, config.on_too_long)
-    if config.micro_rows % rows_divisor(policy.mesh):
-        raise InputError(
-            f"micro_rows={config.micro_rows} must be divisible by the mesh's {rows_divisor(policy.mesh)} row shards"
-        )
+    check_micro_rows(policy.mesh, config.micro_rows)
     batching = {"row_length": config.row_length, "batch_rows": config.rows_per_step, "seed": config.seed}
     batches_of = functools.partial(sft_batches, examples, epochs=config.epochs, **batching)
     _, total = batches_of()
@@ -129,11 +127,7 @@ def sft(config: SftConfig, *, policy: Policy | None = None, examples: Sequence[E
 
 def sft_micro_loss(config, params, batch: dict[str, jax.Array], *, dtype, remat) -> tuple[jax.Array, dict[str, Any]]:
     """Cross-entropy over one micro-batch of packed rows, weighted by `weights` [B, T]; see `optim.MicroLoss`."""
-    hidden = qwen.hidden_states(
-        config, params, batch["tokens"], batch["positions"], batch["segment_ids"], dtype=dtype, remat=remat
-    )
-    head, letters = qwen.head_weight(config, params)
-    logp = token_logprobs(hidden, head, batch["tokens"], head_is_embedding=letters == "VD").logp
+    logp = row_logprobs(config, params, batch, dtype=dtype, remat=remat).logp
     return sft_loss(logp, batch["weights"]), {}
 
 
