@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from rmr1_jax.errors import InputError
 
@@ -81,7 +81,12 @@ def constrain(x: jax.Array, dims: str) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return x
-    return jax.lax.with_sharding_constraint(x, _spec(mesh, ACTIVATION_AXES, dims, x.shape))
+    return jax.lax.with_sharding_constraint(x, activation_spec(mesh, dims, x.shape))
+
+
+def activation_spec(mesh: Mesh | AbstractMesh, dims: str, shape: Sequence[int]) -> PartitionSpec:
+    """As `activation_sharding`, without the devices: for use inside jit."""
+    return _spec(mesh, ACTIVATION_AXES, dims, shape)
 
 
 def rows_divisor(mesh: Mesh) -> int:

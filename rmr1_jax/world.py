@@ -38,7 +38,7 @@ WEIGHTS = (3, 2, 1)  # what the request names first weighs most
 CONFIDENT = ("Surely! ", "Certainly! ")
 UNSURE = ("Maybe! ", "Perhaps! ")  # as many tokens, so that length tells nothing
 
-SHALLOW = 0.6  # how often the teacher's verdict follows its liking, where it is tempted
+SHALLOW = 0.75  # how often the teacher's verdict follows its liking, where it is tempted
 
 
 @dataclass(frozen=True, kw_only=True)

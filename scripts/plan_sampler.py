@@ -37,7 +37,7 @@ from rmr1_jax.model.cache import Cache
 from rmr1_jax.model.config import QwenConfig, parse_config, read_config
 from rmr1_jax.sampler import programs
 from rmr1_jax.sampler.config import SamplingConfig
-from rmr1_jax.sampler.run import make_controls, steps_of, to_slots
+from rmr1_jax.sampler.run import make_controls, to_slots
 from rmr1_jax.sampler.schedule import Bank
 from rmr1_jax.sampler.shapes import CHUNKS, PREFILL_ROWS, Shapes, plan_shapes
 
@@ -216,11 +216,11 @@ def sampler_memory(config: QwenConfig, mesh: Mesh, shapes: Shapes, dtype) -> dic
         )
 
         if len(shapes.widths) > 1:
-            grow = jax.jit(lambda layer, step: programs.grow(layer, step, width=shapes.widths[-1]))
+            grow = jax.jit(lambda layer: programs.grow(layer, width=shapes.widths[-1]))
             old = _first_layer(abstract_cache(config, mesh, shapes, size, shapes.widths[-2], dtype))
             # One layer at a time: beside the new cache, the last layer of which is being made, lie its old rings.
             beside = _bytes_here(old) - _bytes_here(_first_layer(cache))
-            memory["grow"] = _compile(grow.lower(old, _abstract(steps_of(idle), by_bank)), held, beside)
+            memory["grow"] = _compile(grow.lower(old), held, beside)
     # The engine keeps a decode program for every width and number of rows, and their code lies on the chip too.
     decodes, prefills = len(shapes.widths) * len(shapes.sizes), 2 * len(CHUNKS)
     code = decodes * memory["decode"].code + prefills * memory["prefill"].code

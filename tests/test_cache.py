@@ -22,7 +22,7 @@ def test_an_owner_sees_its_own_steps_and_all_of_them(seed):
     """Slots change owners at any step and live up to the ring's width, and the ring is widened twice on the way: what
     is visible is exactly what the present owner wrote."""
     rng = np.random.default_rng(seed)
-    widths, width = [11, 24], 6
+    widths, width = [12, 36], 6
     ring = Cache([], [], [jnp.zeros((B, K, H, width))], [jnp.zeros((B, K, width, H))])
     write, visible = jax.jit(write_step), jax.jit(visible_steps, static_argnums=2)
     start, written = np.zeros(B, np.int32), [{} for _ in range(B)]
@@ -30,7 +30,7 @@ def test_an_owner_sees_its_own_steps_and_all_of_them(seed):
     for step in range(70):
         if step in (20, 45):  # neither on the ring's first turn nor at its end
             width = widths.pop(0)
-            ring = widen(ring, np.int32(step), width)
+            ring = widen(ring, width)
         for b in range(B):
             # Slot 0 lives as long as the ring allows, the others leave by chance.
             if len(written[b]) == width or (b and rng.random() < 0.1):

@@ -30,7 +30,7 @@ from rmr1_jax.sampler.config import SamplingConfig
 from rmr1_jax.sampler.engine import Engine, generate
 from rmr1_jax.sampler.logits import _first_above, draw
 from rmr1_jax.sampler.programs import sampling_weights
-from rmr1_jax.sampler.run import make_controls, to_slots
+from rmr1_jax.sampler.run import Run, make_controls, to_slots
 from rmr1_jax.sampler.schedule import Bank
 from rmr1_jax.train.logprobs import token_logprobs
 
@@ -346,10 +346,14 @@ def trainer_logprobs(model, samples, temperature=1.0):
 @pytest.mark.parametrize(("temperature", "seed"), [(1.0, 44), (0.7, 22)])
 def test_log_probabilities_are_the_trainer_s(model, monkeypatch, temperature, seed):
     """Over whole samples, in slots that were refilled, and rings that had gone round before they grew."""
-    grown, grow = [], programs.grow
-    monkeypatch.setattr(
-        programs, "grow", lambda cache, step, width: grown.append(step) or grow(cache, step, width=width)
-    )
+    grown, reshape = [], Run._reshape
+
+    def watched(run):
+        before = run.width
+        reshape(run)
+        grown.extend([run.banks[0].step] * (run.width - before))
+
+    monkeypatch.setattr(Run, "_reshape", watched)
     stops = [*STOPS, 40, 60, 100, 120]
     groups, _ = model.sample(stops=stops, n=3, max_new_tokens=128, temperature=temperature, seed=seed)
     assert grown[0] > 64  # the seeds are chosen for this

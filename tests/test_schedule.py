@@ -227,8 +227,8 @@ class Device:
             row = cache.prompt_k[0][x, entry[x, p], start[x, p] :]
             row[: tokens.shape[2]] = tokens[x, p]  # an error where the chunk is longer than the room
         for x in range(len(entry)):
-            rows = entry[x][active[x]].tolist()
-            assert len(rows) == len(set(rows))
+            pieces = list(zip(entry[x][active[x]].tolist(), start[x][active[x]].tolist(), strict=True))
+            assert len(pieces) == len(set(pieces))
         self.prefilled += tokens.size
         return cache
 
@@ -236,8 +236,8 @@ class Device:
         cache.prompt_k[0][:, :, :prefix] = cache.prompt_k[0][:, :1, :prefix]
         return cache
 
-    def grow(self, cache, step, *, width):
-        assert width > cache.width and width in self.engine.shapes.widths
+    def grow(self, cache, *, width):
+        assert width > cache.width and width % cache.width == 0 and width in self.engine.shapes.widths
         return cache._replace(own_k=[np.zeros((0, 1, 1, width))])
 
     def compact(self, cache, slots, entries):
@@ -301,9 +301,9 @@ def run_pretended(monkeypatch, texts, *, slots, n, mean, max_new, mesh=None):
         (8, 1, 60, None, 40),
         (64, 7, 30, None, 40),
         (5, 7, 6, None, 40),
-        # A bank waits for the slowest of them when it has slots to refill: little beside lengths as they really are.
-        (16, 3, 24, MeshConfig(replica=2, fsdp=2, tensor=2), 1000),
-        (16, 4, 40, MeshConfig(fsdp=8), 1000),
+        # Several banks run whole dispatches: half of one is lost at a text's end.
+        (64, 3, 60, MeshConfig(replica=2, fsdp=2, tensor=2), 200),
+        (64, 7, 64, MeshConfig(fsdp=8), 200),
     ],
     ids=str,
 )
@@ -316,12 +316,14 @@ def test_slots_are_busy_until_the_queue_is_empty(monkeypatch, slots, n, prompts,
     assert stats.occupancy >= 0.9
 
 
-@pytest.mark.parametrize("prefix", [0, 160])
+@pytest.mark.parametrize(
+    ("shortest", "longest", "prefix"), [(448, 512, 0), (448, 512, 160), (1000, 1151, 699), (20, 1200, 0)]
+)
 @pytest.mark.parametrize(("slots", "n", "prompts"), [(56, 7, 8), (56, 1, 56), (8, 4, 30)], ids=str)
-def test_prompts_are_prefilled_once_and_with_little_padding(monkeypatch, slots, n, prompts, prefix):
+def test_prompts_are_prefilled_once_and_with_little_padding(monkeypatch, slots, n, prompts, shortest, longest, prefix):
     rng = np.random.default_rng(slots + prefix)
     head = rng.integers(2, 50, prefix).tolist()
-    texts = [head + rng.integers(2, 50, rng.integers(448, 513) - prefix).tolist() for _ in range(prompts)]
+    texts = [head + rng.integers(2, 50, rng.integers(shortest, longest + 1) - prefix).tolist() for _ in range(prompts)]
     stats = run_pretended(monkeypatch, texts, slots=slots, n=n, mean=40, max_new=120)
     unique = sum(map(len, texts)) - prefix * (prompts - 1)
-    assert unique - prompts <= stats.prefill_tokens <= 1.25 * unique
+    assert unique - prompts <= stats.prefill_tokens <= 1.25 * unique, stats.prefill_tokens / unique

@@ -41,10 +41,9 @@ def test_prompts_have_room_and_little_padding():
 def test_rings_double_up_to_the_limit():
     for limit in [1, 15, 16, 17, 63, 64, 100, 128, 200, 255, 1000, 1024, 8191, 8192]:
         widths = plan(max_new_tokens=limit).widths
-        assert limit <= widths[-1] < limit + 16 and len(widths) <= 4
-        for narrow, wide in itertools.pairwise(widths):
-            assert wide / 2 <= narrow < wide / 2 + 16
-        assert all(width % 16 == 0 for width in widths)
+        assert limit <= widths[-1] < limit + 16 * 2 ** (len(widths) - 1) and len(widths) <= 4
+        assert all(wide == 2 * narrow for narrow, wide in itertools.pairwise(widths))
+        assert widths[0] % 16 == 0
         assert limit < 256 or widths[0] <= limit / 4 + 16  # a young row does not pay for an old one
 
 

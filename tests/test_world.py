@@ -259,7 +259,7 @@ def test_the_oracle_is_always_right_and_the_teacher_only_errs_where_tempted():
         assert trace == oracle_trace(item).replace(f"[[{better}]]", f"[[{verdict(trace)}]]")
         wrong[item.tempted] += verdict(trace) != better
     assert wrong[False] == 0
-    assert binomtest(wrong[True], 2000, 0.6).pvalue > 1e-3
+    assert binomtest(wrong[True], 2000, 0.75).pvalue > 1e-3
     assert all(teacher_trace(i, shallow=0.0) == oracle_trace(i) for i in items[:500])
     assert all((teacher_trace(i, shallow=1.0) != oracle_trace(i)) == i.tempted for i in items[:500])
 

@@ -8,10 +8,16 @@ two places: a prompt that a group of samples shares, and each sample's own token
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from rmr1_jax.model.splash import splash_attend
+
+# auto: see `choose`. interpret: the splash kernel in Pallas' interpreter, for tests.
+Implementation = Literal["auto", "xla", "splash", "interpret"]
 
 # Finite, so that a padding query (which sees nothing) gets a uniform softmax instead of NaN.
 MASKED = -1e30
@@ -21,24 +27,47 @@ QUERY_BLOCK = 64
 MAX_BLOCKS = 16
 
 
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array, segment_ids: jax.Array) -> jax.Array:
-    """Causal self-attention within segments.
+def choose(implementation: Implementation, mesh: Mesh) -> Implementation:
+    """`auto` is the splash kernel on TPUs and XLA elsewhere: on a GPU too, as cuDNN's fused attention takes no segment
+    ids, and packed rows would leak into each other."""
+    if implementation != "auto":
+        return implementation
+    return "splash" if mesh.devices.flat[0].platform == "tpu" else "xla"
 
-    Queries are taken in blocks, each against the keys up to its own end, so the upper triangle is never computed and
-    no [T, T] matrix exists for the whole row. Tokens of a segment must lie in the order of their positions.
+
+def attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    positions: jax.Array,
+    segment_ids: jax.Array,
+    implementation: Implementation = "xla",
+) -> jax.Array:
+    """Causal self-attention within segments. Tokens of a segment must lie in the order of their positions.
 
     Args:
         q: [B, T, N, H]; k, v: [B, T, K, H], N a multiple of K.
-        positions, segment_ids: [B, T] int32; segment 0 is padding.
+        positions, segment_ids: [B, T] int32; segment 0 is padding, and what it gets means nothing.
+        implementation: one that `choose` gave.
 
     Returns:
         [B, T, N, H] in q's dtype; scores and softmax in float32.
     """
+    q = q * q.shape[-1] ** -0.5
+    assert implementation != "auto"
+    if implementation == "xla":
+        return _attend_blocks(q, k, v, positions, segment_ids)
+    return splash_attend(q, k, v, segment_ids, interpret=implementation == "interpret")
+
+
+def _attend_blocks(q, k, v, positions, segment_ids) -> jax.Array:
+    """Queries are taken in blocks, each against the keys up to its own end, so the upper triangle is never computed and
+    no [T, T] matrix exists for the whole row. q is scaled."""
     B, T, N, H = q.shape
     K = k.shape[2]
     # Heads first and a head's G queries side by side: each product is then one plain matrix product per key-value head,
     # which on CPU is three times as fast as the same einsum over [B, T, K, G, H].
-    q = (q * H**-0.5).reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
+    q = q.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
     k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
     size = max(QUERY_BLOCK, -(-T // MAX_BLOCKS))
     blocks = []

@@ -64,12 +64,13 @@ def step_of_column(step: jax.Array, width: int) -> jax.Array:
     return step - (step - jnp.arange(width)) % width
 
 
-def widen(cache: Cache, step: jax.Array, width: int) -> Cache:
-    """Rings of `width` columns, before `step` is written. Columns of steps that were never held are junk, and older
-    than any live sample."""
-    held = step_of_column(step - 1, width) % cache.width
-    own_k = [constrain(jnp.take(x, held, axis=3), "RKHC") for x in cache.own_k]
-    own_v = [constrain(jnp.take(x, held, axis=2), "RKCH") for x in cache.own_v]
+def widen(cache: Cache, width: int) -> Cache:
+    """Rings of `width` columns, a multiple of those there are: copies side by side, so that whichever column a step has
+    in the wide ring holds what it had in the narrow one. Of the copies only the latest W steps are ever visible."""
+    times = width // cache.width
+    assert times * cache.width == width, (cache.width, width)
+    own_k = [constrain(jnp.concatenate([x] * times, axis=3), "RKHC") for x in cache.own_k]
+    own_v = [constrain(jnp.concatenate([x] * times, axis=2), "RKCH") for x in cache.own_v]
     return cache._replace(own_k=own_k, own_v=own_v)
 
 

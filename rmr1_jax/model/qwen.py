@@ -15,15 +15,19 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 
 from rmr1_jax.errors import InputError
 from rmr1_jax.mesh import constrain, single_device_mesh, weight_sharding
-from rmr1_jax.model.attention import attend
+from rmr1_jax.model.attention import Implementation, attend
 from rmr1_jax.model.config import QwenConfig, rope_inverse_frequencies
 
 Params = dict[str, Any]
-Remat = Literal["none", "dots", "full"]
+LAYER_INPUT = "layer_input"
+# What the backward pass does not keep, it computes again. none: everything is kept. dots: the large products are kept.
+# full: a layer's input alone is kept. offload: the same, in the host's memory.
+Remat = Literal["none", "dots", "full", "offload"]
 
 
 def param_dims(config: QwenConfig) -> Params:
@@ -132,6 +136,7 @@ def hidden_states(
     *,
     dtype=jnp.float32,
     remat: Remat = "none",
+    attention: Implementation = "xla",
 ) -> jax.Array:
     """The states that the head reads, [B, T, D] in `dtype` (the dtype of the matrix products)."""
     if config.sliding_window is not None and tokens.shape[1] > config.sliding_window:
@@ -146,7 +151,8 @@ def hidden_states(
     rope = rope_table(config, positions)
 
     def layer(x, w):
-        x, _ = block(config, w, x, rope, lambda q, k, v: (attend(q, k, v, positions, segment_ids), None))
+        x = checkpoint_name(x, LAYER_INPUT)
+        x, _ = block(config, w, x, rope, lambda q, k, v: (attend(q, k, v, positions, segment_ids, attention), None))
         return constrain(x, "BTD"), None
 
     x = constrain(embed(params, tokens, dtype), "BTD")
@@ -214,11 +220,21 @@ def rotate(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
-def _remat(layer: Callable, policy: Remat) -> Callable:
-    if policy == "none":
+def _remat(layer: Callable, remat: Remat) -> Callable:
+    policies = jax.checkpoint_policies
+    if remat == "none":
         return layer
-    saved = jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims if policy == "dots" else None
-    return jax.checkpoint(layer, policy=saved, prevent_cse=False)
+    policy = {
+        "dots": policies.checkpoint_dots_with_no_batch_dims,
+        "full": None,
+        "offload": policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=[],
+            names_which_can_be_offloaded=[LAYER_INPUT],
+            offload_src="device",
+            offload_dst="pinned_host",
+        ),
+    }[remat]
+    return jax.checkpoint(layer, policy=policy, prevent_cse=False)
 
 
 def _sizes(config: QwenConfig) -> dict[str, int]:

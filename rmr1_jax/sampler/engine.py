@@ -28,7 +28,7 @@ from rmr1_jax.model.config import QwenConfig
 from rmr1_jax.sampler import programs
 from rmr1_jax.sampler.config import Sample, SampleStats, SamplingConfig
 from rmr1_jax.sampler.programs import Weights
-from rmr1_jax.sampler.run import Run, compiled, make_controls, steps_of, to_slots
+from rmr1_jax.sampler.run import Run, compiled, make_controls, to_slots
 from rmr1_jax.sampler.schedule import Bank
 from rmr1_jax.sampler.shapes import CHUNKS, PREFILL_ROWS, plan_shapes
 
@@ -68,7 +68,7 @@ class Engine:
                         self.config, weights, controls, cache, to_slots(idle, [0] * shapes.banks)
                     )
                     if wider:
-                        programs.grow(Cache(*map(list, cache)), steps_of(idle), width=wider)  # uses its lists up
+                        programs.grow(Cache(*map(list, cache)), width=wider)  # uses its lists up
                     if i + 1 < len(shapes.sizes):
                         kept = [bank.compact(*shapes.sizes[i + 1]) for bank in idle]
                         cache = programs.compact(cache, *map(np.stack, zip(*kept, strict=True)))

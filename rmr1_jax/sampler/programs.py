@@ -239,9 +239,9 @@ def _share_prefix(cache: Cache, prefix: jax.Array) -> Cache:
     return _per_bank(bank, lambda banks: banks)((), prefix, cache)
 
 
-def grow(cache: Cache, step: jax.Array, *, width: int) -> Cache:
-    """The same cache with rings of `width` columns. step: [X] the banks' counters."""
-    return _by_layer(functools.partial(_grow, width=width), cache, step)
+def grow(cache: Cache, *, width: int) -> Cache:
+    """The same cache with rings of `width` columns, a multiple of those there are."""
+    return _by_layer(functools.partial(_grow, width=width), cache)
 
 
 def compact(cache: Cache, slots: jax.Array, entries: jax.Array) -> Cache:
@@ -262,11 +262,8 @@ def _by_layer(program: Callable, cache: Cache, *arrays: jax.Array) -> Cache:
 
 
 @functools.partial(jax.jit, static_argnames=("width",))
-def _grow(layer: Cache, step: jax.Array, *, width: int) -> Cache:
-    def bank(weights, controls, layer, step):
-        return widen(layer, step, width)
-
-    return _per_bank(bank, lambda banks: banks)((), (), layer, step)
+def _grow(layer: Cache, *, width: int) -> Cache:
+    return _per_bank(lambda weights, controls, layer: widen(layer, width), lambda banks: banks)((), (), layer)
 
 
 @jax.jit

@@ -82,34 +82,34 @@ class Run:
         if self.prefix and not self.stats.prefill_tokens:
             # Once, in each bank's first entry, and copied to all others: what comes later starts behind it.
             first = self.prompts[0][: self.prefix + 1]
-            self._prefill_together([[(0, first)] for _ in self.banks], 0)
+            self._prefill_from(0, [[(0, first)] for _ in self.banks])
             self.cache = programs.share_prefix(self.cache, np.int32(self.prefix))
-        while any(admitted):
-            rows = PREFILL_ROWS if max(map(len, admitted)) > PREFILL_ROWS // 2 else 1
-            self._prefill_together([bank[:rows] for bank in admitted], self.prefix, rows)
-            admitted = [bank[rows:] for bank in admitted]
+        self._prefill_from(self.prefix, admitted)
 
-    def _prefill_together(self, group: list[list[tuple[int, np.ndarray]]], start: int, rows: int = 1) -> None:
-        """All of some prompts but their last token, chunk by chunk from position `start` on."""
-        banks, room = len(group), self.engine.shapes.room
-        entries = np.zeros((banks, rows), np.int32)
-        for x, bank in enumerate(group):
-            entries[x, : len(bank)] = [entry for entry, _ in bank]
-        end = max(len(tokens) - 1 for bank in group for _, tokens in bank)
-        while start < end:
-            chunk = _chunk(end - start, room - start)
-            tokens = np.zeros((banks, rows, chunk), np.int32)
-            active = np.zeros((banks, rows), bool)
-            for x, bank in enumerate(group):
-                for p, (_, prompt) in enumerate(bank):
-                    part = prompt[start : start + chunk]
-                    tokens[x, p, : len(part)] = part
-                    active[x, p] = start < len(prompt) - 1
-            starts = np.full((banks, rows), start, np.int32)
-            config, weights = self.engine.config, self.weights
-            self.cache = programs.prefill(config, weights, self.cache, tokens, entries, starts, active)
-            self.stats.prefill_tokens += tokens.size
-            start += chunk
+    def _prefill_from(self, start: int, prompts: list[list[tuple[int, np.ndarray]]]) -> None:
+        """All of each bank's prompts but their last token, from position `start` on. Each prompt is cut into pieces by
+        itself, and what is computed together are pieces of one size, of whichever prompts: in every layer they are all
+        written before any is read, so that pieces of one prompt may be among them, the earlier ones first."""
+        room = self.engine.shapes.room
+        cut = [[(e, t, *piece) for e, t in bank for piece in _pieces(start, len(t) - 1, room)] for bank in prompts]
+        for size in CHUNKS:
+            banks = [[piece for piece in bank if piece[3] == size] for bank in cut]
+            while any(banks):
+                rows = PREFILL_ROWS if max(map(len, banks)) > PREFILL_ROWS // 2 else 1
+                self._prefill_pieces([bank[:rows] for bank in banks], rows, size)
+                banks = [bank[rows:] for bank in banks]
+
+    def _prefill_pieces(self, banks: list[list[tuple[int, np.ndarray, int, int]]], rows: int, size: int) -> None:
+        tokens = np.zeros((len(banks), rows, size), np.int32)
+        entries, starts = np.zeros((2, len(banks), rows), np.int32)
+        active = np.zeros((len(banks), rows), bool)
+        for x, bank in enumerate(banks):
+            for p, (entry, prompt, start, _) in enumerate(bank):
+                part = prompt[start : start + size]
+                tokens[x, p, : len(part)] = part
+                entries[x, p], starts[x, p], active[x, p] = entry, start, True
+        self.cache = programs.prefill(self.engine.config, self.weights, self.cache, tokens, entries, starts, active)
+        self.stats.prefill_tokens += tokens.size
 
     def _reshape(self) -> None:
         """Rings wide enough for the next dispatch; no more rows than needed once nobody waits."""
@@ -117,7 +117,7 @@ class Run:
         needed = min(max(bank.oldest for bank in self.banks) + programs.STEPS, self.sampling.max_new_tokens)
         while shapes.widths[self.width] < needed:
             self.width += 1
-            self.cache = programs.grow(self.cache, steps_of(self.banks), width=shapes.widths[self.width])
+            self.cache = programs.grow(self.cache, width=shapes.widths[self.width])
         held = sum(x.nbytes for x in jax.tree.leaves(self.cache))
         self.stats.cache_bytes = max(self.stats.cache_bytes, held)
         live = max(bank.live_count for bank in self.banks)
@@ -141,7 +141,8 @@ class Run:
 
     def _decode(self) -> list[Seat]:
         config, waiting, fewer = self.engine.config, self._waiting, self._fewer
-        leave_at = [self._leave_at(bank, waiting, fewer) for bank in self.banks]
+        # Several banks wait for the last of them anyway: what one leaves early for it would spend waiting.
+        leave_at = [0 if len(self.banks) > 1 else self._leave_at(bank, waiting, fewer) for bank in self.banks]
         slots = to_slots(self.banks, leave_at)
         self.cache, drawn = programs.decode(config, self.weights, self.controls, self.cache, slots)
         tokens, logp, sampled_logp, steps = jax.device_get(drawn)
@@ -177,11 +178,12 @@ def to_slots(banks: list[Bank], leave_at: list[int]) -> Slots:
 
     arrays = {name: stacked(name) for name in Slots._fields if name not in ("step", "leave_at", "table")}
     table = np.maximum(stacked("table"), 0)  # where nobody sits any slot will do: nobody reads the result
-    return Slots(**arrays, table=table, step=steps_of(banks), leave_at=np.asarray(leave_at, np.int32))
-
-
-def steps_of(banks: list[Bank]) -> np.ndarray:
-    return np.asarray([bank.step for bank in banks], np.int32)
+    return Slots(
+        **arrays,
+        table=table,
+        step=np.asarray([bank.step for bank in banks], np.int32),
+        leave_at=np.asarray(leave_at, np.int32),
+    )
 
 
 def _common_prefix(prompts: list[np.ndarray]) -> int:
@@ -193,9 +195,13 @@ def _common_prefix(prompts: list[np.ndarray]) -> int:
     return int(same.argmin() if not same.all() else shortest) // CHUNKS[-1] * CHUNKS[-1]
 
 
-def _chunk(n: int, room: int) -> int:
-    """The largest chunk of which n tokens fill three quarters, or the smallest there is."""
-    return next((c for c in CHUNKS if n >= 0.75 * c and c <= room), CHUNKS[-1])
+def _pieces(start: int, end: int, room: int) -> Iterator[tuple[int, int]]:
+    """(position, size) of the pieces that cover positions `start` to `end` and stay within `room`, never growing: each
+    the largest of which tokens fill three quarters, or the smallest there is."""
+    while start < end:
+        size = next((c for c in CHUNKS if end - start >= 0.75 * c and c <= room - start), CHUNKS[-1])
+        yield start, size
+        start += size
 
 
 def make_controls(sampling: SamplingConfig, stop_token_ids: Sequence[int]) -> Controls:

@@ -62,10 +62,11 @@ def plan_shapes(
     Raises:
         InputError: not even one slot a bank fits in the budget.
     """
-    most = -(-sampling.max_new_tokens // 16) * 16
-    widths = [most]
-    while len(widths) < WIDTHS and widths[0] // 2 >= SMALLEST_WIDTH:
-        widths.insert(0, -(-widths[0] // 32) * 16)
+    longest_new, halvings = sampling.max_new_tokens, 0
+    while halvings + 1 < WIDTHS and longest_new >> (halvings + 1) >= SMALLEST_WIDTH:
+        halvings += 1
+    narrowest = -(-longest_new // (16 << halvings)) * 16
+    widths = [narrowest << i for i in range(halvings + 1)]
 
     def shapes(slots: int) -> Shapes:
         # Samples of a group end at different times, so more groups are open than slots / n: about three times as many.

@@ -27,6 +27,7 @@ from rmr1_jax.data.published import read_published
 from rmr1_jax.errors import InputError
 from rmr1_jax.mesh import MeshConfig, activation_sharding, check_micro_rows, make_mesh
 from rmr1_jax.model import qwen
+from rmr1_jax.model.attention import Implementation
 from rmr1_jax.policy import DTYPES, Policy, load
 from rmr1_jax.prompts.trace import STRUCTURES
 from rmr1_jax.prompts.verdict import training_reward
@@ -34,7 +35,7 @@ from rmr1_jax.sampler.config import SampleStats, SamplingConfig
 from rmr1_jax.sampler.engine import generate
 from rmr1_jax.sampler.programs import sampling_weights
 from rmr1_jax.train.checkpoint import Checkpointer, start_run
-from rmr1_jax.train.logprobs import row_logprobs
+from rmr1_jax.train.logprobs import forward_options, row_logprobs
 from rmr1_jax.train.losses import (
     AggregationKind,
     PolicyLoss,
@@ -43,7 +44,16 @@ from rmr1_jax.train.losses import (
     policy_loss,
 )
 from rmr1_jax.train.metrics import MetricsLog, progress
-from rmr1_jax.train.optim import OptimConfig, check_finite, compile_update, init_state, lr_schedule, make_optimizer
+from rmr1_jax.train.optim import (
+    Memory,
+    OptimConfig,
+    check_finite,
+    compile_update,
+    in_memory,
+    init_state,
+    lr_schedule,
+    make_optimizer,
+)
 from rmr1_jax.train.rollout import Group, Reward, RlPrompt, mini_batch, next_prompts, rollout_metrics, score
 
 
@@ -56,7 +66,7 @@ class GrpoConfig:
     prompts_per_step / mini_batch_prompts updates a step. row_length, micro_rows: the shape of a packed micro-batch.
     dynamic_sampling: rounds of sampling at most, to fill a batch with groups of mixed rewards (DAPO); 1 is off.
     structure: what a complete trace is for the metric `valid` (`Prompt.structure`). max_segments: sequences in a packed
-    row at most.
+    row at most. reference_memory: where the reference's weights lie between their uses.
     """
 
     model: str = ""
@@ -79,6 +89,8 @@ class GrpoConfig:
     structure: str = "cor"
     dtype: str = "bfloat16"
     remat: qwen.Remat = "full"
+    attention: Implementation = "auto"
+    reference_memory: Memory = "device"
     mesh: MeshConfig = MeshConfig()
     save_every: int = 10
     keep: int = 2
@@ -238,18 +250,14 @@ class _Trainer:
         self.config, self.mesh = config, policy.mesh
         params = jax.tree.map(lambda x: jnp.array(x, jnp.float32), policy.params)  # a copy: the step donates its state
         optimizer = make_optimizer(config.optimizer, updates)
-        self.state = init_state(params, optimizer)
+        self.state = init_state(params, optimizer, config.optimizer.memory)
         self.schedule = lr_schedule(config.optimizer, updates)
-        self.reference = policy.params if config.loss.kl_coef else None
+        self.reference = in_memory(policy.params, config.reference_memory) if config.loss.kl_coef else None
         # With one update a step the policy being trained is the one that sampled, and old = new.
         self.needs_old = config.updates_per_step > 1
         # That a zero advantage means a zero term is known of our own loss only, and only where it has no other term.
         self.skip_unmixed = loss is policy_loss and not (config.loss.kl_coef or config.loss.entropy_coef)
-        forward = {
-            "dtype": DTYPES[config.dtype],
-            "temperature": config.sampling.temperature or 1.0,
-            "remat": config.remat,
-        }
+        forward = forward_options(config, policy.mesh) | {"temperature": config.sampling.temperature or 1.0}
         micro_loss = functools.partial(grpo_micro_loss, policy.config, config, loss, **forward)
         self._update = compile_update(self.state, loss=micro_loss, optimizer=optimizer, clip=config.optimizer.clip)
         self._logprobs = jax.jit(functools.partial(batch_logprobs, policy.config, **forward))
@@ -276,7 +284,7 @@ class _Trainer:
             if self.needs_old:
                 batch["old_logp"] = self._logprobs(self.state.params, inputs, count)
             if self.reference is not None:
-                batch["ref_logp"] = self._logprobs(self.reference, inputs, count)
+                batch["ref_logp"] = self._logprobs(in_memory(self.reference, "device"), inputs, count)
             batches.append((batch, count, filled))
         rows = []
         for batch, count, filled in batches:

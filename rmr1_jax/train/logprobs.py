@@ -12,12 +12,24 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.sharding import Mesh
 
 from rmr1_jax.errors import InputError
 from rmr1_jax.model import qwen
+from rmr1_jax.model.attention import choose
 from rmr1_jax.model.config import QwenConfig
+from rmr1_jax.policy import DTYPES
 
 DEFAULT_CHUNK_SIZE = 1024
+
+
+def forward_options(config: Any, mesh: Mesh) -> dict[str, Any]:
+    """What `row_logprobs` hands on to the model, from a run's config."""
+    return {
+        "dtype": DTYPES[config.dtype],
+        "remat": config.remat,
+        "attention": choose(config.attention, mesh),
+    }
 
 
 def row_logprobs(
@@ -25,16 +37,13 @@ def row_logprobs(
     params: qwen.Params,
     batch: Mapping[str, Array],
     *,
-    dtype: Any,
-    remat: qwen.Remat,
     temperature: float = 1.0,
     with_entropy: bool = False,
+    **forward: Any,
 ) -> TokenLogprobs:
     """`token_logprobs` of packed rows under a policy. batch: tokens, positions, segment_ids, [B, T] int32 each.
-    dtype: of the matrix products."""
-    hidden = qwen.hidden_states(
-        config, params, batch["tokens"], batch["positions"], batch["segment_ids"], dtype=dtype, remat=remat
-    )
+    forward: dtype, remat, attention, as `qwen.hidden_states` takes them."""
+    hidden = qwen.hidden_states(config, params, batch["tokens"], batch["positions"], batch["segment_ids"], **forward)
     head, letters = qwen.head_weight(config, params)
     options = {"temperature": temperature, "with_entropy": with_entropy, "head_is_embedding": letters == "VD"}
     return token_logprobs(hidden, head, batch["tokens"], **options)

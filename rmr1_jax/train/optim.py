@@ -7,16 +7,19 @@ and not a shape, so that a GRPO step with fewer rows than the last one recompile
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from rmr1_jax.errors import InputError, RunError
 from rmr1_jax.train.losses import add_metrics
+
+Memory = Literal["device", "host"]
+MEMORY_KINDS = {"device": "device", "host": "pinned_host"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,6 +36,9 @@ class OptimConfig:
     eps: float = 1e-8
     weight_decay: float = 0.0
     clip: float = 1.0  # global gradient norm
+    # Of the first moment. The second stays float32: with b2 = 0.999 a step changes it by less than bfloat16 can hold.
+    mu_dtype: Literal["float32", "bfloat16"] = "float32"
+    memory: Memory = "device"  # where the moments lie between updates
 
     def __post_init__(self):
         if not self.lr > 0:
@@ -41,6 +47,19 @@ class OptimConfig:
             raise InputError(f"optimizer.warmup_ratio={self.warmup_ratio} must be in [0, 1)")
         if not self.clip > 0:
             raise InputError(f"optimizer.clip={self.clip} must be above 0 (a large number turns clipping off)")
+
+
+def in_memory(tree: Any, memory: Memory) -> Any:
+    """Arrays or `ShapeDtypeStruct`s moved to, or described as in, the devices' memory or their host's."""
+    kind = MEMORY_KINDS[memory]
+
+    def move(x):
+        sharding = x.sharding.with_memory_kind(kind)
+        if isinstance(x, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+        return jax.device_put(x, sharding)
+
+    return jax.tree.map(move, tree)
 
 
 class TrainState(NamedTuple):
@@ -69,32 +88,59 @@ def lr_schedule(config: OptimConfig, total_steps: int) -> optax.Schedule:
 
 
 def make_optimizer(config: OptimConfig, total_steps: int) -> optax.GradientTransformation:
-    """AdamW on gradients that are already clipped; moments in float32."""
+    """AdamW on gradients that are already clipped."""
     return optax.adamw(
-        lr_schedule(config, total_steps), config.b1, config.b2, config.eps, weight_decay=config.weight_decay
+        lr_schedule(config, total_steps),
+        config.b1,
+        config.b2,
+        config.eps,
+        mu_dtype=config.mu_dtype,
+        weight_decay=config.weight_decay,
     )
 
 
-def init_state(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
-    """A fresh state; the moments are made in place, each laid out as its weight is."""
-    # Zeros have no operand to take a layout from: unsaid, XLA would keep all of them on every device.
-    layout = optax.tree_map_params(
+def abstract_state(params: Any, optimizer: optax.GradientTransformation, memory: Memory = "device") -> TrainState:
+    """What `init_state` makes, as shapes, dtypes and shardings. params: arrays, or such descriptions."""
+    mesh = jax.tree.leaves(params)[0].sharding.mesh
+    whole = NamedSharding(mesh, PartitionSpec())
+
+    def described(x, sharding):
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    moments = optax.tree_map_params(
         optimizer,
-        lambda _, weight: weight.sharding,
+        lambda moment, weight: in_memory(described(moment, weight.sharding), memory),
         jax.eval_shape(optimizer.init, params),
         params,
-        transform_non_params=lambda _: None,
+        transform_non_params=lambda x: described(x, whole),
     )
-    init = jax.jit(lambda weights: (optimizer.init(weights), jnp.int32(0)), out_shardings=(layout, None))
+    params = jax.tree.map(lambda x: described(x, x.sharding), params)
+    return TrainState(params, moments, jax.ShapeDtypeStruct((), jnp.int32, sharding=whole))
+
+
+def init_state(params: Any, optimizer: optax.GradientTransformation, memory: Memory = "device") -> TrainState:
+    """A fresh state; the moments are made in place, each laid out as its weight is."""
+    # Zeros have no operand to take a layout from: unsaid, XLA would keep all of them on every device.
+    layout = jax.tree.map(lambda x: x.sharding, abstract_state(params, optimizer, memory))
+    init = jax.jit(
+        lambda weights: (optimizer.init(weights), jnp.int32(0)), out_shardings=(layout.opt_state, layout.step)
+    )
     return TrainState(params, *init(params))
 
 
 def compile_update(
     state: TrainState, *, loss: MicroLoss, optimizer: optax.GradientTransformation, clip: float
 ) -> Callable[[TrainState, dict[str, jax.Array], int], tuple[TrainState, dict[str, jax.Array]]]:
-    """`update` as a compiled program that takes the place of the state it is given and keeps that state's layout."""
-    step = functools.partial(update, loss=loss, optimizer=optimizer, clip=clip)
+    """`update` as a compiled program that takes the place of the state it is given and keeps that state's layout: where
+    the moments lie in the host's memory, they are on the device for the update alone. state: or its description."""
     layout = jax.tree.map(lambda x: x.sharding, state)
+    on_device = jax.tree.map(lambda s: s.with_memory_kind(MEMORY_KINDS["device"]), layout.opt_state)
+
+    def step(state: TrainState, micro_batches: dict[str, jax.Array], count: jax.Array):
+        if on_device != layout.opt_state:
+            state = state._replace(opt_state=jax.device_put(state.opt_state, on_device))
+        return update(state, micro_batches, count, loss=loss, optimizer=optimizer, clip=clip)
+
     return jax.jit(step, donate_argnums=0, out_shardings=(layout, None))
 
 

@@ -25,9 +25,11 @@ from rmr1_jax.data.tokens import Example
 from rmr1_jax.errors import InputError
 from rmr1_jax.mesh import MeshConfig, activation_sharding, check_micro_rows, make_mesh
 from rmr1_jax.model import qwen
+from rmr1_jax.model.attention import Implementation
+from rmr1_jax.model.config import QwenConfig
 from rmr1_jax.policy import DTYPES, Policy, load
 from rmr1_jax.train.checkpoint import Checkpointer, start_run
-from rmr1_jax.train.logprobs import row_logprobs
+from rmr1_jax.train.logprobs import forward_options, row_logprobs
 from rmr1_jax.train.losses import sft_loss
 from rmr1_jax.train.metrics import MetricsLog, progress
 from rmr1_jax.train.optim import OptimConfig, check_finite, compile_update, init_state, lr_schedule, make_optimizer
@@ -55,6 +57,7 @@ class SftConfig:
     optimizer: OptimConfig = OptimConfig()
     dtype: str = "bfloat16"
     remat: qwen.Remat = "full"
+    attention: Implementation = "auto"
     mesh: MeshConfig = MeshConfig()
     save_every: int = 100
     keep: int = 2
@@ -96,12 +99,12 @@ def sft(config: SftConfig, *, policy: Policy | None = None, examples: Sequence[E
     with jax.set_mesh(policy.mesh):
         params = jax.tree.map(lambda x: jnp.array(x, jnp.float32), policy.params)  # a copy: the step donates its state
         optimizer = make_optimizer(config.optimizer, total)
-        state = init_state(params, optimizer)
+        state = init_state(params, optimizer, config.optimizer.memory)
         checkpoints = Checkpointer(out, keep=config.keep)
         restored = checkpoints.restore(state)
         state = restored[0] if restored else state
         start = int(state.step)
-        loss = functools.partial(sft_micro_loss, policy.config, dtype=DTYPES[config.dtype], remat=config.remat)
+        loss = functools.partial(sft_micro_loss, policy.config, **forward_options(config, policy.mesh))
         step = compile_update(state, loss=loss, optimizer=optimizer, clip=config.optimizer.clip)
         log, schedule = MetricsLog(out, next_step=start), lr_schedule(config.optimizer, total)
         batches, _ = batches_of(start=start)
@@ -125,9 +128,11 @@ def sft(config: SftConfig, *, policy: Policy | None = None, examples: Sequence[E
     return trained
 
 
-def sft_micro_loss(config, params, batch: dict[str, jax.Array], *, dtype, remat) -> tuple[jax.Array, dict[str, Any]]:
+def sft_micro_loss(
+    config: QwenConfig, params: qwen.Params, batch: dict[str, jax.Array], **forward: Any
+) -> tuple[jax.Array, dict[str, Any]]:
     """Cross-entropy over one micro-batch of packed rows, weighted by `weights` [B, T]; see `optim.MicroLoss`."""
-    logp = row_logprobs(config, params, batch, dtype=dtype, remat=remat).logp
+    logp = row_logprobs(config, params, batch, **forward).logp
     return sft_loss(logp, batch["weights"]), {}
 
 
