@@ -11,9 +11,9 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, OmitSubcommandPrefixes, Positional, Suppress, arg, subcommand
@@ -60,8 +60,7 @@ class Sft:
         from rmr1_jax.train.sft import SftConfig, sft
 
         config = load_config(SftConfig, self.config, self.overrides)
-        sft(config)
-        print(f"trained: {config.out}/model\nnext:    rmr1 grpo CONFIG.yaml model={config.out}/model out=DIR")
+        _train(sft, config, f"rmr1 grpo CONFIG.yaml model={config.out}/model out=DIR")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,8 +77,38 @@ class Grpo:
         from rmr1_jax.train.grpo import GrpoConfig, grpo
 
         config = load_config(GrpoConfig, self.config, self.overrides)
-        grpo(config)
-        print(f"trained: {config.out}/model\nnext:    rmr1 judge --model {config.out}/model --input F --output F")
+        _train(grpo, config, f"rmr1 judge --model {config.out}/model --input F --output F")
+
+
+def _train(stage: Callable[[Any], Any], config: Any, then: str) -> None:
+    """Run a stage with the other processes of the run, if there are any; and say which command comes next."""
+    from rmr1_jax.processes import first, together
+
+    with together():
+        stage(config)
+        if first():
+            print(f"trained: {config.out}/model\nnext:    {then}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a run takes on a TPU slice that is not there, by compiling its programs for it. Needs the extra `tpu`."""
+
+    config: Annotated[Positional[Path], arg(metavar="CONFIG.yaml")]
+    """The run's settings, of `rmr1 sft` or of `rmr1 grpo`."""
+    overrides: Overrides = ()
+    """Settings that replace the file's, e.g. micro_rows=64 mesh.tensor=4"""
+    topology: str
+    """The slice: v5e:16x16, v6e:4x4 (two dimensions), v5p:4x4x4 (three)."""
+    slices: int = 1
+    """Slices, the replicas of one another."""
+    json: bool = False
+    """Print a list of JSON objects instead of a table."""
+
+    def run(self) -> None:
+        from rmr1_jax.plan import print_plan
+
+        print_plan(self.config, self.overrides, topology=self.topology, slices=self.slices, as_json=self.json)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -256,6 +285,7 @@ Command = (
     Annotated[Quickstart, subcommand("quickstart")]
     | Annotated[Sft, subcommand("sft")]
     | Annotated[Grpo, subcommand("grpo")]
+    | Annotated[Plan, subcommand("plan")]
     | Annotated[JudgePairs, subcommand("judge")]
     | Annotated[Data, subcommand("data")]
     | Annotated[Export, subcommand("export")]

@@ -10,7 +10,9 @@ Next: `model/qwen.py`, where each weight's letters are declared.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
 
 import jax
 import numpy as np
@@ -35,13 +37,19 @@ class MeshConfig:
 
 
 def make_mesh(config: MeshConfig | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh over `devices` (default: all of them).
+    """The mesh over `devices` (default: all of them, of all processes), slice by slice and process by process.
 
     Raises:
-        InputError: the axis sizes do not multiply to the number of devices.
+        InputError: the axis sizes do not multiply to the number of devices, or a replica would lie across slices.
     """
     config = config or MeshConfig()
-    devices = list(devices if devices is not None else jax.devices())
+    devices = sorted(devices if devices is not None else jax.devices(), key=_place)
+    slices = len({_place(d)[0] for d in devices if d.platform == "tpu"}) or 1
+    if config.replica % slices:
+        raise InputError(
+            f"mesh replica={config.replica} on {slices} slices: no replica may lie across slices; replica must be "
+            f"{slices} or a multiple of it"
+        )
     others = config.replica * config.tensor
     fsdp = len(devices) // max(1, others) if config.fsdp == -1 else config.fsdp
     if min(config.replica, config.tensor, fsdp) < 1 or fsdp * others != len(devices):
@@ -50,8 +58,32 @@ def make_mesh(config: MeshConfig | None = None, devices: Sequence[jax.Device] | 
             f"mesh replica={config.replica} fsdp={config.fsdp} tensor={config.tensor} does not cover "
             f"{len(devices)} devices exactly; replica x tensor must be one of {fitting} (then leave fsdp at -1)"
         )
-    shape = (config.replica, fsdp, config.tensor)
-    return Mesh(np.asarray(devices).reshape(shape), AXES, axis_types=(AxisType.Auto,) * 3)
+    return _mesh(devices, (config.replica, fsdp, config.tensor))
+
+
+def sampling_mesh(mesh: Mesh, tensor: int | None = None) -> Mesh:
+    """The devices of `mesh` in the same order, (1, rest, tensor): where the sampler's weights go to. tensor: default
+    that of `mesh`. No tensor group reaches into another process, so that `local_mesh` gives each process its own.
+
+    Raises:
+        InputError: one would.
+    """
+    tensor = tensor or mesh.shape["tensor"]
+    own = math.gcd(*Counter(d.process_index for d in mesh.devices.flat).values())
+    if own % tensor:
+        fitting = [n for n in range(1, own + 1) if own % n == 0]
+        raise InputError(
+            f"sampling_tensor={tensor} (by default the mesh's tensor): a sampler stays within a process, which has "
+            f"{own} of the {mesh.size} devices; give one of {fitting}"
+        )
+    return _mesh(mesh.devices.flat, (1, -1, tensor))
+
+
+def local_mesh(mesh: Mesh, process: int | None = None) -> Mesh:
+    """The part of a `sampling_mesh` that lies in one process (default: this one); any mesh that lies there whole."""
+    process = jax.process_index() if process is None else process
+    own = [d for d in mesh.devices.flat if d.process_index == process]
+    return mesh if len(own) == mesh.size else _mesh(own, (1, -1, mesh.shape["tensor"]))
 
 
 def single_device_mesh() -> Mesh:
@@ -84,6 +116,14 @@ def constrain(x: jax.Array, dims: str) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, activation_spec(mesh, dims, x.shape))
 
 
+def constrain_weight(x: jax.Array, dims: str) -> jax.Array:
+    """As `constrain`, by the weights' table: for a weight's gradient."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, _spec(mesh, WEIGHT_AXES, dims, x.shape))
+
+
 def activation_spec(mesh: Mesh | AbstractMesh, dims: str, shape: Sequence[int]) -> PartitionSpec:
     """As `activation_sharding`, without the devices: for use inside jit."""
     return _spec(mesh, ACTIVATION_AXES, dims, shape)
@@ -98,6 +138,30 @@ def check_micro_rows(mesh: Mesh, micro_rows: int) -> None:
     """Raises InputError where the mesh's data axes cannot share the rows of a micro-batch evenly."""
     if micro_rows % rows_divisor(mesh):
         raise InputError(f"micro_rows={micro_rows} must be divisible by the mesh's {rows_divisor(mesh)} row shards")
+
+
+def own_rows(mesh: Mesh, rows: int) -> list[int]:
+    """Which of a batch's `rows` rows this process's devices hold, in order."""
+    held = activation_sharding(mesh, "B", (rows,)).addressable_devices_indices_map((rows,)).values()
+    return sorted({row for (part,) in held for row in range(rows)[part]})
+
+
+def place_rows(mesh: Mesh, dims: str, arrays: dict[str, np.ndarray], rows: int) -> dict[str, jax.Array]:
+    """Batches on the mesh, from each process's `own_rows`: arrays with dimension letters `dims`, `rows` long in B."""
+
+    def place(own: np.ndarray) -> jax.Array:
+        shape = tuple(rows if letter == "B" else size for letter, size in zip(dims, own.shape, strict=True))
+        return jax.make_array_from_process_local_data(activation_sharding(mesh, dims, shape), own, shape)
+
+    return {name: place(own) for name, own in arrays.items()}
+
+
+def _mesh(devices: Iterable[jax.Device], shape: tuple[int, int, int]) -> Mesh:
+    return Mesh(np.asarray(list(devices)).reshape(shape), AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def _place(device: jax.Device) -> tuple[int, int, int]:
+    return getattr(device, "slice_index", 0), device.process_index, device.id
 
 
 def _sharding(mesh: Mesh, table: dict[str, tuple[str, ...]], dims: str, shape: Sequence[int]) -> NamedSharding:

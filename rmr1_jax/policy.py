@@ -20,6 +20,7 @@ from rmr1_jax.errors import InputError
 from rmr1_jax.mesh import single_device_mesh
 from rmr1_jax.model import hf, qwen
 from rmr1_jax.model.config import QwenConfig, read_config
+from rmr1_jax.processes import first, wait
 from rmr1_jax.sampler.config import Sample, SampleStats, SamplingConfig
 from rmr1_jax.sampler.engine import generate
 from rmr1_jax.sampler.programs import Weights, sampling_weights
@@ -90,10 +91,13 @@ class Policy:
         return generate(self.config, self._weights, prompts, sampling, stops, mesh=self.mesh, on_done=on_done)
 
     def save(self, directory: str | Path, *, dtype: str | None = None) -> None:
-        """Write a Hugging Face directory: weights (in the params' own dtype unless given), config, tokenizer."""
+        """Write a Hugging Face directory: weights (in the params' own dtype unless given), config, tokenizer. All
+        processes must call it; the first one writes, and no other returns before it is there."""
         dtype = dtype or str(self.params["embed"].dtype)
         hf.save_params(directory, self.config, self.params, dtype=dtype)
-        hf.copy_side_files(self.tokenizer.directory, directory)
+        if first():
+            hf.copy_side_files(self.tokenizer.directory, directory)
+        wait("model saved")
 
     def with_params(self, params: qwen.Params) -> Policy:
         """The same policy with other weights."""

@@ -62,6 +62,7 @@ SFT = SftConfig(
     optimizer=OptimConfig(lr=2e-3, final_ratio=0.1, warmup_ratio=0.03),
     dtype="float32",
     remat="dots",
+    attention="xla",  # a TPU's kernel takes rows of whole blocks only, and this is to run on any machine
     save_every=200,
 )
 GRPO = GrpoConfig(
@@ -71,12 +72,13 @@ GRPO = GrpoConfig(
     mini_batch_prompts=32,
     max_prompt_length=64,
     row_length=240,
-    micro_rows=4,
+    micro_rows=2,
     sampling=SamplingConfig(n=8, max_new_tokens=MAX_TRACE),
     loss=PolicyLossConfig(kl_coef=0.0),
     optimizer=OptimConfig(lr=1e-4, schedule="constant", warmup_ratio=0.0, b2=0.999),
     dtype="float32",
     remat="dots",
+    attention="xla",
     save_every=20,
 )
 

@@ -1,326 +1,34 @@
-"""Measure the sampler: `python scripts/bench.py sample --peer hf --peer tunix` beside its peers, `... steps` by length.
+"""Measure speed, beside peers and limits that are measured in the same run.
 
-In `sample` all systems get the same random weights in float32 and the same prompts of random ids, and sample at
-temperature 1 until one of the stop ids, the last of the vocabulary, or --max-new tokens. What counts is useful tokens a
-second: new tokens up to and with the stop. Compilation and other first calls are made before and timed apart.
+    python scripts/bench.py sample --peer hf --peer tunix    the sampler
+    python scripts/bench.py steps                            a decode step by the length of the longest sample
+    python scripts/bench.py train --peer hf --peer tunix     a training step
 
 The peers run one after the other in environments of their own (`bash scripts/peers` makes them); see `bench_peers.py`.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import os
-import subprocess
 import sys
-import tempfile
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated
 
 import tyro
-from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, OmitSubcommandPrefixes, UseAppendAction, subcommand
-from tyro.constructors import PrimitiveConstructorSpec
+from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, OmitSubcommandPrefixes, subcommand
 
 from rmr1_jax.errors import InputError, RunError
 
-ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(Path(__file__).parent))  # where this file is loaded and not run
 
+from bench_sample import Sample, Steps
+from bench_train import Train
 
-class Peer(NamedTuple):
-    environment: Path
-    package: str
-
-
-PEERS = {"hf": Peer(ROOT / ".venv", "torch"), "tunix": Peer(ROOT / ".venv-tunix", "tunix")}
-
-
-def _parse_range(text: list[str]) -> tuple[int, int]:
-    low, _, high = text[0].partition(":")
-    return int(low), int(high or low)
-
-
-Range = Annotated[
-    tuple[int, int],
-    PrimitiveConstructorSpec(
-        nargs=1,
-        metavar="LOW:HIGH",
-        instance_from_str=_parse_range,
-        is_instance=lambda x: isinstance(x, tuple),
-        str_from_instance=lambda x: [f"{x[0]}:{x[1]}"],
-    ),
-]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Sample:
-    """Groups of samples of long prompts with very unequal lengths: useful tokens a second."""
-
-    layers: int = 8
-    width: int = 512
-    mlp: int = 1536
-    heads: int = 8
-    kv_heads: int = 2
-    head_dim: int = 64
-    vocab: int = 4096
-    prompts: int = 8
-    group: int = 7
-    """Samples of each prompt."""
-    prompt_length: Range = (448, 512)
-    """The shortest and the longest prompt in tokens, between which lengths are drawn."""
-    max_new: int = 1024
-    """New tokens a sample at most."""
-    stop_ids: int = 16
-    """How many ids at the end of the vocabulary stop a sample."""
-    seed: int = 0
-    """Decides weights, prompts and draws."""
-    slots: int | None = None
-    """Samples in flight at once; by default as many as the sampler takes by itself."""
-    peer: UseAppendAction[tuple[Literal["hf", "tunix"], ...]] = ()
-    """Also measure Transformers' `generate` (hf) or tunix's `Sampler`; may be given twice."""
-    json: bool = False
-    """Print one JSON object a system instead of a table."""
-
-    def __post_init__(self):
-        low, high = self.prompt_length
-        for name, ok, wanted in (
-            ("prompts", self.prompts >= 1, "at least 1"),
-            ("prompt-length", 1 <= low <= high, "LOW:HIGH with 1 <= LOW <= HIGH"),
-            ("stop-ids", 1 <= self.stop_ids <= min(16, self.vocab - 1), "1 to 16, and less than the vocabulary"),
-        ):
-            if not ok:
-                raise InputError(f"--{name} {getattr(self, name.replace('-', '_'))} must be {wanted}")
-
-    def run(self) -> None:
-        lines = []
-        for line in self.measure():
-            lines.append(line)
-            if self.json:
-                print(json.dumps(line), flush=True)
-        if not self.json:
-            print(table(lines))
-
-    def measure(self) -> Iterator[dict[str, Any]]:
-        """One line a system, ours first; a peer's has the ratio of our useful tokens a second to its own."""
-        peers = {name: peer_python(name) for name in dict.fromkeys(self.peer)}
-        if (load := os.getloadavg()[0]) > 0.5:
-            # A peer that waits for all its threads at every step suffers most: torch has been seen 50 times slower.
-            say(f"warning: the load average is {load:.1f}; other work on this machine spoils the comparison")
-        with tempfile.TemporaryDirectory(prefix="rmr1-bench-") as folder:
-            ours = self.measure_ours(Path(folder) / "model" if peers else None)
-            yield ours
-            if peers:
-                (Path(folder) / "workload.json").write_text(json.dumps(self.workload()))
-            for name, python in peers.items():
-                line = self.line(name, run_peer(name, python, Path(folder)))
-                yield line | {"ratio": round(ours["useful_tok_s"] / line["useful_tok_s"], 2)}
-
-    def workload(self) -> dict[str, Any]:
-        """What a sampler is asked for. No prompt has a stop id."""
-        import numpy as np
-
-        random = np.random.default_rng(self.seed)
-        low, high = self.prompt_length
-        lengths = random.integers(low, high + 1, self.prompts)
-        return {
-            "prompts": [random.integers(0, self.vocab - self.stop_ids, n).tolist() for n in lengths],
-            "group": self.group,
-            "max_new": self.max_new,
-            "stop_ids": list(range(self.vocab - self.stop_ids, self.vocab)),
-            "seed": self.seed,
-        }
-
-    def line(self, name: str, result: dict[str, Any]) -> dict[str, Any]:
-        """What is printed for a system, from its seconds, the rows of tokens it drew, and whatever else it tells."""
-        rows, seconds = result.pop("rows"), result.pop("seconds")
-        assert len(rows) == self.prompts * self.group, f"{name} gave {len(rows)} samples"
-        useful = useful_tokens(rows, self.workload()["stop_ids"])
-        result["warm_up_seconds"] = round(result["warm_up_seconds"], 3)
-        speed = {"name": name, "useful_tok_s": round(useful / seconds, 2), "seconds": round(seconds, 3)}
-        return speed | {"useful": useful, "samples": len(rows)} | result
-
-    def measure_ours(self, model_dir: Path | None) -> dict[str, Any]:
-        """Warm up, sample, and leave the weights in `model_dir` for the peers."""
-        import jax
-
-        from rmr1_jax.mesh import single_device_mesh
-        from rmr1_jax.model.hf import save_params
-        from rmr1_jax.model.qwen import init_params
-        from rmr1_jax.sampler.config import SamplingConfig
-        from rmr1_jax.sampler.engine import Engine
-        from rmr1_jax.sampler.programs import sampling_weights
-
-        config, work, mesh = model_config(self), self.workload(), single_device_mesh()
-        slots = {} if self.slots is None else {"slots": self.slots}
-        sampling = SamplingConfig(n=self.group, max_new_tokens=self.max_new, seed=self.seed, **slots)
-        longest = max(map(len, work["prompts"]))
-        engine = Engine(config, sampling, prompts=self.prompts, longest=longest, mesh=mesh)
-        params = init_params(config, jax.random.key(self.seed), mesh=mesh)
-        if model_dir:
-            save_params(model_dir, config, params, dtype="float32")
-        with jax.set_mesh(mesh):
-            weights = jax.block_until_ready(sampling_weights(config, params))
-        say("rmr1_jax: warming up")
-        start = time.perf_counter()
-        engine.warm_up(weights)
-        warm = time.perf_counter()
-        say(f"rmr1_jax: sampling {self.prompts * self.group} samples")
-        sampled = time.perf_counter()
-        samples, stats = engine.generate(weights, work["prompts"], work["stop_ids"])
-        return self.line(
-            "rmr1_jax",
-            {
-                "seconds": time.perf_counter() - sampled,
-                "rows": [sample.token_ids for group in samples for sample in group],
-                "warm_up_seconds": warm - start,
-                "compiles": stats.compiles,
-                "occupancy": round(stats.occupancy, 4),
-                "slots": stats.slots,
-                "cache_bytes": stats.cache_bytes,
-                "prefill_tokens": stats.prefill_tokens,
-                "unique_prompt_tokens": sum(map(len, set(map(tuple, work["prompts"])))),
-                "device": jax.default_backend(),
-                "version": f"jax {jax.__version__}",
-            },
-        )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Steps:
-    """Milliseconds of a decode step by the length of the longest live sample. By default most of it is the cache."""
-
-    layers: int = 4
-    width: int = 128
-    mlp: int = 256
-    heads: int = 8
-    kv_heads: int = 8
-    head_dim: int = 64
-    vocab: int = 512
-    slots: int = 32
-    prompt_length: Range = (16, 16)
-    max_new: int = 2048
-    json: bool = False
-    """Print one JSON object a length."""
-
-    def run(self) -> None:
-        lines = list(self.measure())
-        for line in lines:
-            if self.json:
-                print(json.dumps(line))
-            else:
-                share = line["ms"] / lines[-1]["ms"]
-                print(f"up to {line['live_length']:6} tokens {line['ms']:9.2f} ms a step, {share:5.2f} of the longest")
-
-    def measure(self) -> Iterator[dict[str, Any]]:
-        """One line for every width that the samples' part of the cache can have, the best of five dispatches."""
-        import jax
-        import numpy as np
-
-        from rmr1_jax.mesh import single_device_mesh
-        from rmr1_jax.model.qwen import init_params
-        from rmr1_jax.sampler import programs
-        from rmr1_jax.sampler.config import SamplingConfig
-        from rmr1_jax.sampler.engine import Engine
-        from rmr1_jax.sampler.run import make_controls, to_slots
-        from rmr1_jax.sampler.schedule import Bank
-
-        config, mesh = model_config(self), single_device_mesh()
-        sampling = SamplingConfig(max_new_tokens=self.max_new, slots=self.slots)
-        engine = Engine(config, sampling, prompts=self.slots, longest=self.prompt_length[1], mesh=mesh)
-        bank = Bank(*engine.shapes.sizes[0])
-        for number in range(self.slots):
-            bank.admit(number, np.zeros(self.prompt_length[1], np.int32), number, 1)
-        bank.seat(1)
-        with jax.set_mesh(mesh):
-            weights = programs.sampling_weights(config, init_params(config, jax.random.key(0), mesh=mesh))
-            for width in engine.shapes.widths:
-                cache, seconds = engine.empty_cache(width), []
-                for _ in range(6):
-                    start = time.perf_counter()
-                    cache, drawn = programs.decode(
-                        config, weights, make_controls(sampling, ()), cache, to_slots([bank], [0])
-                    )
-                    jax.block_until_ready(drawn)
-                    seconds.append((time.perf_counter() - start) / programs.STEPS)
-                held = sum(x.nbytes for x in jax.tree.leaves(cache))
-                yield {"live_length": width, "ms": round(1e3 * min(seconds[1:]), 3), "cache_bytes": held}
-
-
-def model_config(shape: Sample | Steps):
-    """An untied Qwen2, by the reader of config.json, which says what is wrong with a shape."""
-    from rmr1_jax.model.config import parse_config
-
-    fields = {
-        "model_type": "qwen2",
-        "num_hidden_layers": shape.layers,
-        "hidden_size": shape.width,
-        "intermediate_size": shape.mlp,
-        "num_attention_heads": shape.heads,
-        "num_key_value_heads": shape.kv_heads,
-        "head_dim": shape.head_dim,
-        "vocab_size": shape.vocab,
-        "max_position_embeddings": shape.prompt_length[1] + shape.max_new,
-        "rope_theta": 10000.0,
-        "tie_word_embeddings": False,
-    }
-    return parse_config(fields, "the shape on the command line")
-
-
-def useful_tokens(rows: Sequence[Sequence[int]], stop_ids: Sequence[int]) -> int:
-    """New tokens up to and with each row's first stop. What a batch draws behind it, until all have stopped, is not
-    useful."""
-    stops = set(stop_ids)
-    return sum(next((i + 1 for i, token in enumerate(row) if token in stops), len(row)) for row in rows)
-
-
-def peer_python(name: str) -> Path:
-    """The interpreter of a peer's environment.
-
-    Raises:
-        InputError: there is none, or the peer is not installed in it.
-    """
-    folder, package = PEERS[name]
-    python = folder / "bin" / "python"
-    look = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({package!r}) is None)"
-    if not python.exists() or subprocess.run([python, "-c", look]).returncode:
-        raise InputError(f"--peer {name} needs {package} in {folder}, where it is not; run: bash scripts/peers")
-    return python
-
-
-def run_peer(name: str, python: Path, folder: Path) -> dict[str, Any]:
-    """What `bench_peers.py` found for the workload and the model in `folder`."""
-    say(f"{name}: warming up and sampling; a batch that runs until all have stopped can take minutes")
-    command = [python, ROOT / "scripts" / "bench_peers.py", name, folder]
-    done = subprocess.run(command, env=os.environ | {"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True)
-    if done.returncode:
-        sys.stderr.write(done.stderr)
-        raise RunError(f"the peer {name} failed with exit code {done.returncode}; what it said stands above")
-    return json.loads((folder / "result.json").read_text())
-
-
-def table(lines: list[dict[str, Any]]) -> str:
-    """The lines for a reader."""
-    text = ["system      useful tok/s    seconds     useful  samples   ours / its"]
-    for line in lines:
-        speed = f"{line['name']:<10}{line['useful_tok_s']:14.1f}{line['seconds']:11.1f}{line['useful']:11}"
-        text.append(f"{speed}{line['samples']:9}" + (f"{line['ratio']:13.2f}" if "ratio" in line else ""))
-    ours = lines[0]
-    text.append(
-        f"rmr1_jax: occupancy {ours['occupancy']:.1%} of {ours['slots']} slots, {ours['compiles']} compiles in the run "
-        f"(warm-up {ours['warm_up_seconds']:.1f} s), cache {ours['cache_bytes'] / 2**20:.1f} MiB, prefilled "
-        f"{ours['prefill_tokens']} tokens for {ours['unique_prompt_tokens']} in the prompts"
-    )
-    text += [f"{line['name']}: {line['version']}; {line['note']}" for line in lines if "note" in line]
-    return "\n".join(text)
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
-Command = Annotated[Sample, subcommand("sample")] | Annotated[Steps, subcommand("steps")]
+Command = (
+    Annotated[Sample, subcommand("sample")]
+    | Annotated[Steps, subcommand("steps")]
+    | Annotated[Train, subcommand("train")]
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,11 +1,11 @@
-"""The other side of `bench.py`: one peer's sampler on a workload that bench.py has written to a folder.
+"""The other side of `bench.py`: one peer on a workload that bench.py has written to a folder.
 
 python scripts/bench_peers.py hf|tunix FOLDER
 
 It runs in the peer's own environment, where this project is not installed, so it imports nothing of it. FOLDER holds
-`workload.json` (prompts, group, max_new, stop_ids, seed) and `model/`, the weights as a Hugging Face directory; the
-tokens that were drawn and the seconds go to `FOLDER/result.json`. What a first call compiles or sets up is done by an
-earlier call and timed apart.
+`workload.json` (its task, and what that takes) and `model/`, the weights as a Hugging Face directory; what was drawn or
+lost and the seconds go to `FOLDER/result.json`. What a first call compiles or sets up is done by an earlier call and
+timed apart.
 """
 
 import json
@@ -19,12 +19,9 @@ from pathlib import Path
 def sample_hf(work: dict, model_dir: Path) -> dict:
     """Transformers' `generate`: static batch, left padded, until every row has stopped."""
     import torch
-    from transformers import Qwen2ForCausalLM
 
-    # By itself torch takes one thread a physical core; JAX takes them all.
-    torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = Qwen2ForCausalLM.from_pretrained(model_dir, dtype=torch.float32).to(device).eval()
+    model, device = load_hf(model_dir)
+    model = model.eval()
     longest, pad = max(map(len, work["prompts"])), work["stop_ids"][-1]
     padded = [[pad] * (longest - len(p)) + p for p in work["prompts"]]
     mask = [[0] * (longest - len(p)) + [1] * len(p) for p in work["prompts"]]
@@ -47,8 +44,46 @@ def sample_hf(work: dict, model_dir: Path) -> dict:
 
     warm_up_seconds, _ = timed(lambda: draw(min(4, work["max_new"])))  # nothing is compiled: a few steps are enough
     seconds, rows = timed(lambda: draw(work["max_new"]))
-    versions = f"transformers {version('transformers')}, torch {version('torch')}"
-    return {"seconds": seconds, "rows": rows, "warm_up_seconds": warm_up_seconds, "device": device, "version": versions}
+    facts = {"device": device, "version": hf_version()}
+    return {"seconds": seconds, "rows": rows, "warm_up_seconds": warm_up_seconds} | facts
+
+
+def train_hf(work: dict, model_dir: Path) -> dict:
+    """Transformers' own loss, torch's AdamW and clipping; `sdpa` attention, everything kept for the backward pass."""
+    import torch
+
+    model, device = load_hf(model_dir)
+    model = model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=work["lr"], betas=(0.9, 0.95), weight_decay=0.0)
+    rows = torch.tensor(work["rows"], device=device)
+    losses = []
+
+    def step() -> None:
+        loss = model(input_ids=rows, labels=rows, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(loss.item())
+
+    step()
+    seconds = [timed(step)[0] for _ in range(work["steps"])]
+    return {"seconds": seconds, "first_loss": losses[0], "device": device, "version": hf_version()}
+
+
+def load_hf(model_dir: Path) -> tuple:
+    """The model in float32 on its device, and that device's name."""
+    import torch
+    from transformers import Qwen2ForCausalLM
+
+    # By itself torch takes one thread a physical core; JAX takes them all.
+    torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return Qwen2ForCausalLM.from_pretrained(model_dir, dtype=torch.float32).to(device), device
+
+
+def hf_version() -> str:
+    return f"transformers {version('transformers')}, torch {version('torch')}"
 
 
 def sample_tunix(work: dict, model_dir: Path) -> dict:
@@ -59,23 +94,8 @@ def sample_tunix(work: dict, model_dir: Path) -> dict:
     import jax
     import jax.numpy as jnp
     from tunix.generate.sampler import CacheConfig, Sampler
-    from tunix.models.qwen2.model import ModelConfig
-    from tunix.models.qwen2.params import create_model_from_safe_tensors
 
-    hf = json.loads((model_dir / "config.json").read_text())
-    config = ModelConfig(
-        num_layers=hf["num_hidden_layers"],
-        vocab_size=hf["vocab_size"],
-        embed_dim=hf["hidden_size"],
-        hidden_dim=hf["intermediate_size"],
-        num_heads=hf["num_attention_heads"],
-        head_dim=hf.get("head_dim", hf["hidden_size"] // hf["num_attention_heads"]),
-        num_kv_heads=hf["num_key_value_heads"],
-        rope_theta=hf["rope_theta"],
-        norm_eps=hf["rms_norm_eps"],
-        use_tied_embedding=hf["tie_word_embeddings"],
-    )
-    model = create_model_from_safe_tensors(str(model_dir), config, dtype=jnp.float32)
+    model, config = load_tunix(model_dir)
     longest, stop_ids = max(map(len, work["prompts"])), work["stop_ids"]
     cache = CacheConfig(
         cache_size=longest + work["max_new"],
@@ -121,9 +141,60 @@ def sample_tunix(work: dict, model_dir: Path) -> dict:
         "warm_up_seconds": warm_up_seconds,
         "compile_seconds": round(sum(compiling), 3),  # within `seconds`: one comparison of scalars, 0.02 here
         "device": jax.default_backend(),
-        "version": f"google-tunix {version('google-tunix')}, jax {version('jax')}",
+        "version": tunix_version(),
         "note": "no n samples a prompt: each prompt is given, and prefilled, once for every sample",
     }
+
+
+def train_tunix(work: dict, model_dir: Path) -> dict:
+    """The compiled step of tunix's own trainer, with its default loss and optax's AdamW."""
+    import jax
+    import numpy as np
+    import optax
+    from tunix.sft.peft_trainer import PeftTrainer, TrainingConfig
+
+    model, _ = load_tunix(model_dir)
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(work["lr"], 0.9, 0.95, weight_decay=0.0))
+    trainer = PeftTrainer(model, optimizer, TrainingConfig(eval_every_n_steps=10**9, max_steps=10**9))
+    step, _ = trainer.jit_train_and_eval_step()
+    rows = np.asarray(work["rows"], np.int32)
+    B, T = rows.shape
+    batch = {
+        "input_tokens": rows,
+        "input_mask": np.ones((B, T), bool),
+        "positions": np.broadcast_to(np.arange(T, dtype=np.int32), (B, T)),
+        "attention_mask": np.broadcast_to(np.tril(np.ones((T, T), bool)), (B, T, T)),
+    }
+    first = float(step(batch)[0])
+    seconds = [timed(lambda: jax.block_until_ready(step(batch)))[0] for _ in range(work["steps"])]
+    facts = {"device": jax.default_backend(), "version": tunix_version()}
+    return {"seconds": seconds, "first_loss": first} | facts
+
+
+def load_tunix(model_dir: Path) -> tuple:
+    """The model in float32, and its configuration."""
+    import jax.numpy as jnp
+    from tunix.models.qwen2.model import ModelConfig
+    from tunix.models.qwen2.params import create_model_from_safe_tensors
+
+    hf = json.loads((model_dir / "config.json").read_text())
+    config = ModelConfig(
+        num_layers=hf["num_hidden_layers"],
+        vocab_size=hf["vocab_size"],
+        embed_dim=hf["hidden_size"],
+        hidden_dim=hf["intermediate_size"],
+        num_heads=hf["num_attention_heads"],
+        head_dim=hf.get("head_dim", hf["hidden_size"] // hf["num_attention_heads"]),
+        num_kv_heads=hf["num_key_value_heads"],
+        rope_theta=hf["rope_theta"],
+        norm_eps=hf["rms_norm_eps"],
+        use_tied_embedding=hf["tie_word_embeddings"],
+    )
+    return create_model_from_safe_tensors(str(model_dir), config, dtype=jnp.float32), config
+
+
+def tunix_version() -> str:
+    return f"google-tunix {version('google-tunix')}, jax {version('jax')}"
 
 
 class PromptNumbers:
@@ -156,7 +227,13 @@ def timed(call):
 
 def main(peer: str, folder: Path) -> None:
     work = json.loads((folder / "workload.json").read_text())
-    result = {"hf": sample_hf, "tunix": sample_tunix}[peer](work, folder / "model")
+    runs = {
+        ("sample", "hf"): sample_hf,
+        ("sample", "tunix"): sample_tunix,
+        ("train", "hf"): train_hf,
+        ("train", "tunix"): train_tunix,
+    }
+    result = runs[work["task"], peer](work, folder / "model")
     (folder / "result.json").write_text(json.dumps(result))
 
 

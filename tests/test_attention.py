@@ -7,7 +7,9 @@ import pytest
 
 from rmr1_jax.data.pipeline import assemble
 from rmr1_jax.data.tokens import Example
-from rmr1_jax.model.attention import MAX_BLOCKS, QUERY_BLOCK, Members, attend, attend_chunk, attend_slots
+from rmr1_jax.errors import InputError
+from rmr1_jax.mesh import MeshConfig, activation_sharding, make_mesh, single_device_mesh
+from rmr1_jax.model.attention import MAX_BLOCKS, QUERY_BLOCK, Members, attend, attend_chunk, attend_slots, choose
 from rmr1_jax.model.config import parse_config
 from rmr1_jax.model.qwen import hidden_states, init_params
 from rmr1_jax.train.sft import sft_micro_loss
@@ -208,3 +210,99 @@ def test_packed_is_unpacked(model_type):
     np.testing.assert_allclose(loss, expected, atol=1e-5)
     assert all(float(jnp.abs(x).max()) > 1e-4 for x in jax.tree.leaves(wanted))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5), gradients, wanted)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_gradient_is_that_of_the_whole_square(dtype):
+    """Over several blocks, whose weights the backward pass computes again."""
+    T, N, K, H = 2 * QUERY_BLOCK + 9, 4, 2, 6
+    rng = np.random.default_rng(3)
+    arrays = [jnp.asarray(random(rng, 2, T, heads, H), dtype) for heads in (N, K, K)]
+    rows = [layout([T // 2, T // 3], T), layout([T - T // 4, T // 4], T)]
+    positions, segments = (np.stack(x) for x in zip(*rows, strict=True))
+    real = segments[:, :, None, None] > 0
+    cotangent = np.where(real, random(rng, 2, T, N, H), 0)
+    seen = (segments[:, :, None] == segments[:, None]) & (positions[:, None] <= positions[:, :, None])
+
+    def square(q, k, v):
+        q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
+        scores = jnp.einsum("btnh,bsnh->bnts", q, jnp.repeat(k, N // K, axis=2)) / np.sqrt(H)
+        weights = jax.nn.softmax(jnp.where(seen[:, None], scores, -1e9), axis=-1)
+        return jnp.einsum("bnts,bsnh->btnh", weights, jnp.repeat(v, N // K, axis=2))
+
+    def gradients(attention):
+        return jax.jit(jax.grad(lambda *x: jnp.sum(attention(*x) * cotangent), argnums=(0, 1, 2)))(*arrays)
+
+    ours = gradients(lambda q, k, v: attend(q, k, v, positions, segments))
+    for a, b in zip(ours, gradients(square), strict=True):
+        a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
+        np.testing.assert_allclose(a, b, rtol=0, atol=(1e-5 if dtype == "float32" else 0.03) * np.abs(b).max())
+
+
+# ---- the splash kernel, in Pallas' interpreter
+
+
+def splash_case(N, K, T=256, H=16):
+    """Packed rows of several segments, with padding: q, k, v, positions, segment_ids, and where there are tokens."""
+    rng = np.random.default_rng(N)
+    q, k, v = random(rng, 4, T, N, H), random(rng, 4, T, K, H), random(rng, 4, T, K, H)
+    rows = [layout(lengths, T) for lengths in ([100, 60, 33], [T], [1, 130, T - 131], [7])]
+    positions, segment_ids = (np.stack(x) for x in zip(*rows, strict=True))
+    return (q, k, v), (positions, segment_ids), segment_ids[:, :, None, None] > 0
+
+
+@pytest.mark.parametrize(
+    ("N", "K", "axes"),
+    [(4, 2, None), (2, 2, None), (4, 1, MeshConfig(fsdp=4, tensor=2)), (4, 2, MeshConfig(replica=2, fsdp=2, tensor=2))],
+    ids=str,
+)
+def test_the_tpu_s_kernel_is_the_same_attention(N, K, axes):
+    """Values and gradients, packed rows included; heads that the tensor axis divides, and a key head that it cannot."""
+    arrays, where, real = splash_case(N, K)
+    mesh = make_mesh(axes) if axes else single_device_mesh()
+    cotangent = np.where(real, random(np.random.default_rng(9), *arrays[0].shape), 0)
+
+    def run(implementation):
+        def loss(q, k, v):
+            out = attend(q, k, v, *where, implementation)
+            return jnp.sum(out * cotangent), out
+
+        placed = [jax.device_put(x, activation_sharding(mesh, "BTNH", x.shape)) for x in arrays]
+        with jax.set_mesh(mesh):
+            (_, out), grads = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))(*placed)
+        return [np.where(real, out, 0), *grads]
+
+    for ours, xla in zip(run("interpret"), run("xla"), strict=True):
+        np.testing.assert_allclose(ours, xla, rtol=0, atol=1e-4 * np.abs(xla).max())
+
+
+@pytest.mark.slow
+def test_the_tpu_s_kernel_trains_the_same():
+    """The loss of SFT and its gradients through a whole model."""
+    fields = {"model_type": "qwen2", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    fields |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 60, "max_position_embeddings": 256}
+    config = parse_config(fields | {"rope_theta": 1e4, "tie_word_embeddings": True}, "test")
+    params = init_params(config, jax.random.key(0))
+    _, (positions, segment_ids), _ = splash_case(4, 2)
+    rng = np.random.default_rng(0)
+    batch = {"tokens": rng.integers(0, 60, positions.shape, np.int32), "positions": positions}
+    batch |= {"segment_ids": segment_ids, "weights": ((positions > 0) & (segment_ids > 0)) / np.float32(500)}
+
+    def run(attention):
+        loss = lambda params: sft_micro_loss(config, params, batch, remat="full", attention=attention)[0]  # noqa: E731
+        return jax.jit(jax.value_and_grad(loss))(params)
+
+    (ours, our_grads), (xla, xla_grads) = run("interpret"), run("xla")
+    np.testing.assert_allclose(ours, xla, rtol=1e-5)
+    for a, b in zip(jax.tree.leaves(our_grads), jax.tree.leaves(xla_grads), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-4 * max(1e-3, np.abs(b).max()))
+
+
+def test_rows_that_a_tpu_cannot_take_are_refused():
+    x = jnp.zeros((1, 200, 2, 16))
+    with pytest.raises(InputError, match=r"row_length=200: TPU attention takes multiples of 128; try 256"):
+        attend(x, x, x, None, jnp.ones((1, 200), jnp.int32), "splash")
+
+
+def test_what_auto_is():
+    assert choose("auto", single_device_mesh()) == "xla" and choose("splash", single_device_mesh()) == "splash"

@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +25,17 @@ def bench():
     spec.loader.exec_module(module)
     yield module
     del sys.modules["bench"]
+
+
+@pytest.fixture(scope="module")
+def sampling(bench):
+    """The part of it that samples."""
+    return sys.modules["bench_sample"]
+
+
+@pytest.fixture(scope="module")
+def common(bench):
+    return sys.modules["bench_common"]
 
 
 def lines_of(capsys) -> list[dict]:
@@ -53,19 +65,19 @@ def test_the_workload(bench):
     assert work == sample().workload() != sample(seed=1).workload()
 
 
-def test_useful_tokens_end_with_the_first_stop(bench):
-    assert bench.useful_tokens([[1, 2, 9, 3, 9], [8], [1, 2, 3], []], [8, 9]) == 3 + 1 + 3
+def test_useful_tokens_end_with_the_first_stop(sampling):
+    assert sampling.useful_tokens([[1, 2, 9, 3, 9], [8], [1, 2, 3], []], [8, 9]) == 3 + 1 + 3
 
 
 @pytest.mark.parametrize("peer", ["hf", pytest.param("tunix", marks=pytest.mark.slow)])
-def test_a_peer_draws_the_same_as_we(bench, peer, monkeypatch, capsys):
+def test_a_peer_draws_the_same_as_we(bench, sampling, common, peer, monkeypatch, capsys):
     """With a head so sharp that a sample at temperature 1 is the greedy one. The same weights, prompts and stop ids
     have then reached the peer."""
     try:
-        bench.peer_python(peer)
+        common.peer_python(peer)
     except bench.InputError as e:
         pytest.skip(str(e))
-    plain, count, drawn = qwen.init_params, bench.useful_tokens, []
+    plain, count, drawn = qwen.init_params, sampling.useful_tokens, []
 
     def sharp(*args, **kwargs):
         params = plain(*args, **kwargs)
@@ -77,7 +89,7 @@ def test_a_peer_draws_the_same_as_we(bench, peer, monkeypatch, capsys):
         return count(rows, stop_ids)
 
     monkeypatch.setattr(qwen, "init_params", sharp)
-    monkeypatch.setattr(bench, "useful_tokens", remember)
+    monkeypatch.setattr(sampling, "useful_tokens", remember)
     assert bench.main([*TINY, "--seed", "5", "--peer", peer]) == 0
     ours, theirs = lines_of(capsys)
     assert [len(row) for row in drawn[0]] == [9] * 3 + [3] * 3  # all stopped
@@ -87,14 +99,14 @@ def test_a_peer_draws_the_same_as_we(bench, peer, monkeypatch, capsys):
     assert theirs["ratio"] == pytest.approx(ours["useful_tok_s"] / theirs["useful_tok_s"], abs=0.01)
 
 
-def test_a_table_for_a_reader(bench, monkeypatch, capsys):
+def test_a_table_for_a_reader(bench, sampling, monkeypatch, capsys):
     ours = {"name": "rmr1_jax", "useful_tok_s": 100.0, "seconds": 3.0, "useful": 300, "samples": 56, "slots": 56}
     ours |= {"occupancy": 0.95, "compiles": 0, "warm_up_seconds": 9.0, "cache_bytes": 3 * 2**20}
     ours |= {"prefill_tokens": 40, "unique_prompt_tokens": 39}
     peer = {"seconds": 10.0, "rows": [[1] * 5] * 56, "warm_up_seconds": 1.0, "version": "tunix 1", "note": "one by one"}
     monkeypatch.setattr(bench.Sample, "measure_ours", lambda self, model_dir: ours)
-    monkeypatch.setattr(bench, "peer_python", lambda name: Path(sys.executable))
-    monkeypatch.setattr(bench, "run_peer", lambda name, python, folder: dict(peer))
+    monkeypatch.setattr(sampling, "peer_python", lambda name: Path(sys.executable))
+    monkeypatch.setattr(sampling, "run_peer", lambda name, python, folder: dict(peer))
     assert bench.main(["sample", "--peer", "tunix", "--peer", "hf", "--peer", "tunix"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split() for line in lines[1:4]] == [
@@ -106,8 +118,8 @@ def test_a_table_for_a_reader(bench, monkeypatch, capsys):
     assert lines[5] == "tunix: tunix 1; one by one"
 
 
-def test_an_absent_peer_is_refused_before_anything_runs(bench, tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(bench.PEERS, "tunix", bench.Peer(tmp_path / "nowhere", "tunix"))
+def test_an_absent_peer_is_refused_before_anything_runs(bench, common, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(common.PEERS, "tunix", common.Peer(tmp_path / "nowhere", "tunix"))
     assert bench.main([*TINY, "--peer", "tunix"]) == 2
     out, err = capsys.readouterr()
     assert out == "" and err == (
@@ -115,17 +127,17 @@ def test_an_absent_peer_is_refused_before_anything_runs(bench, tmp_path, monkeyp
     )
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "python").symlink_to(sys.executable)
-    monkeypatch.setitem(bench.PEERS, "hf", bench.Peer(tmp_path, "no_such_package"))
+    monkeypatch.setitem(common.PEERS, "hf", common.Peer(tmp_path, "no_such_package"))
     assert bench.main([*TINY, "--peer", "hf"]) == 2
     assert "--peer hf needs no_such_package in" in capsys.readouterr().err
 
 
-def test_a_peer_that_fails_says_why(bench, tmp_path, monkeypatch, capsys):
+def test_a_peer_that_fails_says_why(bench, sampling, tmp_path, monkeypatch, capsys):
     python = tmp_path / "python"
     python.write_text("#!/bin/sh\necho out of luck >&2\nexit 3\n")
     python.chmod(0o755)
     monkeypatch.setattr(bench.Sample, "measure_ours", lambda self, model_dir: {"name": "rmr1_jax"})
-    monkeypatch.setattr(bench, "peer_python", lambda name: python)
+    monkeypatch.setattr(sampling, "peer_python", lambda name: python)
     assert bench.main([*TINY, "--peer", "hf"]) == 1
     error = "error: the peer hf failed with exit code 3; what it said stands above"
     assert capsys.readouterr().err.splitlines()[-2:] == ["out of luck", error]
@@ -167,3 +179,46 @@ def test_steps_by_length(bench, capsys):
     assert all(line["ms"] > 0 for line in lines)
     # One layer's keys and values in float32: two prompts of 16 columns, and two rings.
     assert [line["cache_bytes"] for line in lines] == [2 * 4 * 16 * 2 * (16 + width) for width in (64, 128)]
+
+
+TRAIN = "train --layers 2 --width 32 --mlp 64 --heads 4 --kv-heads 2 --head-dim 8 --vocab 64 --batch 2 --length 48"
+TRAIN = [*TRAIN.split(), "--steps", "3", "--json"]
+
+
+@pytest.mark.parametrize("peer", ["hf", pytest.param("tunix", marks=pytest.mark.slow)])
+def test_a_peer_trains_on_the_same_as_we(bench, common, peer, capsys):
+    """The same weights, rows and loss have reached the peer."""
+    try:
+        common.peer_python(peer)
+    except bench.InputError as e:
+        pytest.skip(str(e))
+    assert bench.main([*TRAIN, "--peer", peer]) == 0
+    ours, theirs = lines_of(capsys)
+    assert theirs["name"] == peer and theirs["first_loss"] == pytest.approx(ours["first_loss"], abs=2e-4)
+    assert ours["tokens"] == theirs["tokens"] == 2 * 48
+    assert ours["tok_s"] == pytest.approx(96 / ours["seconds"], rel=0.05)  # both are rounded
+    assert theirs["ratio"] == pytest.approx(ours["tok_s"] / theirs["tok_s"], abs=0.01)
+    assert ours["share_of_limit"] == pytest.approx(ours["tok_s"] / ours["limit_tok_s"], rel=0.01)
+
+
+def test_the_products_of_a_step(bench, monkeypatch):
+    """Each kind and how often, against a count by hand: the limit is no better than what a step must do."""
+    training = sys.modules["bench_train"]
+    counted = []
+
+    def product(equation, a, b):
+        sizes = dict(zip(equation.replace("->", ",").split(",")[0], a, strict=True))
+        sizes |= dict(zip(equation.split(",")[1].split("->")[0], b, strict=True))
+        counted.append(2 * math.prod(sizes.values()))
+        return 1.0
+
+    monkeypatch.setattr(training, "_product", product)
+    shape = {"layers": 3, "width": 8, "mlp": 16, "heads": 4, "kv_heads": 2, "head_dim": 5, "vocab": 32}
+    seconds, flops = bench.Train(**shape, batch=2, length=7).products()
+    weights = 3 * (2 * 8 * 20 + 2 * 8 * 10 + 3 * 8 * 16) + 8 * 32
+    attention = (
+        3 * 6 * (2 * 2 * 4 * 7 * 7 * 5) / 2
+    )  # layers, products, 2 x rows x heads x square x head size, a triangle
+    assert flops == 6 * 14 * weights + attention
+    assert seconds == 3 * (3 * (2 + 2 + 3) + 6 / 2) + 3
+    assert sorted(set(counted)) == sorted({2 * 14 * n for n in (8 * 20, 8 * 10, 8 * 16, 8 * 32)} | {2 * 2 * 4 * 49 * 5})

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from training import (
+    EIGHT_DEVICES,
     assert_same,
     metrics_but_timings,
     on_mesh,
@@ -21,15 +22,16 @@ from training import (
 )
 
 from rmr1_jax.errors import InputError, RunError
-from rmr1_jax.mesh import MeshConfig, make_mesh
+from rmr1_jax.mesh import make_mesh
 from rmr1_jax.policy import load
 from rmr1_jax.sampler.config import Sample, SampleStats, SamplingConfig
 from rmr1_jax.train import grpo as stage
-from rmr1_jax.train.grpo import GrpoConfig, grpo, grpo_micro_loss, read_prompts, roll_out, verdict_reward
+from rmr1_jax.train import rollout
+from rmr1_jax.train.grpo import GrpoConfig, grpo, grpo_micro_loss, read_prompts, verdict_reward
 from rmr1_jax.train.losses import PolicyLossConfig
 from rmr1_jax.train.metrics import read_metrics
 from rmr1_jax.train.optim import OptimConfig
-from rmr1_jax.train.rollout import Group, RlPrompt, mini_batch
+from rmr1_jax.train.rollout import Group, RlPrompt, mini_batch, next_prompts, roll_out
 
 OFF = PolicyLossConfig(kl_coef=0.0)
 # The published recipes, small. Between them they have every aggregation and every option of the loss.
@@ -102,7 +104,7 @@ def made_groups(policy, rewards=((1, -1, 1, 1), (0, 0, 0, 0), (2, 0, 1, 1))) -> 
 
 def batch_of(groups, *, aggregation="sequence", skip_unmixed=False, max_segments=64):
     """Arrays [1, 16, 128] with the sampler's log-probabilities as those before the update."""
-    batch, count = mini_batch(
+    batch, count, _ = mini_batch(
         groups,
         row_length=128,
         micro_rows=16,
@@ -152,8 +154,10 @@ def test_skipping_unmixed_groups_changes_neither_loss_nor_gradient(policy, step,
 
 
 @pytest.mark.slow
-def test_eight_devices_update_as_one_does(policy, step):
-    sharded = on_mesh(policy, make_mesh(MeshConfig(fsdp=4, tensor=2)))
+@pytest.mark.parametrize("axes", EIGHT_DEVICES, ids=str)
+def test_eight_devices_update_as_one_does(policy, step, axes):
+    """The weights less their gradient, the loss and its metrics."""
+    sharded = on_mesh(policy, make_mesh(axes))
     batch, count = batch_of(made_groups(policy))
     expected, metrics = step(policy.params, batch, count)
     params, their_metrics = plain_step(sharded, micro_loss(sharded, OFF))(sharded.params, batch, count)
@@ -277,8 +281,8 @@ def scripted(monkeypatch) -> list:
         groups = [[Sample([5] * (i + 1), np.zeros(i + 1), np.zeros(i + 1), "stop") for i in range(2)] for _ in prompts]
         return groups, SampleStats(prompt_tokens=len(prompts), new_tokens=3 * len(prompts))
 
-    monkeypatch.setattr(stage, "generate", fake)
-    monkeypatch.setattr(stage, "sampling_weights", lambda config, params, dtype: params)
+    monkeypatch.setattr(rollout, "generate", fake)
+    monkeypatch.setattr(rollout, "sampling_weights", lambda config, params, dtype, mesh: params)
     return calls
 
 
@@ -295,7 +299,7 @@ def test_dynamic_sampling_fills_a_batch_with_mixed_groups(policy, monkeypatch):
         reward = functools.partial(first_only, mixed=mixed.split())
         return roll_out(config, policy, policy.params, prompts, consumed, 7, reward)
 
-    order = [p.id for p in stage.next_prompts(prompts, 12, 0, 5)]
+    order = [p.id for p in next_prompts(prompts, 12, 0, 5)]
     groups, consumed, facts = roll(" ".join(order))
     assert [g.prompt.id for g in groups] == order[:4] and (consumed, facts["rounds"]) == (4, 1)
     few = [order[1], order[5], order[6], order[9]]

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from rmr1_jax.errors import InputError
+from rmr1_jax.mesh import MeshConfig, activation_sharding, make_mesh, single_device_mesh, weight_sharding
 from rmr1_jax.train.logprobs import token_logprobs
 from rmr1_jax.train.losses import (
     PolicyLossConfig,
@@ -378,34 +379,38 @@ def test_aggregation_weights_of_untrained_sequences():
 # ---- log-probabilities
 
 
-def make_hidden(rows=2, length=11, width=5, vocabulary=13, seed=0):
+def make_hidden(rows=2, length=11, width=5, vocabulary=300, seed=0):
     rng = np.random.default_rng(seed)
     hidden = rng.normal(size=(rows, length, width)).astype(np.float32)
     head = rng.normal(size=(width, vocabulary)).astype(np.float32)
     return hidden, head, rng.integers(0, vocabulary, (rows, length)).astype(np.int32)
 
 
-@pytest.mark.parametrize("chunk_size", [1, 6, 8, 1000])
-def test_token_logprobs_agree_with_numpy_for_every_chunk_size(chunk_size):
-    hidden, head, tokens = make_hidden()
-    f = jax.jit(functools.partial(token_logprobs, chunk_size=chunk_size, with_entropy=True))
+@pytest.mark.parametrize("vocabulary", [13, 256, 300])
+@pytest.mark.parametrize("chunk_logits", [1, 22 * 256, 10**6])
+def test_token_logprobs_agree_with_numpy_for_every_chunk(chunk_logits, vocabulary):
+    """Of 128 columns, 256, and all; the last chunk whole, or ending among the columns of the one before."""
+    hidden, head, tokens = make_hidden(vocabulary=vocabulary)
+    f = jax.jit(functools.partial(token_logprobs, chunk_logits=chunk_logits, with_entropy=True))
     for temperature in (1.0, 0.7):
         logp, entropy = reference_logprobs(hidden, head, tokens, temperature)
         out = f(hidden, head, tokens, temperature=temperature)
         np.testing.assert_allclose(out.logp, logp, rtol=1e-5, atol=1e-6)
         np.testing.assert_allclose(out.entropy, entropy, rtol=1e-5, atol=1e-6)
         assert out.logp.dtype == out.entropy.dtype == jnp.float32
-    assert token_logprobs(hidden, head, tokens, chunk_size=chunk_size).entropy is None
+    assert token_logprobs(hidden, head, tokens, chunk_logits=chunk_logits).entropy is None
 
 
+@pytest.mark.parametrize("axes", [None, MeshConfig(fsdp=4, tensor=2), MeshConfig(fsdp=2, tensor=4)], ids=str)
 @pytest.mark.parametrize("tied", [False, True])
-def test_chunked_gradients_equal_whole(tied):
-    hidden, head, tokens = make_hidden(seed=1)
+def test_chunked_gradients_equal_whole(tied, axes):
+    """Also with rows over fsdp and the vocabulary over tensor, or (as 4 does not divide 302) whole on each."""
+    hidden, head, tokens = make_hidden(rows=4, width=8, vocabulary=302, seed=1)
     weights = np.random.default_rng(2).uniform(size=tokens.shape).astype(np.float32)
     weights[:, 0] = 0
 
     def chunked(hidden, head):
-        out = token_logprobs(hidden, head, tokens, chunk_size=6, with_entropy=True, head_is_embedding=tied)
+        out = token_logprobs(hidden, head, tokens, chunk_logits=1, with_entropy=True, head_is_embedding=tied)
         return sft_loss(out.logp, weights) + 0.1 * jnp.sum(weights * out.entropy)
 
     def whole(hidden, head):
@@ -415,7 +420,11 @@ def test_chunked_gradients_equal_whole(tied):
         return jnp.sum(weights[:, 1:] * (0.1 * entropy - logp))
 
     head = head.T if tied else head
-    value, grads = jax.jit(jax.value_and_grad(chunked, argnums=(0, 1)))(hidden, head)
+    mesh = make_mesh(axes) if axes else single_device_mesh()
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(hidden, activation_sharding(mesh, "BTD", hidden.shape))
+        placed = placed, jax.device_put(head, weight_sharding(mesh, "VD" if tied else "DV", head.shape))
+        value, grads = jax.jit(jax.value_and_grad(chunked, argnums=(0, 1)))(*placed)
     expected, expected_grads = jax.value_and_grad(whole, argnums=(0, 1))(hidden, head)
     np.testing.assert_allclose(value, expected, rtol=1e-6)
     for got, want in zip(grads, expected_grads, strict=True):
@@ -429,36 +438,32 @@ def test_bfloat16_hidden_keeps_float32_logits_and_head_gradient():
     logp, _ = reference_logprobs(np.asarray(low, np.float32), rounded, tokens)
     np.testing.assert_allclose(token_logprobs(low, jnp.asarray(head), tokens).logp, logp, rtol=1e-5, atol=1e-5)
 
-    # A thousand terms of one sign, a chunk each: a sum kept in bfloat16 would stop growing at about 256 of them.
+    # A thousand terms of one sign: a sum kept in bfloat16 would stop growing at about 256 of them.
     low, tokens = jnp.ones((1, 1001, 5), jnp.bfloat16), jnp.zeros((1, 1001), jnp.int32)
-
-    def loss(head, chunk_size):
-        return jnp.sum(token_logprobs(low, head, tokens, chunk_size=chunk_size).logp)
-
-    many, one = (jax.grad(loss)(jnp.zeros((5, 13)), size) for size in (1, 1001))
-    assert many.dtype == jnp.float32
-    np.testing.assert_allclose(many, one, rtol=0.01)
+    grad = jax.grad(lambda head: jnp.sum(token_logprobs(low, head, tokens).logp))(jnp.zeros((5, 13)))
+    assert grad.dtype == jnp.float32
+    np.testing.assert_allclose(grad[:, 0], 1000 * 12 / 13, rtol=0.01)
 
 
 def test_memory_does_not_grow_with_positions_times_vocabulary():
-    rows, width, vocabulary, chunk = 2, 4, 4096, 16
+    rows, width, length = 2, 4, 1024
 
-    def temporaries(length):
+    def temporaries(vocabulary):
         hidden = jax.ShapeDtypeStruct((rows, length, width), jnp.float32)
         head = jax.ShapeDtypeStruct((width, vocabulary), jnp.float32)
         tokens = jax.ShapeDtypeStruct((rows, length), jnp.int32)
 
         def loss(hidden, head, tokens):
-            out = token_logprobs(hidden, head, tokens, chunk_size=chunk, with_entropy=True)
+            out = token_logprobs(hidden, head, tokens, chunk_logits=1, with_entropy=True)
             return jnp.sum(out.logp) + jnp.sum(out.entropy)
 
         compiled = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(hidden, head, tokens).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
-    short, long = temporaries(512), temporaries(1024)
-    one_chunk = chunk * vocabulary * 4
-    assert short < 5 * one_chunk  # the whole logits would be 64 chunks
-    assert long - short < 0.5 * one_chunk  # and 64 more here; what grows is [B, T, D]
+    short, long = temporaries(4096), temporaries(8192)
+    one_chunk = rows * length * 128 * 4
+    assert short < 8 * one_chunk  # the whole logits would be 32 chunks
+    assert long - short < 0.5 * one_chunk  # and 32 more here; what grows is [D, V]
 
 
 def test_sft_loss_ignores_untrained_places():

@@ -1,5 +1,7 @@
 """The mesh: sizes, what does not fit, and the two tables. Eight virtual devices."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,8 +15,12 @@ from rmr1_jax.mesh import (
     MeshConfig,
     activation_sharding,
     constrain,
+    local_mesh,
     make_mesh,
+    own_rows,
+    place_rows,
     rows_divisor,
+    sampling_mesh,
     single_device_mesh,
     weight_sharding,
 )
@@ -60,6 +66,62 @@ def test_the_default_mesh_is_one_device():
 def test_sizes_that_do_not_fit(wrong):
     with pytest.raises(InputError, match=r"does not cover 8 devices exactly; .* one of \[1, 2, 4, 8\]"):
         make_mesh(MeshConfig(**wrong))
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What the mesh reads of a device."""
+
+    id: int
+    process_index: int
+    slice_index: int
+    platform: str = "tpu"
+
+
+def chips(platform: str = "tpu") -> list[Chip]:
+    """Two slices of two processes of two; numbered, as the runtime may do, in another order."""
+    return [Chip(id=8 - i, process_index=i // 2, slice_index=i // 4, platform=platform) for i in range(8)][::-1]
+
+
+def test_devices_come_slice_by_slice_and_process_by_process():
+    devices = make_mesh(MeshConfig(replica=2), chips()).devices
+    places = [(d.slice_index, d.process_index, d.id) for d in devices.flat]
+    assert places == sorted(places)
+    assert [{d.slice_index for d in replica.flat} for replica in devices] == [{0}, {1}]
+    assert make_mesh(MeshConfig(replica=4), chips()).devices.shape == (4, 2, 1)
+
+
+@pytest.mark.parametrize("config", [MeshConfig(), MeshConfig(tensor=2), MeshConfig(replica=1, fsdp=8)], ids=str)
+def test_a_replica_stays_within_a_slice(config):
+    with pytest.raises(InputError, match=r"replica=1 on 2 slices: .* replica must be 2 or a multiple of it"):
+        make_mesh(config, chips())
+    assert make_mesh(MeshConfig(), chips("gpu")).devices.shape == (1, 8, 1)  # a GPU's host is no slice
+
+
+def test_sampling_stays_within_a_process():
+    mesh = make_mesh(MeshConfig(replica=2, fsdp=1, tensor=4), chips())
+    with pytest.raises(InputError, match=r"sampling_tensor=4 .* which has 2 of the 8 devices; give one of \[1, 2\]"):
+        sampling_mesh(mesh)
+    for tensor in (1, 2):
+        sampling = sampling_mesh(mesh, tensor)
+        assert sampling.devices.shape == (1, 8 // tensor, tensor)
+        assert list(sampling.devices.flat) == list(mesh.devices.flat)
+        for process in range(4):
+            own = local_mesh(sampling, process)
+            assert own.devices.shape == (1, 2 // tensor, tensor)
+            assert {d.process_index for d in own.devices.flat} == {process}
+    whole = make_mesh(MeshConfig(replica=2, tensor=2))
+    assert local_mesh(whole) is whole  # one process
+    assert sampling_mesh(whole).devices.shape == (1, 4, 2)
+
+
+def test_rows_are_placed_where_they_belong():
+    mesh = make_mesh(MeshConfig(replica=2, fsdp=2, tensor=2))
+    assert own_rows(mesh, 4) == [0, 1, 2, 3]
+    whole = np.arange(24.0).reshape(2, 4, 3)
+    placed = place_rows(mesh, "ABT", {"x": whole}, 4)["x"]
+    assert placed.sharding == activation_sharding(mesh, "ABT", (2, 4, 3))
+    np.testing.assert_array_equal(placed, whole)
 
 
 def test_weights_and_activations_have_their_own_tables():

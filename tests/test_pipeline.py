@@ -94,6 +94,10 @@ def test_batches_of_a_run_are_the_set_once_an_epoch():
     batches, total = sft_batches(examples, **RUN)
     batches = list(batches)
     assert len(batches) == total
+    for batch in batches:
+        assert sum(batch.lengths) == (batch.rows["segment_ids"] > 0).sum()
+        assert batch.trained_tokens == batch.rows["trained"].sum()
+    batches = [batch.rows for batch in batches]
     tokens = Counter(np.concatenate([b["tokens"].ravel() for b in batches]).tolist())
     trained = Counter(np.concatenate([b["tokens"][b["trained"] > 0] for b in batches]).tolist())
     del tokens[0]
@@ -108,7 +112,7 @@ def test_batches_of_a_run_are_the_set_once_an_epoch():
 
 def test_the_last_batch_is_filled_up_with_empty_rows():
     batches, total = sft_batches(examples_of([48, 48, 48]), **RUN | {"epochs": 1})
-    *_, last = batches
+    *_, last = (batch.rows for batch in batches)
     assert total == 2
     assert (last["segment_ids"][0] == 1).all() and not any(v[1].any() for v in last.values())
 
@@ -122,14 +126,29 @@ def test_start_drops_batches_and_changes_nothing_else():
         rest = list(rest)
         assert same == total and len(rest) == total - start
         for a, b in zip(rest, whole[start:], strict=True):
-            for name in b:
-                np.testing.assert_array_equal(a[name], b[name])
+            assert a[1:] == b[1:]
+            for name in b.rows:
+                np.testing.assert_array_equal(a.rows[name], b.rows[name])
+
+
+@pytest.mark.parametrize("own", [[0, 1], [2], [1, 3]], ids=str)
+def test_a_process_assembles_its_own_rows_and_knows_the_sums_of_all(own):
+    """A part may be without any example: the last batch is filled up."""
+    examples = examples_of(LENGTHS)
+    sizes = RUN | {"batch_rows": 4}
+    empty = False
+    for part, whole in zip(sft_batches(examples, **sizes, own=own)[0], sft_batches(examples, **sizes)[0], strict=True):
+        assert part[1:] == whole[1:]
+        for name, rows in part.rows.items():
+            np.testing.assert_array_equal(rows, whole.rows[name][own])
+        empty |= not part.rows["segment_ids"].any()
+    assert empty == (own == [2])
 
 
 def test_the_first_token_of_a_segment_is_never_trained():
     """Nothing of its own stands before it: packed, its prediction would come from another example."""
     examples = [Example(str(i), np.full(10, i, np.int32), np.ones(10, bool)) for i in range(6)]
-    for batch in sft_batches(examples, **RUN)[0]:
+    for batch in (batch.rows for batch in sft_batches(examples, **RUN)[0]):
         np.testing.assert_array_equal(batch["trained"], (batch["positions"] > 0) & (batch["segment_ids"] > 0))
 
 

@@ -182,7 +182,7 @@ def settings(tmp_path, monkeypatch) -> dict:
     for stage in ("sft", "grpo"):
         module = importlib.import_module(f"rmr1_jax.train.{stage}")
         monkeypatch.setattr(module, stage, lambda config: seen.update({config.out: config}))
-    for command in (cli.Quickstart, cli.JudgePairs, cli.Data, cli.Export, cli.Report):
+    for command in (cli.Quickstart, cli.Plan, cli.JudgePairs, cli.Data, cli.Export, cli.Report):
         monkeypatch.setattr(command, "run", lambda self: None)
     return seen
 
@@ -194,7 +194,7 @@ def bench(monkeypatch):
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "readme_bench", module)
     spec.loader.exec_module(module)
-    for command in (module.Sample, module.Steps):
+    for command in (module.Sample, module.Steps, module.Train):
         monkeypatch.setattr(command, "run", lambda self: None)
     return module
 
@@ -256,7 +256,7 @@ def test_the_tree_is_the_tree():
     named = {found.relative_to(ROOT).as_posix() for path in tree() for found in ROOT.glob(path.rstrip("/"))}
     gone = [path for path in tree() if not list(ROOT.glob(path.rstrip("/")))]
     assert not gone
-    files = [*ROOT.glob("rmr1_jax/**/*.*"), *ROOT.glob("configs/*"), *ROOT.glob("scripts/*")]
+    files = [*ROOT.glob("rmr1_jax/**/*.*"), *ROOT.glob("configs/*"), *ROOT.glob("scripts/*"), *ROOT.glob("tpu/*")]
     there = {file.relative_to(ROOT).as_posix() for file in files if file.is_file() and file.suffix != ".pyc"}
     rooms = {f"{path}__init__.py" for path in tree() if path.endswith("/")} - {"rmr1_jax/__init__.py"}
     assert there - rooms == {path for path in named if not path.startswith("tests")} - {

@@ -82,7 +82,20 @@ SIZES = {"row_length": 16, "micro_rows": 2, "max_new_tokens": 8, "max_segments":
 
 
 def make(groups=GROUPS, *, aggregation="sequence", skip_unmixed=False, **sizes):
-    return mini_batch(groups, aggregation=aggregation, skip_unmixed=skip_unmixed, **SIZES | sizes)
+    batch, count, lengths = mini_batch(groups, aggregation=aggregation, skip_unmixed=skip_unmixed, **SIZES | sizes)
+    if "own" not in sizes:
+        assert sum(lengths) == (batch["segment_ids"] > 0).sum()
+    return batch, count
+
+
+def test_a_process_assembles_its_own_rows():
+    whole, count = make(max_segments=1)
+    assert count == 3
+    for own in ([0], [1]):
+        part, same = make(max_segments=1, own=own)
+        assert same == count
+        for name, array in whole.items():
+            np.testing.assert_array_equal(part[name], array[:, own])
 
 
 def by_sequence(batch) -> list[dict[str, np.ndarray]]:

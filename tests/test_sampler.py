@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import itertools
 import re
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import jax
@@ -27,7 +28,7 @@ from rmr1_jax.model.qwen import hidden_states, param_shardings
 from rmr1_jax.sampler import engine as engine_module
 from rmr1_jax.sampler import programs
 from rmr1_jax.sampler.config import SamplingConfig
-from rmr1_jax.sampler.engine import Engine, generate
+from rmr1_jax.sampler.engine import Engine, _free_gib, generate
 from rmr1_jax.sampler.logits import _first_above, draw
 from rmr1_jax.sampler.programs import sampling_weights
 from rmr1_jax.sampler.run import Run, make_controls, to_slots
@@ -443,7 +444,9 @@ def compiled_decode(engine: Engine, weights: dict) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("axes", [MeshConfig(replica=2, fsdp=2, tensor=2), MeshConfig(fsdp=8)], ids=str)
+@pytest.mark.parametrize(
+    "axes", [MeshConfig(replica=2, fsdp=2, tensor=2), MeshConfig(fsdp=4, tensor=2), MeshConfig(fsdp=8)], ids=str
+)
 def test_eight_devices_sample_what_one_does(model, alike, axes):
     mesh = make_mesh(axes)
     weights = place(model.config, jax.device_put(model.params, param_shardings(model.config, mesh)), mesh)
@@ -514,6 +517,19 @@ def test_the_slots_follow_from_the_budget(model, alike):
     little = SamplingConfig(**sizes, cache_gib=1e-5)
     with pytest.raises(InputError, match=r"cache_gib=1e-05 holds no sample of 41 \+ 64 tokens .*; give at least"):
         generate(model.config, model.weights, PROMPTS, little, STOPS, mesh=model.mesh)
+
+
+@pytest.mark.parametrize(("tensor", "whole_on"), [(1, 1), (2, 1), (4, 4)])
+def test_the_budget_is_what_a_cache_may_take(tiny_policy, tensor, whole_on):
+    """A tensor axis that does not divide the key-value heads holds the cache whole on each of its devices."""
+    config = tiny_policy.config
+    assert config.num_kv_heads == 2
+    limits = ({"bytes_limit": n * 2**30, "bytes_in_use": 2**30} for n in (7, 6))
+    told = [SimpleNamespace(memory_stats=lambda told=told: told) for told in limits]
+    mesh = SimpleNamespace(local_devices=told, shape={"replica": 2, "fsdp": 4 // tensor, "tensor": tensor})
+    assert _free_gib(mesh, config) == pytest.approx(0.8 * 5 * 8 / whole_on)
+    told[1].memory_stats = lambda: None
+    assert _free_gib(mesh, config) is None
 
 
 def test_samples_share_their_prompt(model):

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from training import (
+    EIGHT_DEVICES,
     assert_same,
     metrics_but_timings,
     on_mesh,
@@ -44,8 +45,8 @@ def policy(model):
 
 @pytest.fixture(scope="module")
 def batch(policy):
-    """Four packed rows."""
-    batches, _ = sft_batches(small_examples(policy), row_length=256, batch_rows=4, epochs=1, seed=0)
+    """Eight packed rows."""
+    batches, _ = sft_batches(small_examples(policy, 24), row_length=256, batch_rows=8, epochs=1, seed=0)
     return next(batches)
 
 
@@ -67,8 +68,9 @@ def micro_loss(policy):
 
 def micro_batches(batch, micro_rows: int, mesh, spare: int = 1):
     """(arrays [A, micro_rows, T], how many to count): `spare` more than are to be counted."""
-    micro, facts = to_micro_batches(dict(batch), micro_rows, mesh)
-    assert facts["trained_tokens"] == batch["trained"].sum()
+    micro, facts = to_micro_batches(batch, micro_rows, mesh)
+    assert facts["trained_tokens"] == batch.rows["trained"].sum()
+    assert facts["packed"] == (batch.rows["segment_ids"] > 0).mean()
     return {k: np.concatenate([v, *[np.ones_like(v[:1])] * spare]) for k, v in micro.items()}, len(micro["tokens"])
 
 
@@ -118,7 +120,7 @@ def test_a_loss_that_is_not_finite_stops_before_it_is_saved(policy, whole, tmp_p
 
 
 def test_an_update_that_is_not_finite_leaves_the_state_as_it_was(policy, batch, step):
-    arrays, count = micro_batches(batch, 4, policy.mesh)
+    arrays, count = micro_batches(batch, 8, policy.mesh)
     arrays["weights"][0, 1, 3] = np.inf
     params, metrics = step(policy.params, arrays, count)
     assert not np.isfinite(metrics["loss"])
@@ -126,9 +128,9 @@ def test_an_update_that_is_not_finite_leaves_the_state_as_it_was(policy, batch, 
 
 
 def test_micro_batches_add_up_to_the_step(policy, batch, step):
-    """Four micro-batches of one row are one of four; one more that is there is not counted."""
+    """Eight micro-batches of one row are one of eight; one more that is there is not counted."""
     (ours, our_metrics), (theirs, their_metrics) = (
-        step(policy.params, *micro_batches(batch, rows, policy.mesh)) for rows in (1, 4)
+        step(policy.params, *micro_batches(batch, rows, policy.mesh)) for rows in (1, 8)
     )
     assert float(their_metrics["grad_norm"]) > 0.1
     assert_same(ours, theirs, atol=1e-5)
@@ -136,9 +138,12 @@ def test_micro_batches_add_up_to_the_step(policy, batch, step):
 
 
 @pytest.mark.slow
-def test_eight_devices_update_as_one_does(policy, batch, step):
-    sharded = on_mesh(policy, make_mesh(MeshConfig(fsdp=4, tensor=2)))
-    arrays, count = micro_batches(batch, 4, policy.mesh)
+@pytest.mark.parametrize("axes", EIGHT_DEVICES, ids=str)
+def test_eight_devices_update_as_one_does(policy, batch, step, axes):
+    """The weights less their gradient, and the loss."""
+    sharded = on_mesh(policy, make_mesh(axes))
+    assert batch.rows["segment_ids"].any(axis=1).all()  # every row shard has something to do
+    arrays, count = micro_batches(batch, 8, policy.mesh)
     expected, metrics = step(policy.params, arrays, count)
     params, their_metrics = plain_step(sharded, micro_loss(sharded))(sharded.params, arrays, count)
     assert not params["layers"]["gate"].is_fully_replicated

@@ -18,7 +18,7 @@ import optax
 
 from rmr1_jax.config import dump_config, load_config
 from rmr1_jax.data.preferences import render_pair
-from rmr1_jax.mesh import activation_sharding
+from rmr1_jax.mesh import MeshConfig, activation_sharding
 from rmr1_jax.model.qwen import param_shardings
 from rmr1_jax.policy import load
 from rmr1_jax.sampler.config import SamplingConfig
@@ -29,7 +29,12 @@ from rmr1_jax.train.rollout import RlPrompt
 from rmr1_jax.train.sft import SftConfig, sft
 from rmr1_jax.world import make_items, oracle_trace, to_pair, world_prompt
 
-TIMINGS = ("seconds", "rollout_seconds", "weights_seconds", "tokens_per_second")
+EIGHT_DEVICES = (MeshConfig(fsdp=8), MeshConfig(fsdp=4, tensor=2), MeshConfig(replica=2, fsdp=2, tensor=2))
+
+
+def is_timing(key: str) -> bool:
+    return key.endswith("seconds") or key.startswith("tokens_per_second") or key == "mfu"
+
 
 small_sft = functools.partial(
     SftConfig,
@@ -94,7 +99,7 @@ def run_and_kill(stage: str, model: Path, config, step: int) -> None:
 
 
 def metrics_but_timings(directory) -> list[dict]:
-    return [{k: v for k, v in row.items() if k not in TIMINGS} for row in read_metrics(directory)]
+    return [{k: v for k, v in row.items() if not is_timing(k)} for row in read_metrics(directory)]
 
 
 def assert_same(ours, theirs, atol=0.0):

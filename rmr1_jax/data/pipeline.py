@@ -2,15 +2,16 @@
 
 The order of a whole run is planned before it starts, from lengths alone: each epoch is shuffled and packed first-fit,
 and the plan is a list of rows. So the cursor of a run is one number, the next batch; no example is cut or lost; and a
-resumed run, or one on another number of hosts, sees the same rows. Grain reads ahead of the training step. GRPO packs
-its rollouts with the same two functions, `pack` and `assemble`.
+resumed run, or one on another number of hosts, sees the same rows. Every process has the plan and assembles its own
+rows only. Grain reads ahead of the training step. GRPO packs its rollouts with the same two functions, `pack` and
+`assemble`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import grain
 import numpy as np
@@ -75,14 +76,15 @@ def assemble(
     """Packed rows as arrays.
 
     Args:
-        rows: the items of each of B rows. values: more per-token arrays, one for each item, packed alongside.
+        rows: the items of each of B rows. values: more per-token numbers, one array for each item, packed alongside.
 
     Returns:
-        tokens, positions, segment_ids: [B, T] int32 (segments count from 1, 0 is padding), and each of `values` [B, T].
+        tokens, positions, segment_ids: [B, T] int32 (segments count from 1, 0 is padding), and each of `values` [B, T]
+        float32.
     """
     B = len(rows)
     batch = {name: np.zeros((B, row_length), np.int32) for name in ("tokens", "positions", "segment_ids")}
-    batch |= {name: np.zeros((B, row_length), np.asarray(v[0]).dtype) for name, v in values.items()}
+    batch |= {name: np.zeros((B, row_length), np.float32) for name in values}
     for b, row in enumerate(rows):
         at = 0
         for segment, item in enumerate(row, start=1):
@@ -97,32 +99,60 @@ def assemble(
     return batch
 
 
-class _Rows:
+def renumber(rows: Sequence[Sequence[int]]) -> tuple[list[int], list[list[int]]]:
+    """The items of some rows, in order; and these rows in numbers of theirs: what `assemble` takes for a part."""
+    items = [item for row in rows for item in row]
+    numbers = iter(range(len(items)))
+    return items, [[next(numbers) for _ in row] for row in rows]
+
+
+class Batch(NamedTuple):
+    """A batch of packed rows, as one process has it.
+
+    rows: tokens, positions, segment_ids [B, T] int32 and trained [B, T] float32 (1 where the loss looks), of this
+    process's B rows. lengths, trained_tokens: of all examples in the whole batch, and their sum over it.
+    """
+
+    rows: dict[str, np.ndarray]
+    lengths: list[int]
+    trained_tokens: int
+
+
+@dataclasses.dataclass(frozen=True)
+class _Batches:
     """Grain's view of a run: batch k is rows k x B to k x B + B of the plan; empty rows fill up the last one."""
 
-    def __init__(self, plan: RowPlan, examples: Sequence, row_length: int, batch_rows: int):
-        self.plan, self.examples, self.row_length, self.batch_rows = plan, examples, row_length, batch_rows
+    plan: RowPlan
+    examples: Sequence
+    row_length: int
+    batch_rows: int
+    own: Sequence[int]
 
     def __len__(self) -> int:
         return -(-len(self.plan.rows) // self.batch_rows)
 
-    def __getitem__(self, k: int) -> dict[str, np.ndarray]:
+    def __getitem__(self, k: int) -> Batch:
         rows = self.plan.rows[k * self.batch_rows : (k + 1) * self.batch_rows]
-        rows = rows + [[]] * (self.batch_rows - len(rows))
-        trained = [x.trained.astype(np.float32) for x in (self.examples[i] for row in rows for i in row)]
-        local = [self.examples[i] for row in rows for i in row]
-        numbering = iter(range(len(local)))
-        batch = assemble([[next(numbering) for _ in row] for row in rows], local, self.row_length, trained=trained)
-        batch["trained"] *= batch["positions"] > 0  # nothing stands before a first token: it cannot be predicted
-        return batch
+        whole = [self.examples[i] for row in rows for i in row]
+        items, numbered = renumber([rows[i] if i < len(rows) else [] for i in self.own])
+        local = [self.examples[i] for i in items]
+        own = assemble(numbered, local, self.row_length, trained=[x.trained for x in local])
+        own["trained"] *= own["positions"] > 0  # nothing stands before a first token: it cannot be predicted
+        return Batch(own, [len(x) for x in whole], sum(int(x.trained[1:].sum()) for x in whole))
 
 
 def sft_batches(
-    examples: Sequence, *, row_length: int, batch_rows: int, epochs: int, seed: int, start: int = 0
-) -> tuple[Iterator[dict[str, np.ndarray]], int]:
-    """Batches of packed rows from batch number `start` on, and how many the whole run has.
-
-    Each batch: tokens, positions, segment_ids [B, T] int32 and trained [B, T] float32 (1 where the loss looks).
+    examples: Sequence,
+    *,
+    row_length: int,
+    batch_rows: int,
+    epochs: int,
+    seed: int,
+    start: int = 0,
+    own: Sequence[int] | None = None,
+) -> tuple[Iterator[Batch], int]:
+    """Batches of packed rows from batch number `start` on, and how many the whole run has. own: the rows of a batch
+    that this process assembles, by default all.
 
     Raises:
         InputError: there are no examples, or one fits in no row (cutting a trace would train a wrong end).
@@ -136,6 +166,6 @@ def sft_batches(
             f"{len(plan.too_long)} examples are longer than row_length={row_length} tokens (the longest, "
             f"{examples[worst].id}, has {len(examples[worst])}); raise row_length, or set on_too_long: drop"
         )
-    rows = _Rows(plan, examples, row_length, batch_rows)
-    dataset = grain.MapDataset.source(rows)[start:]
-    return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=8))), len(rows)
+    batches = _Batches(plan, examples, row_length, batch_rows, range(batch_rows) if own is None else own)
+    dataset = grain.MapDataset.source(batches)[start:]
+    return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=8))), len(batches)

@@ -8,10 +8,12 @@ two places: a prompt that a group of samples shares, and each sample's own token
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 
 from rmr1_jax.model.splash import splash_attend
@@ -23,8 +25,9 @@ Implementation = Literal["auto", "xla", "splash", "interpret"]
 MASKED = -1e30
 
 # Queries in a block, and the most blocks of a row (they are unrolled, so compile time grows with their number).
-QUERY_BLOCK = 64
+QUERY_BLOCK = 128
 MAX_BLOCKS = 16
+ATTENTION = "attention"  # the name under which a remat policy finds what attention's backward pass needs
 
 
 def choose(implementation: Implementation, mesh: Mesh) -> Implementation:
@@ -60,23 +63,107 @@ def attend(
     return splash_attend(q, k, v, segment_ids, interpret=implementation == "interpret")
 
 
-def _attend_blocks(q, k, v, positions, segment_ids) -> jax.Array:
-    """Queries are taken in blocks, each against the keys up to its own end, so the upper triangle is never computed and
-    no [T, T] matrix exists for the whole row. q is scaled."""
+def _attend_blocks(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array, segment_ids: jax.Array) -> jax.Array:
+    """`attend` with q scaled, by XLA: queries in blocks, each against the keys up to its own end, so that the upper
+    triangle is never computed and no [T, T] matrix exists."""
     B, T, N, H = q.shape
     K = k.shape[2]
     # Heads first and a head's G queries side by side: each product is then one plain matrix product per key-value head,
     # which on CPU is three times as fast as the same einsum over [B, T, K, G, H].
     q = q.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
-    k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
+    out = _flash(q, k.swapaxes(1, 2), v.swapaxes(1, 2), positions, segment_ids)
+    return out.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+
+
+@jax.custom_vjp
+def _flash(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array, segment_ids: jax.Array) -> jax.Array:
+    """q: [B, K, G, T, H], scaled. k, v: [B, K, T, H]. Returns q's shape. The backward pass computes a block's weights
+    again from the scores' logsumexp, so that of T x T numbers none is kept (FlashAttention, arXiv 2205.14135)."""
+    return _flash_forward(q, k, v, positions, segment_ids)[0]
+
+
+def _flash_forward(q, k, v, positions, segment_ids):
+    outs, normalizers = [], []
+    for block, end in _blocks(q.shape[3]):
+        scores = _block_scores(q[:, :, :, block], k[:, :, :end], _mask(positions, segment_ids, block, end))
+        highest = jnp.max(scores, axis=-1, keepdims=True)
+        weights = jnp.exp(scores - highest)
+        total = jnp.sum(weights, axis=-1, keepdims=True)
+        values = _over_keys(weights.astype(v.dtype), v[:, :, :end])
+        outs.append((values / total).astype(q.dtype))
+        normalizers.append(highest + jnp.log(total))
+    out = checkpoint_name(jnp.concatenate(outs, axis=3), ATTENTION)
+    normalizer = checkpoint_name(jnp.concatenate(normalizers, axis=3), ATTENTION)
+    return out, (q, k, v, positions, segment_ids, out, normalizer)
+
+
+def _flash_backward(saved, d_out):
+    q, k, v, positions, segment_ids, out, normalizer = saved
+    # The softmax's gradient is weights x (d_weights - this); Dao's D.
+    inner = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1, keepdims=True)
+    d_q = []
+    # [B, K, H, T], so that a block's part is a product with the weights as they lie.
+    d_k = d_v = jnp.zeros((*k.shape[:2], k.shape[3], k.shape[2]), jnp.float32)
+    for block, end in _blocks(q.shape[3]):
+        q_block, d_block, inner_block, normalizer_block = (x[:, :, :, block] for x in (q, d_out, inner, normalizer))
+        scores = _block_scores(q_block, k[:, :, :end], _mask(positions, segment_ids, block, end))
+        weights = jnp.exp(scores - normalizer_block)
+        d_scores = (weights * (_by_keys(d_block, v[:, :, :end]) - inner_block)).astype(q.dtype)
+        d_v = d_v.at[..., :end].add(_over_queries(d_block, weights.astype(q.dtype)))
+        d_k = d_k.at[..., :end].add(_over_queries(q_block, d_scores))
+        d_q.append(_over_keys(d_scores, k[:, :, :end]).astype(q.dtype))
+    d_k, d_v = d_k.swapaxes(2, 3).astype(k.dtype), d_v.swapaxes(2, 3).astype(v.dtype)
+    return jnp.concatenate(d_q, axis=3), d_k, d_v, None, None
+
+
+_flash.defvjp(_flash_forward, _flash_backward)
+
+
+def _blocks(T: int) -> Iterator[tuple[slice, int]]:
+    """The queries of each block, and the end of the keys that they may see."""
     size = max(QUERY_BLOCK, -(-T // MAX_BLOCKS))
-    blocks = []
     for start in range(0, T, size):
         end = min(start + size, T)
-        visible = _visible(positions[:, start:end], segment_ids[:, start:end], positions[:, :end], segment_ids[:, :end])
-        blocks.append(_attend_masked(q[:, :, :, start:end], k[:, :, :end], v[:, :, :end], visible))
-    out = blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks, axis=3)
-    return out.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+        yield slice(start, end), end
+
+
+def _mask(positions: jax.Array, segment_ids: jax.Array, block: slice, end: int) -> jax.Array:
+    """[B, t, S] float32, to be added to a block's scores."""
+    visible = _visible(positions[:, block], segment_ids[:, block], positions[:, :end], segment_ids[:, :end])
+    # Once for all heads: fused into the scores, XLA on CPU would compare again for each of them.
+    return jax.lax.optimization_barrier(jnp.where(visible, 0.0, MASKED))
+
+
+def _block_scores(q: jax.Array, k: jax.Array, mask: jax.Array) -> jax.Array:
+    """q: [B, K, G, t, H], k: [B, K, S, H], mask: [B, t, S] -> [B, K, G, t, S] float32."""
+    return _by_keys(q, k) + mask[:, None, None]
+
+
+# The three products of attention. A head's G groups of queries are side by side in each.
+
+
+def _by_keys(x: jax.Array, keys: jax.Array) -> jax.Array:
+    """x: [B, K, G, t, H], keys: [B, K, S, H] -> [B, K, G, t, S] float32."""
+    product = jnp.einsum("BKTH,BKSH->BKTS", _side_by_side(x), keys, preferred_element_type=jnp.float32)
+    return product.reshape(*x.shape[:4], -1)
+
+
+def _over_keys(weights: jax.Array, x: jax.Array) -> jax.Array:
+    """weights: [B, K, G, t, S], x: [B, K, S, H] -> [B, K, G, t, H] float32."""
+    product = jnp.einsum("BKTS,BKSH->BKTH", _side_by_side(weights), x, preferred_element_type=jnp.float32)
+    return product.reshape(*weights.shape[:4], -1)
+
+
+def _over_queries(x: jax.Array, weights: jax.Array) -> jax.Array:
+    """x: [B, K, G, t, H], weights: [B, K, G, t, S] -> [B, K, H, S] float32."""
+    # Turned by itself first: of the two this is the small one, and XLA on CPU would turn neither, at half the speed.
+    turned = jax.lax.optimization_barrier(_side_by_side(x).swapaxes(2, 3))
+    return jnp.einsum("BKHT,BKTS->BKHS", turned, _side_by_side(weights), preferred_element_type=jnp.float32)
+
+
+def _side_by_side(x: jax.Array) -> jax.Array:
+    """[B, K, G, t, X] -> [B, K, G * t, X]."""
+    return x.reshape(*x.shape[:2], -1, x.shape[-1])
 
 
 def attend_chunk(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array) -> jax.Array:

@@ -27,6 +27,7 @@ from rmr1_jax.mesh import single_device_mesh, weight_sharding
 from rmr1_jax.model.config import QwenConfig, config_to_hf
 from rmr1_jax.model.qwen import Params, param_dims, param_shapes
 from rmr1_jax.model.tensor_files import INDEX, SINGLE, StoredTensor, find_tensors, write_json, write_tensors
+from rmr1_jax.processes import first
 
 BLOCK_BYTES = 4 * 2**20  # what the host holds of a tensor at a time
 SIDE_FILES = (
@@ -135,16 +136,16 @@ def save_params(
     shards = _shards(_leaves(config), dtype.itemsize, max_shard_bytes)
     files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     files = [SINGLE] if len(shards) == 1 else files
-    if jax.process_index() != 0:
+    if not first():
         for _, leaf, layer in itertools.chain(*shards):
-            _stored_form(params, leaf, layer, dtype)  # takes part in the gathering
+            jax.block_until_ready(_stored_form(params, leaf, layer, dtype))  # takes part in the gathering
         return
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".export-", dir=out) as name:
         temporary = Path(name)
         for file, shard in zip(files, shards, strict=True):
             shapes = {name: leaf.stored_shape for name, leaf, _ in shard}
-            tensors = (_stored_form(params, leaf, layer, dtype) for _, leaf, layer in shard)
+            tensors = (np.ascontiguousarray(_stored_form(params, leaf, layer, dtype)) for _, leaf, layer in shard)
             write_tensors(temporary / file, shapes, dtype, tensors)
         if len(files) > 1:
             weight_map = {name: file for file, shard in zip(files, shards, strict=True) for name, _, _ in shard}
@@ -290,15 +291,15 @@ def _equal(a: StoredTensor, b: StoredTensor) -> bool:
     return all(np.array_equal(a.read(*block), b.read(*block)) for block in rows)
 
 
-def _stored_form(params: Params, leaf: Leaf, layer: int | None, dtype: np.dtype) -> np.ndarray:
-    """One tensor as it is stored, on the host."""
+def _stored_form(params: Params, leaf: Leaf, layer: int | None, dtype: np.dtype) -> jax.Array:
+    """One tensor as it is stored."""
     array = functools.reduce(operator.getitem, leaf.weight.path.split("."), params)
     assert array.shape == leaf.shape, f"{leaf.weight.path} has shape {array.shape}, not {leaf.shape}"
     whole = (
         None if getattr(array, "is_fully_addressable", True) else NamedSharding(array.sharding.mesh, PartitionSpec())
     )
     form = {"dims": leaf.dims, "split": leaf.split, "shape": leaf.stored_shape, "dtype": dtype, "whole": whole}
-    return np.ascontiguousarray(_unstack(array, layer, **form))
+    return _unstack(array, layer, **form)
 
 
 @functools.partial(jax.jit, static_argnames=("dims", "split", "shape", "dtype", "whole"))

@@ -19,14 +19,14 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 
 from rmr1_jax.errors import InputError
-from rmr1_jax.mesh import constrain, single_device_mesh, weight_sharding
-from rmr1_jax.model.attention import Implementation, attend
+from rmr1_jax.mesh import constrain, constrain_weight, single_device_mesh, weight_sharding
+from rmr1_jax.model.attention import ATTENTION, Implementation, attend
 from rmr1_jax.model.config import QwenConfig, rope_inverse_frequencies
 
 Params = dict[str, Any]
 LAYER_INPUT = "layer_input"
-# What the backward pass does not keep, it computes again. none: everything is kept. dots: the large products are kept.
-# full: a layer's input alone is kept. offload: the same, in the host's memory.
+# What the backward pass does not keep, it computes again. none: everything is kept. dots: what the large products and
+# attention gave. full: a layer's input alone. offload: the same, in the host's memory.
 Remat = Literal["none", "dots", "full", "offload"]
 
 
@@ -150,8 +150,13 @@ def hidden_states(
         segment_ids = jnp.ones_like(tokens)
     rope = rope_table(config, positions)
 
+    dims = param_dims(config)["layers"]
+
     def layer(x, w):
         x = checkpoint_name(x, LAYER_INPUT)
+        # Pinned where they lie, weights are gathered layer by layer in `dtype`, and their gradients, to which the same
+        # applies, are scattered as they are summed and not summed whole on every device.
+        w = {name: constrain_weight(weight.astype(dtype), dims[name][1:]) for name, weight in w.items()}
         x, _ = block(config, w, x, rope, lambda q, k, v: (attend(q, k, v, positions, segment_ids, attention), None))
         return constrain(x, "BTD"), None
 
@@ -183,20 +188,26 @@ def block(
     Args:
         w: one layer's weights, without the L axis. x: [B, T, D]. rope: see `rope_table`.
     """
+    B, T, _ = x.shape
+    # Rows and positions as one letter M: a weight's gradient is then one plain product over M, where over B and T the
+    # compiler for CPUs transposes whole activations first.
+    x = x.reshape(B * T, -1)
     h = rms_norm(x, w["attn_norm"], config.rms_norm_eps)
-    q = jnp.einsum("BTD,DNH->BTNH", h, w["q"].astype(h.dtype))
-    k = jnp.einsum("BTD,DKH->BTKH", h, w["k"].astype(h.dtype))
-    v = jnp.einsum("BTD,DKH->BTKH", h, w["v"].astype(h.dtype))
+    q = jnp.einsum("MD,DNH->MNH", h, w["q"].astype(h.dtype))
+    k = jnp.einsum("MD,DKH->MKH", h, w["k"].astype(h.dtype))
+    v = jnp.einsum("MD,DKH->MKH", h, w["v"].astype(h.dtype))
     if config.qkv_bias:
         q, k, v = q + w["q_bias"].astype(q.dtype), k + w["k_bias"].astype(k.dtype), v + w["v_bias"].astype(v.dtype)
     if config.qk_norm:
         q, k = rms_norm(q, w["q_norm"], config.rms_norm_eps), rms_norm(k, w["k_norm"], config.rms_norm_eps)
+    q, k, v = (y.reshape(B, T, *y.shape[1:]) for y in (q, k, v))
     out, extra = attention(rotate(q, rope), rotate(k, rope), v)
-    x = x + jnp.einsum("BTNH,NHD->BTD", out, w["o"].astype(out.dtype))
+    x = x + jnp.einsum("MNH,NHD->MD", out.reshape(B * T, *out.shape[2:]), w["o"].astype(out.dtype))
     h = rms_norm(x, w["mlp_norm"], config.rms_norm_eps)
-    gate = jnp.einsum("BTD,DF->BTF", h, w["gate"].astype(h.dtype))
-    up = jnp.einsum("BTD,DF->BTF", h, w["up"].astype(h.dtype))
-    return x + jnp.einsum("BTF,FD->BTD", jax.nn.silu(gate) * up, w["down"].astype(h.dtype)), extra
+    gate = jnp.einsum("MD,DF->MF", h, w["gate"].astype(h.dtype))
+    up = jnp.einsum("MD,DF->MF", h, w["up"].astype(h.dtype))
+    x = x + jnp.einsum("MF,FD->MD", jax.nn.silu(gate) * up, w["down"].astype(h.dtype))
+    return x.reshape(B, T, -1), extra
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
@@ -225,7 +236,9 @@ def _remat(layer: Callable, remat: Remat) -> Callable:
     if remat == "none":
         return layer
     policy = {
-        "dots": policies.checkpoint_dots_with_no_batch_dims,
+        "dots": policies.save_from_both_policies(
+            policies.checkpoint_dots_with_no_batch_dims, policies.save_only_these_names(ATTENTION)
+        ),
         "full": None,
         "offload": policies.save_and_offload_only_these_names(
             names_which_can_be_saved=[],

@@ -19,7 +19,10 @@ from jax.sharding import PartitionSpec
 from rmr1_jax.errors import InputError
 from rmr1_jax.mesh import activation_spec
 
-BLOCKS = (1024, 512, 256, 128)  # rows of a block, the largest that divides the row length; a TPU's lane holds 128
+# Rows of a block, the largest that divides the row length; a TPU's lane holds 128. The fused backward pass makes a
+# gradient of all queries for every block of keys before it adds them up: larger blocks of keys, less memory.
+BLOCKS = (1024, 512, 256, 128)
+KEY_BLOCKS = (2048, *BLOCKS)
 
 
 def splash_attend(
@@ -46,7 +49,7 @@ def splash_attend(
         block_kv=block,
         block_kv_compute=min(block, 512),
         block_q_dkv=block,
-        block_kv_dkv=block,
+        block_kv_dkv=next(b for b in KEY_BLOCKS if T % b == 0),
         block_kv_dkv_compute=min(block, 512),
         use_fused_bwd_kernel=True,
     )

@@ -52,7 +52,7 @@ class Engine:
         self.longest = longest
         banks = rows_divisor(mesh)
         sizes = {"prompts": prompts, "longest": longest, "banks": banks, "itemsize": self.dtype.itemsize}
-        self.shapes = plan_shapes(config, sampling, **sizes, free_gib=_free_gib(mesh))
+        self.shapes = plan_shapes(config, sampling, **sizes, free_gib=_free_gib(mesh, config))
         self.stats = SampleStats()
 
     def warm_up(self, weights: Weights) -> int:
@@ -182,11 +182,14 @@ def _check_prompts(
             )
 
 
-def _free_gib(mesh: Mesh) -> float | None:
-    """Four fifths of what is free on all devices together, where they tell (a CPU does not): the rest is for a step's
-    temporaries."""
+def _free_gib(mesh: Mesh, config: QwenConfig) -> float | None:
+    """The largest cache for which there is room in four fifths of what is free on the devices, where they tell (a CPU
+    does not): the rest is for a step's temporaries. A tensor group whose number does not divide the key-value heads
+    holds the cache whole on each of its devices."""
     told = [d.memory_stats() for d in mesh.local_devices]
     if not all(told):
         return None
     free = min(t["bytes_limit"] - t["bytes_in_use"] for t in told)
-    return 0.8 * free * mesh.size / 2**30
+    tensor = mesh.shape["tensor"]
+    parts = rows_divisor(mesh) * (tensor if config.num_kv_heads % tensor == 0 else 1)
+    return 0.8 * free * parts / 2**30

@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from rmr1_jax.mesh import constrain, sampling_sharding
+from rmr1_jax.mesh import constrain, local_mesh, sampling_sharding
 from rmr1_jax.model import qwen
 from rmr1_jax.model.attention import Members, attend_chunk, attend_slots
 from rmr1_jax.model.cache import Cache, visible_steps, widen, write_chunk, write_step
@@ -70,10 +70,23 @@ class Drawn(NamedTuple):
     steps: jax.Array
 
 
-def sampling_weights(config: QwenConfig, params: qwen.Params, *, dtype=jnp.float32) -> Weights:
+def sampling_weights(
+    config: QwenConfig, params: qwen.Params, *, dtype=jnp.float32, mesh: Mesh | None = None
+) -> Weights:
     """The weights for sampling, made once a policy update: a list of layers instead of a stack (a scan over a stack
-    would carry the cache through itself and copy it), in the dtype that decode computes in, whole on every bank."""
-    return _unstack(config, jax.sharding.get_mesh(), jnp.dtype(dtype))(params)
+    would carry the cache through itself and copy it), in the dtype that decode computes in, whole on every bank.
+
+    mesh: the `mesh.sampling_mesh` to lay them out on, default the mesh in context. All processes make them together;
+    each gets them on its own part (`mesh.local_mesh`), where it samples by itself."""
+    mesh = mesh or jax.sharding.get_mesh()
+    local = local_mesh(mesh)
+
+    def own_part(weight: jax.Array) -> jax.Array:
+        shards = [shard.data for shard in weight.addressable_shards]
+        sharding = NamedSharding(local, weight.sharding.spec)
+        return jax.make_array_from_single_device_arrays(weight.shape, sharding, shards)
+
+    return jax.tree.map(own_part, _unstack(config, mesh, jnp.dtype(dtype))(params))
 
 
 def weight_shapes(config: QwenConfig, mesh: Mesh, dtype) -> Weights:

@@ -1,11 +1,14 @@
 """Checkpoints: one Orbax step directory holds the whole state of a run, and a run directory holds its config.
 
 A checkpoint is complete or it is not there: Orbax writes to a temporary name and renames. What a run needs to go on is
-the train state and a small dict, the cursor; everything else is a function of the config and these.
+the train state and a small dict, the cursor; everything else is a function of the config and these. Of several
+processes each writes what its devices hold, into one directory that all of them see.
 """
 
 from __future__ import annotations
 
+import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ import yaml
 
 from rmr1_jax.config import config_differences, dump_config
 from rmr1_jax.errors import InputError
+from rmr1_jax.processes import first, wait
 from rmr1_jax.train.optim import TrainState
 
 
@@ -25,15 +29,17 @@ class Checkpointer:
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, cleanup_tmp_directories=True)
         self._manager = ocp.CheckpointManager((directory / "checkpoints").absolute(), options=options)
 
-    def save(self, state: TrainState, cursor: dict[str, Any]) -> None:
-        """Write a checkpoint of this step; returns when it is on disk."""
+    def save(self, state: TrainState, cursor: dict[str, Any]) -> float:
+        """Write a checkpoint of this step; returns when it is on disk, with the seconds that it took."""
+        began = time.perf_counter()
         step = int(state.step)
         if step in self._manager.all_steps():
-            return
+            return 0.0
         self._manager.save(
             step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), cursor=ocp.args.JsonSave(cursor))
         )
         self._manager.wait_until_finished()
+        return time.perf_counter() - began
 
     def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
         """The newest checkpoint, laid out as `like` is (its arrays give shapes, dtypes and shardings); None if there is
@@ -79,6 +85,10 @@ def start_run(config: Any, directory: Path) -> None:
     Raises:
         InputError: the directory holds a run with another config; names every difference.
     """
+    if re.match(r"\w+:/", str(directory)):
+        raise InputError(
+            f"out={directory} is an address; give a directory, on several hosts one that all of them mount"
+        )
     path = directory / "config.yaml"
     if path.is_file():
         old = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
@@ -89,7 +99,12 @@ def start_run(config: Any, directory: Path) -> None:
             raise InputError(
                 f"{directory} holds a run with another config ({listed}); give another `out`, or remove it"
             )
-    directory.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".tmp")  # a kill leaves the old file or the new one, never half of one
-    partial.write_text(dump_config(config), encoding="utf-8")
-    partial.replace(path)
+    wait("config read")  # by all of them, before the first one writes it anew
+    if first():
+        directory.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".tmp")  # a kill leaves the old file or the new one, never half of one
+        partial.write_text(dump_config(config), encoding="utf-8")
+        partial.replace(path)
+    wait("config written")
+    if not path.is_file():
+        raise InputError(f"{path} is there for process 0 but not here; `out` must be a directory that all hosts see")

@@ -2,8 +2,9 @@
 
 Each step: sample R traces for each of P prompts, score them, and update the policy on the packed results in
 mini-batches (several updates for one rollout batch). `grpo()` is the whole stage, read from top to bottom;
-`losses.policy_loss` is the objective and `rollout.py` what happens on the host. A killed run goes on from its last
-checkpoint when it is called again with the same config.
+`losses.policy_loss` is the objective and `rollout.py` what is trained on. A killed run goes on from its last
+checkpoint when it is called again with the same config. Of several processes each samples and scores its share of the
+prompts on its own devices; the results are gathered, and all train on them together.
 
 Extending: `reward(text, prompt) -> float` and `loss` (the signature of `losses.policy_loss`) are functions handed in.
 """
@@ -12,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,19 +21,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
 from rmr1_jax.data.published import read_published
 from rmr1_jax.errors import InputError
-from rmr1_jax.mesh import MeshConfig, activation_sharding, check_micro_rows, make_mesh
+from rmr1_jax.mesh import MeshConfig, check_micro_rows, make_mesh, own_rows, place_rows, sampling_mesh
 from rmr1_jax.model import qwen
 from rmr1_jax.model.attention import Implementation
 from rmr1_jax.policy import DTYPES, Policy, load
 from rmr1_jax.prompts.trace import STRUCTURES
 from rmr1_jax.prompts.verdict import training_reward
-from rmr1_jax.sampler.config import SampleStats, SamplingConfig
-from rmr1_jax.sampler.engine import generate
-from rmr1_jax.sampler.programs import sampling_weights
+from rmr1_jax.sampler.config import SamplingConfig
 from rmr1_jax.train.checkpoint import Checkpointer, start_run
 from rmr1_jax.train.logprobs import forward_options, row_logprobs
 from rmr1_jax.train.losses import (
@@ -43,7 +40,7 @@ from rmr1_jax.train.losses import (
     mean_metrics,
     policy_loss,
 )
-from rmr1_jax.train.metrics import MetricsLog, progress
+from rmr1_jax.train.metrics import MetricsLog, progress, say
 from rmr1_jax.train.optim import (
     Memory,
     OptimConfig,
@@ -53,8 +50,10 @@ from rmr1_jax.train.optim import (
     init_state,
     lr_schedule,
     make_optimizer,
+    master_weights,
 )
-from rmr1_jax.train.rollout import Group, Reward, RlPrompt, mini_batch, next_prompts, rollout_metrics, score
+from rmr1_jax.train.rollout import Group, Reward, RlPrompt, mini_batch, roll_out, rollout_metrics
+from rmr1_jax.train.throughput import mfu, throughput, train_flops
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,7 +65,9 @@ class GrpoConfig:
     prompts_per_step / mini_batch_prompts updates a step. row_length, micro_rows: the shape of a packed micro-batch.
     dynamic_sampling: rounds of sampling at most, to fill a batch with groups of mixed rewards (DAPO); 1 is off.
     structure: what a complete trace is for the metric `valid` (`Prompt.structure`). max_segments: sequences in a packed
-    row at most. reference_memory: where the reference's weights lie between their uses.
+    row at most. reference_memory: where the reference's weights lie between their uses. sampling_tensor: the tensor
+    axis of sampling, which stays within a process; default the mesh's. sampling.slots and sampling.cache_gib are of all
+    processes together.
     """
 
     model: str = ""
@@ -92,12 +93,13 @@ class GrpoConfig:
     attention: Implementation = "auto"
     reference_memory: Memory = "device"
     mesh: MeshConfig = MeshConfig()
+    sampling_tensor: int | None = None
     save_every: int = 10
     keep: int = 2
 
     def __post_init__(self):
         counts = ("steps", "prompts_per_step", "mini_batch_prompts", "max_prompt_length", "row_length", "micro_rows")
-        for name in (*counts, "dynamic_sampling", "max_segments", "save_every", "keep"):
+        for name in (*counts, "dynamic_sampling", "max_segments", "sampling_tensor", "save_every", "keep"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise InputError(f"{name}={getattr(self, name)} must be at least 1")
         if self.seed < 0:
@@ -140,20 +142,25 @@ def grpo(
 
     Args:
         policy, prompts: used in place of `config.model` and `config.data` where given.
-        reward, loss: see the module's docstring. on_rollout: called with the step and its groups, to look at them.
+        reward, loss: see the module's docstring. on_rollout: called with the step and its groups, to look at them; on
+            every process with all groups.
 
     Raises:
         InputError: something in the config or the data. RunError: the loss is no longer finite.
     """
     out = Path(config.out)
     start_run(config, out)
+    given = policy is not None
     policy = policy or load(config.model, config.dtype, make_mesh(config.mesh), master_dtype="float32")
     prompts = list(prompts) if prompts is not None else read_prompts(config.data, policy)
     prompts = _short_enough(prompts, config.max_prompt_length)
     check_micro_rows(policy.mesh, config.micro_rows)
+    sampling_mesh(policy.mesh, config.sampling_tensor)  # refused now, not after a restore
+    if config.prompts_per_step < (n := jax.process_count()):
+        raise InputError(f"prompts_per_step={config.prompts_per_step} must be at least {n}, one for each process")
     steps = config.steps or max(1, len(prompts) // config.prompts_per_step)
     with jax.set_mesh(policy.mesh):
-        trainer = _Trainer(config, policy, loss, steps * config.updates_per_step)
+        trainer = _Trainer(config, policy, loss, steps * config.updates_per_step, keep=given)
         checkpoints = Checkpointer(out, keep=config.keep)
         restored = checkpoints.restore(trainer.state)
         consumed = 0
@@ -162,6 +169,7 @@ def grpo(
         start = int(trainer.state.step) // config.updates_per_step
         log = MetricsLog(out, next_step=start)
         bar = progress(start, steps, "grpo")
+        saving = 0.0
         for step in bar:
             began = time.perf_counter()
             groups, drawn, facts = roll_out(config, policy, trainer.state.params, prompts, consumed, step, reward)
@@ -172,12 +180,14 @@ def grpo(
             row = trainer.train(groups, step)
             seconds = time.perf_counter() - began
             row |= rollout_metrics(groups, config.structure) | facts
-            row |= {"seconds": seconds, "rollout_seconds": rolled - began, "prompts_consumed": consumed}
-            row["tokens_per_second"] = (facts["prompt_tokens"] + facts["new_tokens"]) / seconds
+            row |= {"seconds": seconds, "rollout_seconds": rolled - began, "checkpoint_seconds": saving}
+            row |= {"prompts_consumed": consumed}
+            row |= throughput(facts["prompt_tokens"] + facts["new_tokens"], seconds, policy.mesh)
             log.write({"step": step, "stage": "grpo"} | row)
             bar.set_postfix(reward=f"{row['reward']:.3f}", length=f"{row['response_length']:.0f}", refresh=False)
+            saving = 0.0
             if (step + 1) % config.save_every == 0 or step + 1 == steps:
-                checkpoints.save(trainer.state, {"prompts_consumed": consumed})
+                saving = checkpoints.save(trainer.state, {"prompts_consumed": consumed})
         checkpoints.close()
     trained = policy.with_params(trainer.state.params)
     trained.save(out / "model")
@@ -198,61 +208,20 @@ def read_prompts(path: str | Path, policy: Policy) -> list[RlPrompt]:
     return prompts
 
 
-def roll_out(
-    config: GrpoConfig,
-    policy: Policy,
-    params: Any,
-    prompts: Sequence[RlPrompt],
-    consumed: int,
-    step: int,
-    reward: Reward,
-) -> tuple[list[Group], int, dict[str, float]]:
-    """One rollout batch from the current weights: its groups, the number of prompts it consumed, and counts.
-
-    With dynamic sampling, rounds go on until there are `prompts_per_step` mixed groups or the rounds are used up; then
-    other groups fill the rest, so that the batch has its size.
-    """
-    began = time.perf_counter()
-    weights = jax.block_until_ready(sampling_weights(policy.config, params, dtype=DTYPES[config.dtype]))
-    P = config.prompts_per_step
-    mixed: list[Group] = []
-    others: list[Group] = []
-    facts = {"prompt_tokens": 0, "new_tokens": 0, "rounds": 0, "weights_seconds": time.perf_counter() - began}
-    took: list[SampleStats] = []
-    for round_number in range(config.dynamic_sampling):
-        chosen = next_prompts(prompts, P, consumed + round_number * P, config.seed)
-        seed = int(np.random.SeedSequence([config.seed, step, round_number]).generate_state(1)[0])
-        sampling = dataclasses.replace(config.sampling, seed=seed)
-        token_ids = [p.tokens for p in chosen]
-        stops = policy.tokenizer.stop_ids
-        watched = sys.stderr.isatty()
-        samples, stats = generate(policy.config, weights, token_ids, sampling, stops, mesh=policy.mesh, bar=watched)
-        groups = score(chosen, samples, policy.tokenizer.decode, reward, normalize_std=config.normalize_std)
-        if config.dynamic_sampling == 1:
-            mixed = groups  # every group, in order
-        else:
-            mixed += [g for g in groups if g.mixed]
-            others += [g for g in groups if not g.mixed]
-        facts["prompt_tokens"] += stats.prompt_tokens
-        facts["new_tokens"] += stats.new_tokens
-        facts["rounds"] += 1
-        took.append(stats)
-        if len(mixed) >= P:
-            break
-    facts["occupancy"] = float(np.mean([stats.occupancy for stats in took]))
-    return (mixed + others)[:P], facts["rounds"] * P, facts
-
-
 class _Trainer:
     """The device side of a step: the state, and the two compiled programs that read and write it."""
 
-    def __init__(self, config: GrpoConfig, policy: Policy, loss: PolicyLoss, updates: int):
-        self.config, self.mesh = config, policy.mesh
-        params = jax.tree.map(lambda x: jnp.array(x, jnp.float32), policy.params)  # a copy: the step donates its state
+    def __init__(self, config: GrpoConfig, policy: Policy, loss: PolicyLoss, updates: int, *, keep: bool):
+        self.config, self.model, self.mesh = config, policy.config, policy.mesh
+        self.reference = None
+        if config.loss.kl_coef:
+            # In the dtype of the products, to which its weights would be cast anyway.
+            reference = jax.tree.map(lambda x: jnp.array(x, DTYPES[config.dtype]), policy.params)
+            self.reference = in_memory(reference, config.reference_memory)
+        params = master_weights(policy.params, keep=keep)
         optimizer = make_optimizer(config.optimizer, updates)
         self.state = init_state(params, optimizer, config.optimizer.memory)
         self.schedule = lr_schedule(config.optimizer, updates)
-        self.reference = in_memory(policy.params, config.reference_memory) if config.loss.kl_coef else None
         # With one update a step the policy being trained is the one that sampled, and old = new.
         self.needs_old = config.updates_per_step > 1
         # That a zero advantage means a zero term is known of our own loss only, and only where it has no other term.
@@ -265,37 +234,50 @@ class _Trainer:
     def train(self, groups: list[Group], step: int) -> dict[str, float]:
         """All updates of one rollout batch. The metrics are means over its updates; `trained_tokens` is their sum, and
         what ends in `_max` their largest."""
+        began = time.perf_counter()
+        batches = self._prepare(groups)
+        prepared = time.perf_counter()
+        rows = []
+        flops = 0.0
+        for batch, count, lengths in batches:
+            self.state, metrics = self._update(self.state, batch, count)
+            whole = {k: metrics.pop(k) for k in ("loss", "grad_norm")}  # no sums over tokens, as the others are
+            row = {k: float(v) for k, v in jax.device_get(whole | mean_metrics(metrics)).items()}
+            check_finite(row, step, f"update {len(rows)} of the prompts {[g.prompt.id for g in groups][:8]}...")
+            positions = count * self.config.micro_rows * self.config.row_length
+            rows.append(row | {"packed": sum(lengths) / positions})
+            flops += train_flops(self.model, lengths)
+        seconds = time.perf_counter() - prepared
+        trained_tokens = sum(r.pop("tokens") for r in rows)
+        joined = {k: float((max if k.endswith("_max") else np.mean)([r[k] for r in rows])) for k in rows[0]}
+        joined |= {"lr": float(self.schedule(int(self.state.step) - 1)), "trained_tokens": trained_tokens}
+        joined |= {"reference_seconds": prepared - began, "update_seconds": seconds}
+        return joined | mfu(flops, seconds, self.mesh)
+
+    def _prepare(self, groups: list[Group]) -> list[tuple[dict[str, jax.Array], int, list[int]]]:
+        """The rollout batch as mini-batches on the mesh: arrays [A, micro_rows, T], how many micro-batches count, and
+        the sequences' lengths. With the log-probabilities of the weights as they are before the first update."""
         config = self.config
         batches = []
-        for first in range(0, len(groups), config.mini_batch_prompts):
-            batch, count = mini_batch(
-                groups[first : first + config.mini_batch_prompts],
+        for start in range(0, len(groups), config.mini_batch_prompts):
+            own, count, lengths = mini_batch(
+                groups[start : start + config.mini_batch_prompts],
                 row_length=config.row_length,
                 micro_rows=config.micro_rows,
                 aggregation=config.aggregation,
                 max_new_tokens=config.sampling.max_new_tokens,
                 max_segments=config.max_segments,
                 skip_unmixed=self.skip_unmixed,
+                own=own_rows(self.mesh, config.micro_rows),
             )
-            filled = (batch["segment_ids"][:count] > 0).mean()
-            batch = {k: jax.device_put(v, activation_sharding(self.mesh, "ABT", v.shape)) for k, v in batch.items()}
+            batch = place_rows(self.mesh, "ABT", own, config.micro_rows)
             inputs = {k: batch[k] for k in ("tokens", "positions", "segment_ids")}
-            # Before the first update of this rollout batch: afterwards the policy is another one.
             if self.needs_old:
                 batch["old_logp"] = self._logprobs(self.state.params, inputs, count)
             if self.reference is not None:
                 batch["ref_logp"] = self._logprobs(in_memory(self.reference, "device"), inputs, count)
-            batches.append((batch, count, filled))
-        rows = []
-        for batch, count, filled in batches:
-            self.state, metrics = self._update(self.state, batch, count)
-            whole = {k: metrics.pop(k) for k in ("loss", "grad_norm")}  # no sums over tokens, as the others are
-            row = {k: float(v) for k, v in jax.device_get(whole | mean_metrics(metrics)).items()}
-            check_finite(row, step, f"update {len(rows)} of the prompts {[g.prompt.id for g in groups][:8]}...")
-            rows.append(row | {"packed": float(filled)})
-        trained_tokens = sum(r.pop("tokens") for r in rows)
-        joined = {k: float((max if k.endswith("_max") else np.mean)([r[k] for r in rows])) for k in rows[0]}
-        return {"lr": float(self.schedule(int(self.state.step) - 1)), "trained_tokens": trained_tokens} | joined
+            batches.append((batch, count, lengths))
+        return jax.block_until_ready(batches)
 
 
 def grpo_micro_loss(
@@ -333,7 +315,7 @@ def _short_enough(prompts: list[RlPrompt], limit: int) -> list[RlPrompt]:
     """Longer prompts are dropped and counted aloud, as in the paper; never cut."""
     kept = [p for p in prompts if len(p.tokens) <= limit]
     if len(kept) < len(prompts):
-        tqdm.write(f"dropped {len(prompts) - len(kept)} of {len(prompts)} prompts longer than {limit} tokens")
+        say(f"dropped {len(prompts) - len(kept)} of {len(prompts)} prompts longer than {limit} tokens")
     if not kept:
         raise InputError(f"no prompt is at most max_prompt_length={limit} tokens; raise it, or check the data")
     return kept

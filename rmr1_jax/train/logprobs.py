@@ -1,10 +1,12 @@
-"""Log-probabilities of given tokens, in chunks of positions: [B, T, V] logits never exist.
+"""Log-probabilities of given tokens, in chunks of the vocabulary: [B, T, V] logits never exist.
 
 Both stages train on `row_logprobs`; what they do with it is in `losses.py`.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Mapping
 from functools import partial
 from typing import Any, NamedTuple
@@ -15,12 +17,14 @@ from jax import Array, lax
 from jax.sharding import Mesh
 
 from rmr1_jax.errors import InputError
+from rmr1_jax.mesh import constrain, constrain_weight, rows_divisor
 from rmr1_jax.model import qwen
 from rmr1_jax.model.attention import choose
 from rmr1_jax.model.config import QwenConfig
 from rmr1_jax.policy import DTYPES
 
-DEFAULT_CHUNK_SIZE = 1024
+CHUNK_LOGITS = 2**26  # on a device at a time: 256 MiB in float32
+LANES = 128  # columns of a chunk are a multiple of
 
 
 def forward_options(config: Any, mesh: Mesh) -> dict[str, Any]:
@@ -61,7 +65,7 @@ def token_logprobs(
     head: Array,
     tokens: Array,
     *,
-    chunk_size: int = DEFAULT_CHUNK_SIZE,
+    chunk_logits: int = CHUNK_LOGITS,
     temperature: float | Array = 1.0,
     with_entropy: bool = False,
     head_is_embedding: bool = False,
@@ -69,62 +73,138 @@ def token_logprobs(
     """The log-probability of every token given the ones before it, without ever holding [B, T, V] logits.
 
     hidden [B, T, D]: the final, normed activations. head [D, V], or the tied embedding [V, D] with
-    `head_is_embedding`. tokens [B, T] integer. The matmul reads `hidden.dtype` (a head of another dtype is cast for
-    it, and its gradient is summed in the head's own dtype: pass float32 master weights) and yields float32 logits,
+    `head_is_embedding`. tokens [B, T] integer. The products read `hidden.dtype` (a head of another dtype is cast for
+    them, and its gradient is summed in the head's own dtype: pass float32 master weights) and yield float32 logits,
     divided by `temperature` (> 0).
 
     Returns logp and entropy at the token's own place: [b, t] belongs to tokens[b, t] and comes from hidden[b, t - 1].
     Both are 0 at t = 0. At the first token of a later segment of a packed row they are finite but mean nothing (the
     prediction crosses from the segment before): its weight must be 0. The entropy is that of the whole distribution.
 
-    About `chunk_size` positions, counted over all rows of the batch, have logits at a time, in the forward and in the
-    backward pass (which computes them again). Chunks run along T with every row in each, so that rows sharded over
-    devices stay where they are. A larger chunk means fewer reads of the head and fewer reductions of its gradient.
+    At most about `chunk_logits` logits a device exist at a time, in the forward and in the backward pass (which
+    computes them again): all positions, and as much of the vocabulary as fits. A part of the head is so gathered and
+    its gradient reduced once a pass, however many positions there are.
     """
-    if chunk_size < 1:
-        raise InputError(f"chunk_size={chunk_size} must be at least 1")
-    rows, length, _ = hidden.shape
-    step = min(length, max(1, chunk_size // rows))
-    count = -(-length // step)
-    padding = count * step - length
-
-    def to_chunks(x: Array) -> Array:  # [B, T, ...] -> [count, B, step, ...]
-        x = jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2))
-        return jnp.moveaxis(x.reshape(rows, count, step, *x.shape[2:]), 1, 0)
-
-    def from_chunks(x: Array) -> Array:  # [count, B, step] at the predicting place -> [B, T] at the token's place
-        x = jnp.moveaxis(x, 0, 1).reshape(rows, count * step)[:, : length - 1]
-        return jnp.pad(x, [(0, 0), (1, 0)])
-
+    if chunk_logits < 1:
+        raise InputError(f"chunk_logits={chunk_logits} must be at least 1")
     targets = jnp.pad(tokens[:, 1:], [(0, 0), (0, 1)])
-    chunk = partial(_chunk_logprobs, with_entropy=with_entropy, head_is_embedding=head_is_embedding)
-    chunk = jax.checkpoint(chunk, prevent_cse=False)  # scan itself keeps forward and backward apart
-
-    def body(_: None, xs: tuple[Array, Array]) -> tuple[None, TokenLogprobs]:
-        return None, chunk(*xs, head, temperature)
-
-    _, out = lax.scan(body, None, (to_chunks(hidden), to_chunks(targets)))
-    return jax.tree.map(from_chunks, out)
+    chunks = _Chunks.of(hidden, head, head_is_embedding, chunk_logits)
+    out = _logprobs(chunks, with_entropy, hidden, chunks.split(head), targets, temperature)
+    return jax.tree.map(lambda x: jnp.pad(x[:, :-1], [(0, 0), (1, 0)]), out)
 
 
-def _chunk_logprobs(
-    hidden: Array,
-    targets: Array,
-    head: Array,
-    temperature: float | Array,
-    *,
-    with_entropy: bool,
-    head_is_embedding: bool,
-) -> TokenLogprobs:
-    """hidden [B, C, D], targets [B, C] -> the targets' log-probabilities [B, C] (and entropies), in float32."""
-    equation = "bcd,vd->bcv" if head_is_embedding else "bcd,dv->bcv"
-    logits = jnp.einsum(equation, hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
-    logits = logits.astype(jnp.float32) / temperature
-    normalizer = jax.nn.logsumexp(logits, axis=-1)
-    # A masked sum fuses, and stays local where the vocabulary is sharded; a gather would do neither.
-    chosen = lax.broadcasted_iota(targets.dtype, logits.shape, 2) == targets[..., None]
-    logp = jnp.sum(jnp.where(chosen, logits, 0.0), axis=-1) - normalizer
-    if not with_entropy:
-        return TokenLogprobs(logp, None)
-    log_probs = logits - normalizer[..., None]
-    return TokenLogprobs(logp, -jnp.sum(jnp.exp(log_probs) * log_probs, axis=-1))
+@dataclasses.dataclass(frozen=True)
+class _Chunks:
+    """How the vocabulary is cut: it lies in X equal shards over the tensor axis, and a chunk is `width` columns of
+    each. A head in parts is [D, X, V / X], or [X, V / X, D] where it is the embedding."""
+
+    shards: int
+    size: int  # of a shard
+    width: int
+    embedding: bool
+
+    @classmethod
+    def of(cls, hidden: Array, head: Array, embedding: bool, chunk_logits: int) -> _Chunks:
+        mesh, V = jax.sharding.get_abstract_mesh(), head.shape[0 if embedding else 1]
+        tensor = 1 if mesh.empty else mesh.shape["tensor"]
+        rows = 1 if mesh.empty else rows_divisor(mesh)
+        shards = tensor if V % tensor == 0 else 1
+        positions = math.prod(hidden.shape[:2]) // (rows if hidden.shape[0] % rows == 0 else 1)
+        width = max(LANES, chunk_logits // positions // LANES * LANES)
+        return cls(shards, V // shards, min(width, V // shards), embedding)
+
+    @property
+    def dims(self) -> str:
+        """Letters of the head in parts; N is what is sharded over `tensor`."""
+        return "NVD" if self.embedding else "DNV"
+
+    @property
+    def axis(self) -> int:
+        return self.dims.index("V")
+
+    def split(self, head: Array) -> Array:
+        """[D, V] or [V, D] in parts."""
+        D = head.shape[1 if self.embedding else 0]
+        parts = (self.shards, self.size, D) if self.embedding else (D, self.shards, self.size)
+        return head.reshape(parts)
+
+    @property
+    def count(self) -> int:
+        return -(-self.size // self.width)
+
+    def start(self, i: Array) -> Array:
+        """The last chunk ends with the shard, and so begins among the columns of the one before."""
+        return jnp.minimum(i * self.width, self.size - self.width)
+
+    def logits(self, i: Array, hidden: Array, head: Array, temperature: Array) -> tuple[Array, Array]:
+        """[B, T, X, width] float32 of a chunk, -inf where a column was in the chunk before; and the chunk of the head
+        in hidden's dtype, whole on every row shard."""
+        part = lax.dynamic_slice_in_dim(head, self.start(i), self.width, self.axis).astype(hidden.dtype)
+        part = constrain(part, self.dims.replace("V", "C"))
+        logits = jnp.einsum(f"BTD,{self.dims}->BTNV", hidden, part, preferred_element_type=jnp.float32) / temperature
+        fresh = self.start(i) + jnp.arange(self.width) >= i * self.width
+        return constrain(jnp.where(fresh, logits, -jnp.inf), "BTNC"), part
+
+    def is_target(self, i: Array, targets: Array) -> Array:
+        """[B, T, X, width] bool."""
+        columns = self.start(i) + jnp.arange(self.width) + self.size * jnp.arange(self.shards)[:, None]
+        return targets[:, :, None, None] == columns
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _logprobs(chunks: _Chunks, with_entropy: bool, hidden: Array, head: Array, targets: Array, temperature: Array):
+    """hidden [B, T, D] predicts targets [B, T]; head in parts. The backward pass is written out, as autodiff would keep
+    every chunk's logits or go through the running sums again."""
+    return _logprobs_forward(chunks, with_entropy, hidden, head, targets, temperature)[0]
+
+
+def _logprobs_forward(chunks: _Chunks, with_entropy: bool, hidden, head, targets, temperature):
+    def add(i, sums):
+        highest, total, chosen, weighted = sums
+        logits, _ = chunks.logits(i, hidden, head, temperature)
+        higher = jnp.maximum(highest, jnp.max(logits, axis=(2, 3)))
+        scale, weights = jnp.exp(highest - higher), jnp.exp(logits - higher[..., None, None])
+        # A masked sum fuses, and stays local where the vocabulary is sharded; a gather would do neither. Only the first
+        # chunk that has a column counts it.
+        is_target = chunks.is_target(i, targets) & (logits > -jnp.inf)
+        chosen += jnp.sum(jnp.where(is_target, logits, 0.0), axis=(2, 3))
+        total = total * scale + jnp.sum(weights, axis=(2, 3))
+        if with_entropy:
+            weighted = weighted * scale + jnp.sum(jnp.where(weights > 0, weights * logits, 0.0), axis=(2, 3))
+        return higher, total, chosen, weighted
+
+    zeros = jnp.zeros(targets.shape, jnp.float32)
+    start = (jnp.full(targets.shape, -jnp.inf), zeros, zeros, zeros)
+    highest, total, chosen, weighted = lax.fori_loop(0, chunks.count, add, start)
+    normalizer = highest + jnp.log(total)
+    entropy = normalizer - weighted / total if with_entropy else None
+    return TokenLogprobs(chosen - normalizer, entropy), (hidden, head, targets, temperature, normalizer, entropy)
+
+
+def _logprobs_backward(chunks: _Chunks, with_entropy: bool, saved, d_out: TokenLogprobs):
+    hidden, head, targets, temperature, normalizer, entropy = saved
+
+    def add(i, sums):
+        d_hidden, d_head = sums
+        logits, part = chunks.logits(i, hidden, head, temperature)
+        log_probs = logits - normalizer[..., None, None]
+        probs = jnp.exp(log_probs)
+        is_target = chunks.is_target(i, targets) & (logits > -jnp.inf)
+        d_logits = d_out.logp[..., None, None] * (is_target - probs)
+        if with_entropy:
+            surprise = jnp.where(logits > -jnp.inf, log_probs, 0.0) + entropy[..., None, None]
+            d_logits -= d_out.entropy[..., None, None] * probs * surprise
+        d_logits = (d_logits / temperature).astype(hidden.dtype)
+        d_hidden += jnp.einsum(f"BTNV,{chunks.dims}->BTD", d_logits, part, preferred_element_type=jnp.float32)
+        d_part = jnp.einsum(f"BTD,BTNV->{chunks.dims}", hidden, d_logits, preferred_element_type=jnp.float32)
+        d_part = constrain_weight(d_part.astype(head.dtype), chunks.dims.replace("V", "C"))
+        before = lax.dynamic_slice_in_dim(d_head, chunks.start(i), chunks.width, chunks.axis)
+        d_head = lax.dynamic_update_slice_in_dim(d_head, before + d_part, chunks.start(i), chunks.axis)
+        return constrain(d_hidden, "BTD"), constrain_weight(d_head, chunks.dims.replace("V", "C"))
+
+    start = (jnp.zeros(hidden.shape, jnp.float32), jnp.zeros(head.shape, head.dtype))
+    d_hidden, d_head = lax.fori_loop(0, chunks.count, add, start)
+    return d_hidden.astype(hidden.dtype), d_head, None, None
+
+
+_logprobs.defvjp(_logprobs_forward, _logprobs_backward)

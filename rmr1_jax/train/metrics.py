@@ -1,5 +1,5 @@
 """metrics.jsonl: one JSON object a step, always. A resumed run continues the file as if it had never stopped. And the
-progress bar over it."""
+progress bar over it. Of several processes the first alone writes and shows."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from rmr1_jax.errors import InputError
+from rmr1_jax.processes import first
 
 
 class MetricsLog:
@@ -20,7 +21,7 @@ class MetricsLog:
 
     def __init__(self, directory: Path, *, next_step: int):
         self.path = directory / "metrics.jsonl"
-        if self.path.exists():
+        if first() and self.path.exists():
             kept = [line for line in _whole_lines(self.path) if json.loads(line)["step"] < next_step]
             partial = self.path.with_suffix(".tmp")
             partial.write_text("".join(kept), encoding="utf-8")
@@ -28,6 +29,8 @@ class MetricsLog:
 
     def write(self, metrics: Mapping[str, float | int | str]) -> None:
         """Append one step. Numbers that are not finite are written as null: JSON has no NaN."""
+        if not first():
+            return
         row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
@@ -37,7 +40,14 @@ def progress(start: int, total: int, name: str) -> tqdm:
     """A bar over the steps `start` to `total`; where nobody watches (a log file), a line every half minute."""
     every = 0.1 if sys.stderr.isatty() else 30.0
     steps = range(start, total)
-    return tqdm(steps, initial=start, total=total, desc=name, unit="step", dynamic_ncols=True, mininterval=every)
+    shown = {"desc": name, "unit": "step", "dynamic_ncols": True, "mininterval": every, "disable": not first()}
+    return tqdm(steps, initial=start, total=total, **shown)
+
+
+def say(text: str) -> None:
+    """A line beside the bar."""
+    if first():
+        tqdm.write(text)
 
 
 def read_metrics(directory: str | Path) -> list[dict]:

@@ -99,6 +99,12 @@ def make_optimizer(config: OptimConfig, total_steps: int) -> optax.GradientTrans
     )
 
 
+def master_weights(params: Any, *, keep: bool) -> Any:
+    """The float32 weights that a run starts from, which its first update takes the place of. keep: leave `params` to
+    whoever holds them, and take a copy."""
+    return jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=keep), params)
+
+
 def abstract_state(params: Any, optimizer: optax.GradientTransformation, memory: Memory = "device") -> TrainState:
     """What `init_state` makes, as shapes, dtypes and shardings. params: arrays, or such descriptions."""
     mesh = jax.tree.leaves(params)[0].sharding.mesh
@@ -169,8 +175,11 @@ def update(
         grads, sums = one(i)
         return jax.tree.map(jnp.add, total[0], grads), add_metrics(total[1], sums)
 
-    # The first micro-batch starts the sums: with one micro-batch there is no buffer of zeros and no addition.
-    grads, metrics = jax.lax.fori_loop(1, count, add, one(0))
+    if jax.tree.leaves(micro_batches)[0].shape[0] == 1:  # no buffer of zeros, and no addition
+        grads, metrics = one(0)
+    else:
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, 0))
+        grads, metrics = jax.lax.fori_loop(0, count, add, zeros)
     norm = optax.global_norm(grads)
     finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
     scale = jnp.minimum(1.0, clip / jnp.maximum(norm, 1e-12))

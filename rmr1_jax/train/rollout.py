@@ -1,22 +1,35 @@
-"""Prompts x policy -> scored rollouts -> packed mini-batches: everything of GRPO that happens on the host.
+"""Prompts x policy -> scored rollouts -> packed mini-batches: what GRPO trains on.
 
 Prompts are drawn in an order that is a function of the seed, so the run's cursor is one number: how many prompts were
-consumed. Next: `grpo.py`, which trains on what comes out.
+consumed. Of several processes each samples and scores its share of the prompts on its own devices; then all have all
+groups, and each assembles its own rows of the mini-batches. Next: `grpo.py`, which trains on what comes out.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import sys
+import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import jax
 import numpy as np
+from jax.sharding import Mesh
 
-from rmr1_jax.data.pipeline import assemble, pack
+from rmr1_jax.data.pipeline import assemble, pack, renumber
+from rmr1_jax.mesh import local_mesh, sampling_mesh
+from rmr1_jax.policy import DTYPES, Policy
+from rmr1_jax.processes import all_shares, first, gather, own_share
 from rmr1_jax.prompts.trace import parse_trace
 from rmr1_jax.prompts.verdict import eval_verdict
-from rmr1_jax.sampler.config import Sample
+from rmr1_jax.sampler.config import Sample, SampleStats, SamplingConfig
+from rmr1_jax.sampler.engine import generate
+from rmr1_jax.sampler.programs import Weights, sampling_weights
 from rmr1_jax.train.losses import AggregationKind, aggregation_weights, group_advantages
+
+if TYPE_CHECKING:
+    from rmr1_jax.train.grpo import GrpoConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,10 +64,10 @@ class Group:
 
 @dataclasses.dataclass(frozen=True)
 class Trajectory:
-    """One prompt + response as the trainer reads it: all arrays [T], `trained` True on the response."""
+    """One prompt + response as the trainer reads it: all arrays [T], all but the tokens 0 on the prompt."""
 
     tokens: np.ndarray
-    trained: np.ndarray
+    weights: np.ndarray
     advantages: np.ndarray
     sampler_logp: np.ndarray
 
@@ -68,6 +81,78 @@ def next_prompts(prompts: Sequence[RlPrompt], count: int, consumed: int, seed: i
             order = np.random.default_rng([seed, epoch]).permutation(len(prompts))
         chosen.append(prompts[order[at]])
     return chosen
+
+
+def roll_out(
+    config: GrpoConfig,
+    policy: Policy,
+    params: Any,
+    prompts: Sequence[RlPrompt],
+    consumed: int,
+    step: int,
+    reward: Reward,
+) -> tuple[list[Group], int, dict[str, float]]:
+    """One rollout batch from the current weights: its groups, the number of prompts it consumed, and counts.
+
+    With dynamic sampling, rounds go on until there are `prompts_per_step` mixed groups or the rounds are used up; then
+    other groups fill the rest, so that the batch has its size.
+    """
+    began = time.perf_counter()
+    mesh = sampling_mesh(policy.mesh, config.sampling_tensor)
+    weights = jax.block_until_ready(sampling_weights(policy.config, params, dtype=DTYPES[config.dtype], mesh=mesh))
+    P = config.prompts_per_step
+    mixed: list[Group] = []
+    others: list[Group] = []
+    facts = {"prompt_tokens": 0, "new_tokens": 0, "rounds": 0, "weights_seconds": time.perf_counter() - began}
+    took: list[SampleStats] = []
+    for round_number in range(config.dynamic_sampling):
+        chosen = next_prompts(prompts, P, consumed + round_number * P, config.seed)
+        seed = int(np.random.SeedSequence([config.seed, step, round_number]).generate_state(1)[0])
+        sampling = dataclasses.replace(config.sampling, seed=seed)
+        groups, stats = _sample_groups(config, policy, weights, chosen, sampling, local_mesh(mesh), reward)
+        if config.dynamic_sampling == 1:
+            mixed = groups  # every group, in order
+        else:
+            mixed += [g for g in groups if g.mixed]
+            others += [g for g in groups if not g.mixed]
+        facts["prompt_tokens"] += sum(x.prompt_tokens for x in stats)
+        facts["new_tokens"] += sum(x.new_tokens for x in stats)
+        facts["rounds"] += 1
+        took += stats
+        if len(mixed) >= P:
+            break
+    facts["occupancy"] = float(np.mean([stats.occupancy for stats in took]))
+    return (mixed + others)[:P], facts["rounds"] * P, facts
+
+
+def _sample_groups(
+    config: GrpoConfig,
+    policy: Policy,
+    weights: Weights,
+    prompts: Sequence[RlPrompt],
+    sampling: SamplingConfig,
+    mesh: Mesh,
+    reward: Reward,
+) -> tuple[list[Group], list[SampleStats]]:
+    """The groups of all `prompts`, in order, on every process; each samples and scores its share of them on `mesh`, its
+    own devices. And what it took each of them."""
+    mine = own_share(prompts)
+    processes = jax.process_count()
+    sampling = dataclasses.replace(
+        sampling,
+        slots=-(-sampling.slots // processes),
+        cache_gib=sampling.cache_gib and sampling.cache_gib / processes,
+    )
+    watched = first() and sys.stderr.isatty()
+    # Out of the context of all processes' mesh: what one does by itself, a reward in JAX included, is none of theirs.
+    with jax.set_mesh(mesh):
+        token_ids = [p.tokens for p in mine]
+        stops = policy.tokenizer.stop_ids
+        samples, stats = generate(policy.config, weights, token_ids, sampling, stops, mesh=mesh, bar=watched)
+        scored = score(mine, samples, policy.tokenizer.decode, reward, normalize_std=config.normalize_std)
+    # A prompt's `meta` may be anything and is everywhere already.
+    results = all_shares([(g.samples, g.texts, g.rewards, g.advantages) for g in scored])
+    return [Group(p, *result) for p, result in zip(prompts, results, strict=True)], gather(stats)
 
 
 def score(
@@ -113,50 +198,50 @@ def mini_batch(
     max_new_tokens: int,
     max_segments: int,
     skip_unmixed: bool,
-) -> tuple[dict[str, np.ndarray], int]:
+    own: Sequence[int] | None = None,
+) -> tuple[dict[str, np.ndarray], int, list[int]]:
     """One mini-batch's sequences, packed.
 
     Args:
         skip_unmixed: leave out sequences whose advantage is zero. Their policy term and its gradient are exactly zero,
             so where the loss has no other term this saves their computation and changes nothing; they still count in
             the averages (and so are kept where the average is over what is in a micro-batch).
+        own: the rows of each micro-batch that this process assembles, default all `micro_rows`.
 
     Returns:
-        Arrays [A, micro_rows, T] (tokens, positions, segment_ids, weights, advantages, sampler_logp) and how many of
-        the A micro-batches hold anything (at least 1). A is a power of two: few shapes, few compilations.
+        Arrays [A, own rows, T] (tokens, positions, segment_ids, weights, advantages, sampler_logp); how many of the A
+        micro-batches hold anything (at least 1); and the lengths of all sequences in them, whoever assembles them. A is
+        a power of two: few shapes, few compilations.
     """
-    sequences = [_sequence(g, i) for g in groups for i in range(len(g.samples))]
-    lengths = np.asarray([int(s.trained.sum()) for s in sequences])
+    members = [(g, i) for g in groups for i in range(len(g.samples))]
+    responses = np.asarray([len(g.samples[i].token_ids) for g, i in members])
+    lengths = responses + [len(g.prompt.tokens) for g, _ in members]
     keep_all = not skip_unmixed or aggregation == "micro_batch"
-    kept = [i for i, s in enumerate(sequences) if keep_all or s.advantages[-1] != 0]
-    rows = pack([len(s.tokens) for s in sequences], row_length, kept, most=max_segments)
+    kept = [m for m, (g, i) in enumerate(members) if keep_all or g.advantages[i] != 0]
+    rows = pack(lengths, row_length, kept, most=max_segments)
     count = max(1, -(-len(rows) // micro_rows))
     room = 2 ** (count - 1).bit_length()
-    micro_of = np.full(len(sequences), -1)
+    micro_of = np.full(len(members), -1)
     for r, row in enumerate(rows):
         micro_of[row] = r // micro_rows
-    per_token = aggregation_weights(lengths, aggregation, micro_batch_of=micro_of, max_length=max_new_tokens)
-    weights = [np.where(s.trained, w, 0).astype(np.float32) for s, w in zip(sequences, per_token, strict=True)]
+    weights = aggregation_weights(responses, aggregation, micro_batch_of=micro_of, max_length=max_new_tokens)
     rows += [[]] * (room * micro_rows - len(rows))
-    batch = assemble(
-        rows,
-        sequences,
-        row_length,
-        weights=weights,
-        advantages=[s.advantages for s in sequences],
-        sampler_logp=[s.sampler_logp for s in sequences],
-    )
-    return {k: v.reshape(room, micro_rows, row_length) for k, v in batch.items()}, count
+    own = range(micro_rows) if own is None else own
+    items, numbered = renumber([rows[a * micro_rows + b] for a in range(room) for b in own])
+    sequences = [_sequence(*members[m], weights[m]) for m in items]
+    values = {name: [getattr(s, name) for s in sequences] for name in ("weights", "advantages", "sampler_logp")}
+    batch = assemble(numbered, sequences, row_length, **values)
+    batch = {k: v.reshape(room, len(own), row_length) for k, v in batch.items()}
+    return batch, count, lengths[kept].tolist()
 
 
-def _sequence(group: Group, i: int) -> Trajectory:
+def _sequence(group: Group, i: int, weight: float) -> Trajectory:
     sample, prompt = group.samples[i], group.prompt.tokens
     tokens = np.concatenate([prompt, np.asarray(sample.token_ids, np.int32)])
-    trained = np.arange(len(tokens)) >= len(prompt)
+    trained = (np.arange(len(tokens)) >= len(prompt)).astype(np.float32)
     sampler_logp = np.zeros(len(tokens), np.float32)
     sampler_logp[len(prompt) :] = sample.sampled_logprobs
-    advantages = np.where(trained, group.advantages[i], 0).astype(np.float32)
-    return Trajectory(tokens, trained, advantages, sampler_logp)
+    return Trajectory(tokens, trained * weight, trained * group.advantages[i], sampler_logp)
 
 
 def _by_group(values: Sequence, groups: Sequence[Group]) -> list[Sequence]:

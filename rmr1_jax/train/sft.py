@@ -15,15 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-from tqdm import tqdm
+from jax.sharding import Mesh
 
-from rmr1_jax.data.pipeline import sft_batches
+from rmr1_jax.data.pipeline import Batch, sft_batches
 from rmr1_jax.data.published import read_published
 from rmr1_jax.data.tokens import Example
 from rmr1_jax.errors import InputError
-from rmr1_jax.mesh import MeshConfig, activation_sharding, check_micro_rows, make_mesh
+from rmr1_jax.mesh import MeshConfig, check_micro_rows, make_mesh, own_rows, place_rows
 from rmr1_jax.model import qwen
 from rmr1_jax.model.attention import Implementation
 from rmr1_jax.model.config import QwenConfig
@@ -31,8 +29,17 @@ from rmr1_jax.policy import DTYPES, Policy, load
 from rmr1_jax.train.checkpoint import Checkpointer, start_run
 from rmr1_jax.train.logprobs import forward_options, row_logprobs
 from rmr1_jax.train.losses import sft_loss
-from rmr1_jax.train.metrics import MetricsLog, progress
-from rmr1_jax.train.optim import OptimConfig, check_finite, compile_update, init_state, lr_schedule, make_optimizer
+from rmr1_jax.train.metrics import MetricsLog, progress, say
+from rmr1_jax.train.optim import (
+    OptimConfig,
+    check_finite,
+    compile_update,
+    init_state,
+    lr_schedule,
+    make_optimizer,
+    master_weights,
+)
+from rmr1_jax.train.throughput import mfu, throughput, train_flops
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,17 +94,20 @@ def sft(config: SftConfig, *, policy: Policy | None = None, examples: Sequence[E
     """
     out = Path(config.out)
     start_run(config, out)
+    given = policy is not None
     policy = policy or load(config.model, config.dtype, make_mesh(config.mesh), master_dtype="float32")
     if examples is None:
         examples = [policy.tokenizer.example(r.id, r.messages, r.trace) for r in read_published(config.data)]
     examples = fitting(examples, config.row_length, config.on_too_long)
     check_micro_rows(policy.mesh, config.micro_rows)
     batching = {"row_length": config.row_length, "batch_rows": config.rows_per_step, "seed": config.seed}
+    own = own_rows(policy.mesh, config.micro_rows)
+    batching["own"] = [first + row for first in range(0, config.rows_per_step, config.micro_rows) for row in own]
     batches_of = functools.partial(sft_batches, examples, epochs=config.epochs, **batching)
     _, total = batches_of()
     total = min(total, config.max_steps or total)
     with jax.set_mesh(policy.mesh):
-        params = jax.tree.map(lambda x: jnp.array(x, jnp.float32), policy.params)  # a copy: the step donates its state
+        params = master_weights(policy.params, keep=given)
         optimizer = make_optimizer(config.optimizer, total)
         state = init_state(params, optimizer, config.optimizer.memory)
         checkpoints = Checkpointer(out, keep=config.keep)
@@ -109,19 +119,25 @@ def sft(config: SftConfig, *, policy: Policy | None = None, examples: Sequence[E
         log, schedule = MetricsLog(out, next_step=start), lr_schedule(config.optimizer, total)
         batches, _ = batches_of(start=start)
         bar = progress(start, total, "sft")
+        saving = 0.0
         for i in bar:
             began = time.perf_counter()
             batch = next(batches)
             micro, facts = to_micro_batches(batch, config.micro_rows, policy.mesh)
+            ready = time.perf_counter()
             state, metrics = step(state, micro, len(micro["tokens"]))
             row = {k: float(v) for k, v in jax.device_get(metrics).items()}
             check_finite(row, i, f"batch {i} of the data order (seed {config.seed})")
-            seconds = time.perf_counter() - began
-            row |= {"lr": float(schedule(i)), "seconds": seconds, "tokens_per_second": facts["tokens"] / seconds}
+            done = time.perf_counter()
+            row |= {"lr": float(schedule(i)), "seconds": done - began}
+            row |= {"data_seconds": ready - began, "update_seconds": done - ready, "checkpoint_seconds": saving}
+            row |= throughput(facts["tokens"], done - began, policy.mesh)
+            row |= mfu(train_flops(policy.config, batch.lengths), done - began, policy.mesh)
             log.write({"step": i, "stage": "sft"} | row | facts)
             bar.set_postfix(loss=f"{row['loss']:.3f}", tok_s=f"{row['tokens_per_second']:.0f}", refresh=False)
+            saving = 0.0
             if (i + 1) % config.save_every == 0 or i + 1 == total:
-                checkpoints.save(state, {"next_batch": i + 1})
+                saving = checkpoints.save(state, {"next_batch": i + 1})
         checkpoints.close()
     trained = policy.with_params(state.params)
     trained.save(out / "model")
@@ -136,20 +152,17 @@ def sft_micro_loss(
     return sft_loss(logp, batch["weights"]), {}
 
 
-def to_micro_batches(
-    batch: dict[str, np.ndarray], micro_rows: int, mesh
-) -> tuple[dict[str, jax.Array], dict[str, Any]]:
+def to_micro_batches(batch: Batch, micro_rows: int, mesh: Mesh) -> tuple[dict[str, jax.Array], dict[str, Any]]:
     """[rows, T] -> [A, micro_rows, T] on the mesh, with the loss averaged over the trained tokens of the whole step;
-    and facts about the batch for the metrics."""
-    trained = batch.pop("trained")
-    batch["weights"] = trained / max(1.0, trained.sum())
-    facts = {
-        "tokens": int((batch["segment_ids"] > 0).sum()),
-        "trained_tokens": int(trained.sum()),
-        "packed": float((batch["segment_ids"] > 0).mean()),
-    }
-    split = {k: v.reshape(-1, micro_rows, v.shape[-1]) for k, v in batch.items()}
-    return {k: jax.device_put(v, activation_sharding(mesh, "ABT", v.shape)) for k, v in split.items()}, facts
+    and facts about the whole batch for the metrics."""
+    rows = dict(batch.rows)
+    rows["weights"] = rows.pop("trained") / max(1, batch.trained_tokens)
+    own = len(own_rows(mesh, micro_rows))
+    micro = {k: v.reshape(-1, own, v.shape[-1]) for k, v in rows.items()}
+    positions = len(micro["tokens"]) * micro_rows * rows["tokens"].shape[-1]
+    tokens = sum(batch.lengths)
+    facts = {"tokens": tokens, "trained_tokens": batch.trained_tokens, "packed": tokens / positions}
+    return place_rows(mesh, "ABT", micro, micro_rows), facts
 
 
 def fitting(examples: Sequence[Example], row_length: int, on_too_long: str) -> list[Example]:
@@ -158,5 +171,5 @@ def fitting(examples: Sequence[Example], row_length: int, on_too_long: str) -> l
         return list(examples)  # sft_batches names them
     kept = [x for x in examples if len(x) <= row_length]
     if len(kept) < len(examples):
-        tqdm.write(f"dropped {len(examples) - len(kept)} of {len(examples)} examples longer than {row_length} tokens")
+        say(f"dropped {len(examples) - len(kept)} of {len(examples)} examples longer than {row_length} tokens")
     return kept

@@ -1,0 +1,53 @@
+"""A model's shape from its name, so that a run can be planned before its weights are downloaded."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from rmr1_jax.errors import InputError
+from rmr1_jax.model.config import QwenConfig, parse_config, read_config
+
+# Width, MLP width, layers, heads, key-value heads, vocabulary, tied. Qwen2.5; R1's distillations have the same shapes.
+SIZES = {
+    "0.5b": (896, 4864, 24, 14, 2, 151936, True),
+    "1.5b": (1536, 8960, 28, 12, 2, 151936, True),
+    "7b": (3584, 18944, 28, 28, 4, 152064, False),
+    "14b": (5120, 13824, 48, 40, 8, 152064, False),
+    "32b": (5120, 27648, 64, 40, 8, 152064, False),
+}
+
+
+def model_shape(name: str) -> QwenConfig:
+    """The shape of a model: of its config.json where `name` is a directory, else by the family and size in the name
+    (Qwen2.5, or an R1 distillation of one).
+
+    Raises:
+        InputError: neither a directory nor such a name; or a config.json that we do not compute.
+    """
+    path = Path(name)
+    if path.exists():
+        return read_config(path.parent if path.is_file() else path)
+    lower = name.lower()
+    size = re.search(r"(?<![\d.])(0\.5|1\.5|7|14|32)b(?![a-z0-9])", lower)
+    distilled = "distill" in lower and "qwen" in lower
+    if not size or not (distilled or "qwen2.5" in lower):
+        raise InputError(
+            f"model={name!r}: its shape is not known here; give a directory with a config.json, or a Qwen2.5 or "
+            f"DeepSeek-R1-Distill-Qwen by name, such as Qwen/Qwen2.5-7B-Instruct (of {', '.join(SIZES)})"
+        )
+    width, mlp, layers, heads, kv_heads, vocab, tied = SIZES[size[0]]
+    fields = {
+        "model_type": "qwen2",
+        "hidden_size": width,
+        "intermediate_size": mlp,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "vocab_size": vocab,
+        "tie_word_embeddings": tied and not distilled,  # the distilled ones have a head of their own
+        "max_position_embeddings": 131072 if distilled else 32768,
+        # The small distillations started from Qwen2.5-Math.
+        "rope_theta": 1e4 if distilled and size[0] in ("1.5b", "7b") else 1e6,
+    }
+    return parse_config(fields, name)

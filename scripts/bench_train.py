@@ -1,0 +1,198 @@
+"""`bench.py train`: one step of SFT (forward, backward, AdamW), beside its peers and beside its matrix products alone.
+
+All systems get the same random weights in float32 and the same full rows of random ids, and every token is counted. The
+limit is what the machine would do if a step were nothing but its matrix products, each timed by itself in this run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+from bench_common import model_config, peer_python, run_peer, say, warn_of_load
+from tyro.conf import UseAppendAction
+
+LEARNING_RATE = 1e-4
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Train:
+    """A training step: tokens a second."""
+
+    layers: int = 8
+    width: int = 512
+    mlp: int = 1536
+    heads: int = 8
+    kv_heads: int = 2
+    head_dim: int = 64
+    vocab: int = 4096
+    batch: int = 4
+    """Rows of a step."""
+    length: int = 1024
+    """Tokens of a row."""
+    steps: int = 5
+    """Steps to time; the median counts."""
+    remat: Literal["none", "dots", "full"] = "dots"
+    """What our backward pass computes again. The peers keep everything."""
+    seed: int = 0
+    peer: UseAppendAction[tuple[Literal["hf", "tunix"], ...]] = ()
+    """Also measure Transformers with torch (hf) or tunix's trainer; may be given twice."""
+    json: bool = False
+    """Print one JSON object a system instead of a table."""
+
+    def run(self) -> None:
+        lines = []
+        for line in self.measure():
+            lines.append(line)
+            if self.json:
+                print(json.dumps(line), flush=True)
+        if not self.json:
+            print(table(lines))
+
+    def measure(self) -> Iterator[dict[str, Any]]:
+        """One line a system, ours first; a peer's has the ratio of our tokens a second to its own."""
+        peers = {name: peer_python(name) for name in dict.fromkeys(self.peer)}
+        warn_of_load()
+        with tempfile.TemporaryDirectory(prefix="rmr1-bench-") as folder:
+            ours = self.measure_ours(Path(folder) / "model" if peers else None)
+            yield ours
+            if peers:
+                work = {"task": "train", "rows": self.rows().tolist(), "steps": self.steps, "lr": LEARNING_RATE}
+                (Path(folder) / "workload.json").write_text(json.dumps(work))
+            for name, python in peers.items():
+                line = self.line(name, run_peer(name, python, Path(folder)))
+                yield line | {"ratio": round(ours["tok_s"] / line["tok_s"], 2)}
+
+    def rows(self):
+        """[B, T] int32 random ids."""
+        import numpy as np
+
+        return np.random.default_rng(self.seed).integers(0, self.vocab, (self.batch, self.length), np.int32)
+
+    def line(self, name: str, result: dict[str, Any]) -> dict[str, Any]:
+        seconds = sorted(result.pop("seconds"))[self.steps // 2]
+        tokens = self.batch * self.length
+        speed = {"name": name, "tok_s": round(tokens / seconds, 1), "seconds": round(seconds, 4), "tokens": tokens}
+        return speed | {k: round(v, 4) if isinstance(v, float) else v for k, v in result.items()}
+
+    def measure_ours(self, model_dir: Path | None) -> dict[str, Any]:
+        """Time the step and its matrix products, and leave the weights in `model_dir` for the peers."""
+        import jax
+        import numpy as np
+
+        from rmr1_jax.mesh import single_device_mesh
+        from rmr1_jax.model.hf import save_params
+        from rmr1_jax.model.qwen import init_params
+        from rmr1_jax.train.optim import OptimConfig, compile_update, init_state, make_optimizer
+        from rmr1_jax.train.sft import sft_micro_loss
+
+        config, mesh = model_config(self, self.length), single_device_mesh()
+        params = init_params(config, jax.random.key(self.seed), mesh=mesh)
+        if model_dir:
+            save_params(model_dir, config, params, dtype="float32")
+        rows = self.rows()[None]
+        places = np.broadcast_to(np.arange(self.length, dtype=np.int32), rows.shape)
+        weights = np.full(rows.shape, 1 / (self.batch * (self.length - 1)), np.float32) * (places > 0)
+        batch = {"tokens": rows, "positions": places, "segment_ids": np.ones_like(rows), "weights": weights}
+        optimizer = make_optimizer(OptimConfig(lr=LEARNING_RATE, schedule="constant", warmup_ratio=0.0), self.steps)
+        with jax.set_mesh(mesh):
+            state = init_state(params, optimizer)
+            loss = functools.partial(sft_micro_loss, config, remat=self.remat)
+            start = time.perf_counter()
+            lowered = compile_update(state, loss=loss, optimizer=optimizer, clip=1.0).lower(state, batch, 1)
+            step = lowered.compile()
+            compiling = time.perf_counter() - start
+            losses = []
+
+            def once() -> None:
+                nonlocal state
+                state, metrics = step(state, batch, 1)
+                losses.append(float(metrics["loss"]))
+
+            once()
+            seconds = [timed(once) for _ in range(self.steps)]
+        say("rmr1_jax: timing the matrix products alone")
+        products, flops = self.products()
+        tokens, ours = self.batch * self.length, sorted(seconds)[self.steps // 2]
+        return self.line(
+            "rmr1_jax",
+            {
+                "seconds": seconds,
+                "first_loss": losses[0],
+                "compile_seconds": compiling,
+                "temporaries_mib": step.memory_analysis().temp_size_in_bytes / 2**20,
+                "gflop_s": flops / ours / 1e9,
+                "products_gflop_s": flops / products / 1e9,
+                "limit_tok_s": tokens / products,
+                "share_of_limit": products / ours,
+                "device": jax.default_backend(),
+                "version": f"jax {jax.__version__}",
+            },
+        )
+
+    def products(self) -> tuple[float, float]:
+        """(seconds, FLOPs) of a step's matrix products, each kind timed alone, the attention's triangle as half of a
+        square."""
+        T, B, K = self.batch * self.length, self.batch, self.kv_heads
+        heads, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        group = self.heads // self.kv_heads * self.length
+        linear = [(self.width, heads)] * 2 + [(self.width, keys)] * 2 + [(self.width, self.mlp)] * 3
+        seconds = flops = 0.0
+        for shape, count in [(s, self.layers * linear.count(s)) for s in dict.fromkeys(linear)] + [
+            ((self.width, self.vocab), 1)
+        ]:
+            inner, outer = shape
+            one = (
+                _product("td,df->tf", (T, inner), (inner, outer))  # forward
+                + _product("tf,df->td", (T, outer), (inner, outer))  # the input's gradient
+                + _product("td,tf->df", (T, inner), (T, outer))  # the weight's
+            )
+            seconds, flops = seconds + count * one, flops + count * 6 * T * inner * outer
+        by_head, scores = (B, K, group, self.head_dim), (B, K, group, self.length)
+        other = (B, K, self.length, self.head_dim)
+        one = (
+            2 * _product("bkqh,bksh->bkqs", by_head, other)  # the scores, and the gradient of the weights
+            + 2 * _product("bkqs,bksh->bkqh", scores, other)  # the values, and the gradient of the queries
+            + 2 * _product("bkqs,bkqh->bksh", scores, by_head)  # the gradients of keys and values
+        )
+        count = self.layers / 2
+        return seconds + count * one, flops + count * 12 * B * K * group * self.head_dim * self.length
+
+
+def _product(equation: str, *shapes: tuple[int, ...]) -> float:
+    """Seconds of one einsum of random arrays, the median of five."""
+    import jax
+    import jax.numpy as jnp
+
+    arrays = [jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(shapes)]
+    product = jax.jit(lambda a, b: jnp.einsum(equation, a, b))
+    jax.block_until_ready(product(*arrays))
+    return sorted(timed(lambda: jax.block_until_ready(product(*arrays))) for _ in range(5))[2]
+
+
+def timed(call: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def table(lines: list[dict[str, Any]]) -> str:
+    """The lines for a reader."""
+    text = ["system       tokens/s   ms a step   first loss   ours / its"]
+    for line in lines:
+        speed = f"{line['name']:<10}{line['tok_s']:11.1f}{1e3 * line['seconds']:12.1f}{line['first_loss']:13.4f}"
+        text.append(speed + (f"{line['ratio']:13.2f}" if "ratio" in line else ""))
+    ours = lines[0]
+    text.append(
+        f"rmr1_jax: {ours['share_of_limit']:.0%} of the limit, {ours['limit_tok_s']:.0f} tokens/s with matrix products "
+        f"alone ({ours['products_gflop_s']:.0f} GFLOP/s); temporaries {ours['temporaries_mib']:.0f} MiB, compiled in "
+        f"{ours['compile_seconds']:.1f} s"
+    )
+    text += [f"{line['name']}: {line['version']}; {line['note']}" for line in lines if "note" in line]
+    return "\n".join(text)

@@ -1,0 +1,148 @@
+"""Every recipe in configs/ loads, fits the slice that it names, and has the paper's numbers (arXiv 2505.02387)."""
+
+import dataclasses
+import math
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+
+from rmr1_jax.config import load_config
+from rmr1_jax.train.grpo import GrpoConfig
+from rmr1_jax.train.sft import SftConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+STAGES = {"sft": SftConfig, "grpo": GrpoConfig}
+RECIPES = sorted(p for p in (ROOT / "configs").glob("*.yaml") if not p.stem.startswith("real_rows"))
+# Query heads, key-value heads.
+HEADS = {"0.5b": (14, 2), "1.5b": (12, 2), "7b": (28, 4), "14b": (40, 8), "32b": (40, 8)}
+CHIPS_OF_A_HOST = 4
+# The paper's learning rates.
+RATES = {
+    "sft_qwen2.5_7b": 5e-6,
+    "sft_qwen2.5_14b": 3e-6,
+    "sft_qwen2.5_32b": 2e-6,
+    "grpo_qwen2.5_7b": 1e-6,
+    "grpo_qwen2.5_14b": 7e-7,
+    "grpo_qwen2.5_32b": 5e-7,
+    "grpo_deepseek_7b": 1e-6,
+    "grpo_deepseek_14b": 1e-6,
+    "grpo_deepseek_32b": 8e-7,
+}
+# Defaults that a recipe repeats, because a reader must see them.
+SHOWN = {
+    *("row_length", "max_prompt_length", "prompts_per_step", "mini_batch_prompts"),
+    *("sampling.n", "sampling.max_new_tokens", "sampling.slots", "optimizer.lr"),
+}
+
+
+def stage(path: Path) -> type:
+    return STAGES[path.stem.split("_")[0]]
+
+
+def size(path: Path) -> str:
+    return path.stem.rsplit("_", 1)[1]
+
+
+def comments(path: Path) -> list[str]:
+    """The comment lines that a file begins with, without the `# `."""
+    head = re.match(r"(?:# .*\n)+", path.read_text())
+    return [line[2:] for line in head[0].splitlines()]
+
+
+def slices(path: Path) -> list[tuple[str, list[str]]]:
+    """The slices in the second line, with the overrides that each needs: `v5e:4x4 (16 chips) with a=1; ...`."""
+    line = re.fullmatch(r"Slice: (.*)\.", comments(path)[1])[1]
+    found = []
+    for entry in line.split("; "):
+        name, chips, overrides = re.fullmatch(r"(v\d\w?:[\dx]+) \((\d+) chips\)(?: with (.*))?", entry).groups()
+        assert math.prod(map(int, name.split(":")[1].split("x"))) == int(chips), entry
+        found.append((name, overrides.split() if overrides else []))
+    return found
+
+
+def leaves(tree: dict, prefix: str = "") -> dict:
+    found = {}
+    for key, value in tree.items():
+        found |= leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return found
+
+
+each = pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+
+
+def test_which_recipes_there_are():
+    qwen = {f"{stage}_qwen2.5_{size}" for stage in STAGES for size in HEADS}
+    assert {path.stem for path in RECIPES} == qwen | {f"grpo_deepseek_{size}" for size in HEADS if size != "0.5b"}
+
+
+@each
+def test_the_first_line_is_the_command(path):
+    program, command, file, *overrides = shlex.split(comments(path)[0])
+    assert program == "rmr1" and STAGES[command] is stage(path) and ROOT / file == path
+    config = load_config(stage(path), path)
+    assert load_config(stage(path), path, overrides) == config  # the file alone says the same
+    assert size(path) in config.model.lower()
+    if path.stem.startswith("grpo_qwen"):
+        assert config.model == load_config(SftConfig, path.with_name(path.name.replace("grpo", "sft"))).out + "/model"
+
+
+@each
+def test_rows_and_heads_divide_on_every_slice_it_names(path):
+    heads, kv_heads = HEADS[size(path)]
+    for name, overrides in slices(path):
+        config = load_config(stage(path), path, overrides)
+        chips = math.prod(map(int, name.split(":")[1].split("x")))
+        mesh = config.mesh
+        assert mesh.fsdp == -1 and chips % (mesh.replica * mesh.tensor) == 0, name
+        assert config.micro_rows % (chips // mesh.tensor) == 0, name
+        assert heads % mesh.tensor == 0 and kv_heads % mesh.tensor == 0, name
+        sampling = getattr(config, "sampling_tensor", None) or mesh.tensor
+        assert CHIPS_OF_A_HOST % sampling == 0 and kv_heads % sampling == 0, name  # the sampler stays in a host
+
+
+@each
+def test_it_repeats_no_default_that_a_reader_need_not_see(path):
+    given = leaves(yaml.safe_load(path.read_text()))
+    default = leaves(dataclasses.asdict(stage(path)(out="")))
+    resolved = leaves(dataclasses.asdict(load_config(stage(path), path)))
+    repeated = {key for key in given if resolved[key] == default[key]}
+    assert repeated <= SHOWN
+
+
+@each
+def test_the_rate(path):
+    rate = load_config(stage(path), path).optimizer.lr
+    if path.stem in RATES:
+        assert rate == RATES[path.stem]
+        assert re.search(r"^  lr: \S+ +# the paper's\b", path.read_text(), re.M)
+    else:  # the paper has no model of this size: not below its rate for 7B, and said to be a guess
+        assert size(path) in ("0.5b", "1.5b") and rate >= RATES[re.sub(r"_[\d.]+b$", "_7b", path.stem)]
+        assert "The paper trains no model of this size" in path.read_text()
+        assert re.search(r"^  lr: \S+ +# extrapolated", path.read_text(), re.M)
+
+
+@each
+def test_the_paper_s_recipe(path):
+    config = load_config(stage(path), path)
+    optimizer, moments = config.optimizer, (config.optimizer.b1, config.optimizer.b2)
+    if stage(path) is SftConfig:
+        assert (config.row_length, config.epochs) == (12288, 1)
+        assert (moments, optimizer.weight_decay, optimizer.clip) == ((0.9, 0.95), 0.0, 1.0)
+        assert (optimizer.schedule, optimizer.final_ratio, optimizer.warmup_ratio) == ("cosine", 0.1, 0.03)
+        examples = config.rows_per_step * config.row_length / (1130 + 645)  # mean tokens of a prompt and of a trace
+        assert 128 / 1.25 < examples < 128 * 1.25
+        return
+    assert (moments, optimizer.weight_decay, optimizer.clip) == ((0.9, 0.999), 0.01, 1.0)
+    assert (optimizer.schedule, optimizer.warmup_ratio) == ("constant", 0.0)
+    assert (config.prompts_per_step, config.mini_batch_prompts, config.updates_per_step) == (1024, 128, 8)
+    assert (config.max_prompt_length, config.sampling.max_new_tokens, config.row_length) == (4096, 8192, 12288)
+    sampling = config.sampling
+    assert (sampling.n, sampling.temperature, sampling.top_p, sampling.top_k) == (7, 1.0, 1.0, None)
+    assert (config.loss.clip_low, config.loss.clip_high) == (0.2, 0.2)
+    assert (config.loss.kl_coef, config.loss.kl_kind, config.loss.entropy_coef) == (1e-3, "k3", 0.0)
+    assert (config.aggregation, config.normalize_std, config.dynamic_sampling) == ("sequence", True, 1)
+    # The Instruct models' prompt asks for the whole Chain-of-Rubrics trace, the DeepSeek models' for a verdict.
+    assert config.structure == ("verdict" if "deepseek" in path.stem else "cor")
