@@ -102,13 +102,16 @@ class Plan:
     """The slice: v5e:16x16, v6e:4x4 (two dimensions), v5p:4x4x4 (three)."""
     slices: int = 1
     """Slices, the replicas of one another."""
+    sampler_only: bool = False
+    """A GRPO run's sampler with nothing of training beside it, as a judge has it."""
     json: bool = False
     """Print a list of JSON objects instead of a table."""
 
     def run(self) -> None:
         from rmr1_jax.plan import print_plan
 
-        print_plan(self.config, self.overrides, topology=self.topology, slices=self.slices, as_json=self.json)
+        options = {"topology": self.topology, "slices": self.slices, "sampler_only": self.sampler_only}
+        print_plan(self.config, self.overrides, **options, as_json=self.json)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -29,7 +29,7 @@ from rmr1_jax.plan_hlo import KINDS
 from rmr1_jax.plan_knobs import sampling_knobs, training_knobs
 from rmr1_jax.plan_model import model_shape
 from rmr1_jax.plan_sampler import Demand, cache_ways, fit, host_mesh, weight_bytes
-from rmr1_jax.plan_slice import GIB, memory_limit, slice_devices
+from rmr1_jax.plan_slice import GIB, host_devices, memory_limit, slice_devices
 from rmr1_jax.plan_train import Config, mean_length, resident_bytes, rows_of, training_mesh, training_programs
 from rmr1_jax.policy import DTYPES
 from rmr1_jax.sampler.shapes import Shapes
@@ -39,18 +39,31 @@ from rmr1_jax.train.sft import SftConfig
 Line = dict[str, Any]
 
 
-def print_plan(path: Path, overrides: Sequence[str], *, topology: str, slices: int = 1, as_json: bool = False) -> None:
-    """`rmr1 plan`: a table and what to do, or with `as_json` a list of objects.
+def print_plan(
+    path: Path,
+    overrides: Sequence[str],
+    *,
+    topology: str,
+    slices: int = 1,
+    sampler_only: bool = False,
+    as_json: bool = False,
+) -> None:
+    """`rmr1 plan`: a table and what to do, or with `as_json` a list of objects. sampler_only: see `plan`.
 
     Raises:
-        InputError: in the config, the model's name or the slice's; no libtpu; rows and devices that do not divide.
+        InputError: in the config, the model's name or the slice's; no libtpu; rows and devices that do not divide;
+            the sampler alone of a run that does not sample.
     """
     jax.config.update("jax_platforms", "cpu")  # a TPU that is here is not to be taken
     jax.config.update("jax_enable_compilation_cache", False)  # a program from there would have taken no time
     config = read_run(path, overrides)
+    if sampler_only and not isinstance(config, GrpoConfig):
+        raise InputError(f"--sampler-only: {path} is an SFT run, which does not sample; give the config of a GRPO run")
     model = model_shape(config.model)
     devices = slice_devices(topology, slices)
-    lines = plan(config, model, devices, slices=slices, limit=memory_limit(devices[0]))
+    host = host_devices(topology, devices)
+    limit = memory_limit(host[0])
+    lines = plan(config, model, devices, host, slices=slices, limit=limit, sampler_only=sampler_only)
     lines = ({"topology": topology, "slices": slices} | line for line in lines)
     if as_json:
         print(json.dumps(list(lines), indent=1))
@@ -80,23 +93,32 @@ def read_run(path: Path, overrides: Sequence[str]) -> Config:
 
 
 def plan(
-    config: Config, model: QwenConfig, devices: Sequence[jax.Device], *, limit: int, slices: int = 1
+    config: Config,
+    model: QwenConfig,
+    devices: Sequence[jax.Device],
+    host: Sequence[jax.Device],
+    *,
+    limit: int,
+    slices: int = 1,
+    sampler_only: bool = False,
 ) -> Iterator[Line]:
-    """One line a program of the run, compiled for `devices` (those of a topology description, or any that are there).
+    """One line a program of the run, compiled for devices of a topology description, or for any that are there.
 
     Args:
-        limit: bytes of memory a chip has.
+        devices: for training. host: for the sampler, which stays within a host: as many as one has.
+        limit: bytes of memory a chip has. sampler_only: a GRPO run's sampler, with nothing of training beside it.
     """
     mesh = training_mesh(config, model, list(devices), slices)
     rows, shape = rows_of(config), mesh_text(mesh)
     overrides = mesh_overrides(mesh)
-    for name, compiled, cost in training_programs(config, model, mesh):
+    for name, compiled, cost in () if sampler_only else training_programs(config, model, mesh):
         line = _line(name, compiled, cost, limit, mesh)
         over, update = compiled.total - limit, name.endswith("update")
         knobs = [] if line["fits"] else training_knobs(config, model, mesh, compiled, over, update=update)
         yield line | {"mesh": shape, "rows": rows.count * rows.micro, "knobs": knobs, "overrides": overrides}
     if isinstance(config, GrpoConfig):
-        yield from _sampler_lines(config, model, mesh, limit, overrides)
+        resident = 0 if sampler_only else resident_bytes(config, model, mesh)
+        yield from _sampler_lines(config, model, mesh, host, limit, overrides, resident)
 
 
 def mesh_overrides(mesh: Mesh) -> str:
@@ -107,10 +129,18 @@ def mesh_text(mesh: Mesh) -> str:
     return " ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1) or "one device"
 
 
-def _sampler_lines(config: GrpoConfig, model: QwenConfig, mesh: Mesh, limit: int, overrides: str) -> Iterator[Line]:
-    """While samples are drawn, the policy, its moments and the reference stay where they are."""
-    dtype, resident = jnp.dtype(DTYPES[config.dtype]), resident_bytes(config, model, mesh)
-    local = host_mesh(model, mesh, limit, dtype, resident=resident, tensor=config.sampling_tensor)
+def _sampler_lines(
+    config: GrpoConfig,
+    model: QwenConfig,
+    mesh: Mesh,
+    host: Sequence[jax.Device],
+    limit: int,
+    overrides: str,
+    resident: int,
+) -> Iterator[Line]:
+    """resident: bytes a chip of the policy, its moments and the reference, which stay while samples are drawn."""
+    dtype = jnp.dtype(DTYPES[config.dtype])
+    local = host_mesh(model, host, limit, dtype, resident=resident, tensor=config.sampling_tensor)
     hosts = mesh.size // local.size
     budget = config.sampling.cache_gib and config.sampling.cache_gib / hosts
     sampling = dataclasses.replace(config.sampling, cache_gib=budget)
@@ -204,7 +234,7 @@ def _number(value: float | None, unit: float) -> str:
 def _remarks(config: Config, lines: Sequence[Line]) -> Iterator[str]:
     yield "Compiled, not run. Memory and bytes between chips: GiB a chip. TFLOP: of one call on all its chips. The time"
     yield "is a bound: the largest of compute, memory and links, where nothing waits for anything else."
-    if isinstance(config, GrpoConfig):
+    if any(line["program"] == "grpo_update" for line in lines):
         rows = rows_of(config)
         yield (
             f"An update's {rows.count * rows.micro} rows: {config.mini_batch_prompts} x {config.sampling.n} texts of "

@@ -62,7 +62,8 @@ def compile_program(
         needed, _ = overflow(e)
         return Compiled(given + resident, max(0, needed - given), 0, time.perf_counter() - start, None)
     seconds, m = time.perf_counter() - start, compiled.memory_analysis()
-    traffic = read_traffic(text, [slice_of(d) for d in devices], dynamic_trips=dynamic_trips)
+    slices = len({slice_of(d) for d in devices})
+    traffic = read_traffic(text, len(devices) // slices, slices=slices, dynamic_trips=dynamic_trips)
     # What the program does not read is no argument of it, and lies there; padding makes arguments larger than shapes.
     held = max(given, m.argument_size_in_bytes) + resident
     temporaries = m.temp_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Sequence
 
 import numpy as np
 
@@ -18,6 +17,7 @@ KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective
 _COLLECTIVE = re.compile(rf"= (\(.*?\)|\S+) ({'|'.join(KINDS)})(-start)?\(")
 _HEADER = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _CALLED = re.compile(r"(?:calls|to_apply|branch_computations|true_computation|false_computation)=(\{.*?\}|%?[\w.\-]+)")
+_SEND = re.compile(r"= \((\w+\[[\d,]*\]).* send\(.*_handler_name=\"xla_megascale_runtime\"")
 _WHILE = re.compile(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)")
 _GROUPS = re.compile(
     r"replica_groups=(\{\{.*?\}\}|\{\}|\[[\d,]+\]<=\[[\d,]+\](?:T\([\d,]+\))?"
@@ -28,7 +28,7 @@ _NUMBER = r"%?([\w.\-]+) = [su](?:32|64)\[\][^ ]* constant\((\d+)\)"
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-    """Bytes that one chip sends in one call. links: by kind of collective, inside a slice. slices: from slice to slice,
+    """Bytes that one chip sends in one call. links: by kind of collective, within its slice. slices: to other slices,
     over the data centre's network."""
 
     links: dict[str, float]
@@ -39,21 +39,21 @@ class Traffic:
         return sum(self.links.values())
 
 
-def read_traffic(text: str, slice_of: Sequence[int], *, dynamic_trips: float = 1) -> Traffic:
+def read_traffic(text: str, devices: int, *, slices: int = 1, dynamic_trips: float = 1) -> Traffic:
     """Sum the collectives of a compiled program (`compiled.as_text()`).
 
     A ring is assumed: of n chips each sends (n-1)/n of an all-gather's output or a reduce-scatter's input, twice that
-    for an all-reduce. A group that spans slices does that within each slice, and then across slices on its own part.
+    for an all-reduce. The program of a run on several slices is that of one of them: what it has for the others it
+    hands to its host.
 
     Args:
-        slice_of: for each device, in the mesh's order, the slice that it belongs to.
-        dynamic_trips: how often a loop runs whose count is not in the program.
+        devices: of one slice. dynamic_trips: how often a loop runs whose count is not in the program.
 
     Raises:
         ValueError: device groups in a notation that is not known here.
     """
     computations, entry = _computations(text)
-    walk = _Walk(computations, np.asarray(slice_of), dynamic_trips)
+    walk = _Walk(computations, devices, slices, dynamic_trips)
     sums = walk.total(entry)
     return Traffic(dict(zip(KINDS, map(float, sums), strict=False)), float(sums[-1]))
 
@@ -75,8 +75,9 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
 class _Walk:
     """One walk over the computations. A sum is an array: a number for each of KINDS, and one for slice to slice."""
 
-    def __init__(self, computations: dict[str, list[str]], slice_of: np.ndarray, dynamic_trips: float):
-        self.computations, self.slice_of, self.dynamic_trips = computations, slice_of, dynamic_trips
+    def __init__(self, computations: dict[str, list[str]], devices: int, slices: int, dynamic_trips: float):
+        self.computations, self.dynamic_trips = computations, dynamic_trips
+        self.devices, self.slices = devices, slices
         self.known: dict[str, tuple[dict[tuple, np.ndarray], np.ndarray]] = {}
 
     def total(self, name: str) -> np.ndarray:
@@ -93,6 +94,11 @@ class _Walk:
             if found := _COLLECTIVE.search(line):
                 channel = re.search(r"channel_id=(\d+)", line)
                 once[(i, found[2], channel and channel[1])] = self.moved(line, *found.groups())
+            elif found := _SEND.search(line):
+                sums = np.zeros(len(KINDS) + 1)
+                reduced = '_transfer_type="ALL_REDUCE"' in line
+                sums[-1] = _bytes(found[1]) * (2 if reduced else 1) * (1 - 1 / self.slices)
+                once[(i, "send", None)] = sums
             elif found := _WHILE.search(line):
                 loops = loops + self.trips(line, found[1]) * self.total(found[2])
             else:
@@ -118,62 +124,32 @@ class _Walk:
         return limits[0] if len(limits) == 1 else self.dynamic_trips
 
     def moved(self, line: str, shape: str, kind: str, start: str | None) -> np.ndarray:
-        size, groups = _bytes(shape), self.groups(line, kind)
-        n = groups.shape[1]
+        size, n = _bytes(shape), 0 if kind == "collective-permute" else self.group_size(line)
         if start and kind in ("all-gather", "collective-permute"):  # the type of a start holds operands and results
             size *= n / (n + 1) if kind == "all-gather" else 0.5
         if kind == "reduce-scatter":
             size *= n  # the operand's
-        spans = max(len(set(self.slice_of[group])) for group in groups)
         sums = np.zeros(len(KINDS) + 1)
-        if kind == "collective-permute":
-            sums[-1 if spans > 1 else KINDS.index(kind)] = size
-            return sums
-        times = 2 if kind == "all-reduce" else 1
-        inside = n / spans
-        sums[KINDS.index(kind)] = times * size * (1 - 1 / inside)
-        sums[-1] = times * size / inside * (1 - 1 / spans)
+        share = 1 if kind == "collective-permute" else 1 - 1 / n
+        sums[KINDS.index(kind)] = (2 if kind == "all-reduce" else 1) * size * share
         return sums
 
-    def groups(self, line: str, kind: str) -> np.ndarray:
-        """[groups, n]: which devices exchange with each other."""
-        if kind == "collective-permute":
-            pairs = re.search(r"source_target_pairs=\{(.*?)\}\}", line)
-            return np.asarray(re.findall(r"(\d+),(\d+)", pairs[1]), int)
+    def group_size(self, line: str) -> int:
+        """How many devices exchange with each other, in any of HLO's notations: `{{0,1},{2,3}}`, `[2,4]<=[8]` (2 groups
+        of 4), `mesh['a'=2,'b'=4] {'b'}` (along axes of a mesh over the devices), `{}` for all."""
         found = _GROUPS.search(line)
-        if not found:
-            raise ValueError(f"device groups that are not known here: {line.strip()[:400]}")
-        text = found[1]
+        text = found[1] if found else ""
         if text == "{}":
-            return np.arange(len(self.slice_of))[None]
+            return self.devices
         if text.startswith("{"):
-            return np.asarray([_ints(group) for group in re.findall(r"\d[\d,]*", text)])
+            return len(_ints(re.search(r"\d[\d,]*", text)[0]))
         if text.startswith("["):
-            shape, order = text.split("<=")
-            return _iota(order).reshape(_ints(shape[1:-1]))
-        return self.mesh_groups(text)
-
-    def mesh_groups(self, text: str) -> np.ndarray:
-        """`mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b'}`: groups along some axes of a mesh over the devices."""
-        axes, ids, within = re.fullmatch(r"mesh\[(.*?)\](?:, device_ids=\((.*)\))? \{(.*)\}", text).groups()
-        names = re.findall(r"'([^']+)'=", axes)
-        sizes = [int(n) for n in re.findall(r"=(\d+)", axes)]
-        if re.search(r":\(", within) or math.prod(sizes) != len(self.slice_of):  # a part of an axis; not all devices
-            raise ValueError(f"device groups that are not known here: {text}")
-        last = [names.index(name) for name in re.findall(r"'([^']+)'", within)]
-        first = [i for i in range(len(names)) if i not in last]
-        devices = np.arange(len(self.slice_of)) if ids is None else _iota(ids)
-        grouped = devices.reshape(sizes).transpose(first + last)
-        return grouped.reshape(-1, math.prod(sizes[i] for i in last))
-
-
-def _iota(text: str) -> np.ndarray:
-    """Numbers as HLO abbreviates them: `[4,2]T(1,0)` is 0 to 7 in 4 rows, transposed; or a plain list."""
-    if not text.startswith("["):
-        return np.asarray(_ints(text))
-    dims, order = re.fullmatch(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text).groups()
-    numbers = np.arange(math.prod(_ints(dims))).reshape(_ints(dims))
-    return (numbers.transpose(_ints(order)) if order else numbers).ravel()
+            return _ints(text[1 : text.index("]")])[-1]
+        axes, _, within = text.partition("]")
+        sizes = {name: int(n) for name, n in re.findall(r"'([^']+)'=(\d+)", axes)}
+        if not text or re.search(r":\(", within) or math.prod(sizes.values()) != self.devices:
+            raise ValueError(f"device groups that are not known here: {line.strip()[:400]}")
+        return math.prod(sizes[name] for name in re.findall(r"'([^']+)'", within))
 
 
 def _ints(text: str) -> list[int]:

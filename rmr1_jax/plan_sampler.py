@@ -9,14 +9,14 @@ import dataclasses
 import functools
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rmr1_jax.errors import InputError
-from rmr1_jax.mesh import activation_sharding, local_mesh, rows_divisor, sampling_mesh
+from rmr1_jax.mesh import MeshConfig, activation_sharding, make_mesh, rows_divisor, sampling_mesh
 from rmr1_jax.model.cache import Cache
 from rmr1_jax.model.config import QwenConfig
 from rmr1_jax.plan_compile import Compiled, abstract, bytes_here, compile_program
@@ -150,8 +150,10 @@ def first_layer(cache: Cache) -> Cache:
     return Cache(*(part[:1] for part in cache))
 
 
-def host_mesh(config: QwenConfig, mesh: Mesh, limit: int, dtype, *, resident: int, tensor: int | None) -> Mesh:
-    """The first host's part of the sampling mesh over the devices of training's `mesh`.
+def host_mesh(
+    config: QwenConfig, devices: Sequence[jax.Device], limit: int, dtype, *, resident: int, tensor: int | None
+) -> Mesh:
+    """The mesh of one host's sampler over its `devices`.
 
     tensor: of the run's config. Where it is None, data-parallel replicas come before tensor parallelism: the smallest
     tensor axis at which the weights take no more than half of what is left of a chip. Axes that divide the key-value
@@ -160,18 +162,16 @@ def host_mesh(config: QwenConfig, mesh: Mesh, limit: int, dtype, *, resident: in
     Raises:
         InputError: a tensor axis that reaches into another host.
     """
-    devices = mesh.devices.flat
-    process = devices[0].process_index
+    whole = make_mesh(MeshConfig(), devices)
     if tensor:
-        return local_mesh(sampling_mesh(mesh, tensor), process)
-    own = sum(d.process_index == process for d in devices)
-    sizes = [t for t in range(1, own + 1) if own % t == 0]
+        return sampling_mesh(whole, tensor)
+    sizes = [t for t in range(1, whole.size + 1) if whole.size % t == 0]
     sizes.sort(key=lambda t: config.num_kv_heads % t != 0)
     for size in sizes:
-        local = local_mesh(sampling_mesh(mesh, size), process)
-        if weight_bytes(config, local, dtype) <= WEIGHTS_SHARE * (limit - resident):
+        mesh = sampling_mesh(whole, size)
+        if weight_bytes(config, mesh, dtype) <= WEIGHTS_SHARE * (limit - resident):
             break
-    return local
+    return mesh
 
 
 def weight_bytes(config: QwenConfig, mesh: Mesh, dtype) -> int:

@@ -9,6 +9,7 @@ import dataclasses
 import importlib.util
 import os
 import re
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -65,6 +66,14 @@ def slice_devices(topology: str, slices: int = 1) -> list[jax.Device]:
         raise InputError(
             f"--topology {topology}: {e}; expected a slice as v5e:4x4, v6e:16x16 (two dimensions) or v5p:2x2x2 (three)"
         ) from None
+
+
+def host_devices(topology: str, devices: Sequence[jax.Device]) -> list[jax.Device]:
+    """The chips of the slice's first host, as a slice of their own: the compiler takes no part of a larger one."""
+    coordinates = [d.coords for d in devices if d.process_index == devices[0].process_index]
+    sizes = [max(axis) - min(axis) + 1 for axis in zip(*coordinates, strict=True)]
+    kind, shape = topology.split(":")
+    return slice_devices(f"{kind}:{'x'.join(map(str, sizes[: shape.count('x') + 1]))}")
 
 
 def slice_of(device: jax.Device) -> int:

@@ -56,7 +56,7 @@ MODEL = QwenConfig(
 SFT = SftConfig(
     out="",
     epochs=1,
-    row_length=240,
+    row_length=240,  # two texts
     rows_per_step=8,
     micro_rows=8,
     optimizer=OptimConfig(lr=2e-3, final_ratio=0.1, warmup_ratio=0.03),
@@ -71,8 +71,8 @@ GRPO = GrpoConfig(
     prompts_per_step=32,
     mini_batch_prompts=32,
     max_prompt_length=64,
-    row_length=240,
-    micro_rows=2,
+    row_length=520,  # four of the longest texts, or five of the shortest
+    micro_rows=1,
     sampling=SamplingConfig(n=8, max_new_tokens=MAX_TRACE),
     loss=PolicyLossConfig(kl_coef=0.0),
     optimizer=OptimConfig(lr=1e-4, schedule="constant", warmup_ratio=0.0, b2=0.999),

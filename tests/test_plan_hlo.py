@@ -8,7 +8,6 @@ from jax.sharding import NamedSharding, PartitionSpec
 from rmr1_jax.mesh import MeshConfig, make_mesh
 from rmr1_jax.plan_hlo import KINDS, read_traffic
 
-ONE_SLICE = [0] * 8
 EVERYBODY = "replica_groups={{0,1,2,3,4,5,6,7}}"
 
 
@@ -17,9 +16,9 @@ def program(*lines: str, more: str = "") -> str:
     return f"HloModule jit_f\n\n{more}\nENTRY %main.1 (p: f32[8]) -> f32[8] {{\n{body}\n}}\n"
 
 
-def links(text: str, slice_of=ONE_SLICE, **options) -> dict[str, float]:
-    """What is moved, without the kinds that move nothing."""
-    traffic = read_traffic(text, slice_of, **options)
+def links(text: str, **options) -> dict[str, float]:
+    """What eight devices move, without the kinds that move nothing."""
+    traffic = read_traffic(text, 8, **options)
     assert set(traffic.links) == set(KINDS)
     return {kind: size for kind, size in traffic.links.items() if size}
 
@@ -78,19 +77,19 @@ def test_groups_in_another_notation_are_no_silent_zero(groups):
 
 
 @pytest.mark.parametrize(
-    ("groups", "inside", "across"),
-    [
-        ("{{0,1,2,3},{4,5,6,7}}", 2 * 256 * 3 / 4, 0),  # within each slice
-        ("{{0,4},{1,5},{2,6},{3,7}}", 0, 2 * 256 / 2),  # each with its like in the other one
-        ("mesh['replica'=2,'fsdp'=4] {'replica'}", 0, 2 * 256 / 2),
-        ("mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'b'}", 0, 2 * 256 / 2),
-        ("{}", 2 * 256 * 3 / 4, 2 * 256 / 4 / 2),  # reduced in the slice, then a quarter each across
-    ],
+    ("kind", "slices", "across"), [("ALL_REDUCE", 2, 256), ("ALL_REDUCE", 4, 384), ("ONE_TO_ONE", 2, 128)]
 )
-def test_two_slices(groups, inside, across):
-    line = f"%a = f32[64]{{0}} all-reduce(%p), channel_id=1, replica_groups={groups}, to_apply=%add"
-    traffic = read_traffic(program(line), [0] * 4 + [1] * 4)
-    assert (traffic.links["all-reduce"], traffic.total, traffic.slices) == (inside, inside, across)
+def test_what_a_slice_hands_to_its_host_for_the_others(kind, slices, across):
+    handler = '_xla_host_transfer_handler_name="xla_megascale_runtime"'
+    attributes = f'frontend_attributes={{{handler},_xla_megascale_transfer_type="{kind}"}}'
+    send = f"(f32[64], u32[], token[]) send(%p, %t), channel_id=4, {attributes}"
+    done = f"token[] send-done(%s), channel_id=4, frontend_attributes={{{handler}}}"
+    other = "(f32[64], u32[], token[]) send(%p, %t), channel_id=5, is_host_transfer=true"
+    text = program(f"%s = {send}", f"%d = {done}", f"%o = {other}")
+    traffic = read_traffic(text, 8, slices=slices)
+    assert (traffic.slices, traffic.total) == (across, 0)
+    looped = program(loop("cond", "sends"), more=CONDITION + body("sends", f"%s = {send}"))
+    assert read_traffic(looped, 8, slices=slices).slices == 5 * across
 
 
 CONDITION = """%cond (c: (s32[], f32[8])) -> pred[] {

@@ -119,7 +119,7 @@ def sft_programs():
 @pytest.fixture(scope="module")
 def grpo_lines():
     config = small_grpo(dtype="bfloat16")
-    return {line["program"]: line for line in plan(config, MODEL, jax.devices(), limit=2**30)}
+    return {line["program"]: line for line in plan(config, MODEL, jax.devices(), jax.devices()[:4], limit=2**30)}
 
 
 @pytest.mark.slow
@@ -151,8 +151,8 @@ def test_a_grpo_run(grpo_lines):
         assert "mesh.replica=1 mesh.fsdp=4 mesh.tensor=2" in line["overrides"]
     assert grpo_lines["grpo_update"]["rows"] == 16 and grpo_lines["grpo_update"]["mesh"] == "fsdp=4 tensor=2"
     decode = grpo_lines["decode"]
-    # All that a step asks for fits: 16 prompts x 4. The weights are small, so no tensor axis.
-    assert decode["slots"] == 64 and decode["mesh"] == "fsdp=8 a host"
+    # All that a step asks for fits: 16 prompts x 4, on two hosts. The weights are small, so no tensor axis.
+    assert decode["slots"] == 64 and decode["mesh"] == "fsdp=4 a host" and decode["chips"] == 4
     assert "sampling_tensor=1 sampling.slots=64 sampling.cache_gib=" in decode["overrides"]
     assert mesh.shape["tensor"] == 2
     assert json.loads(json.dumps(list(grpo_lines.values()))) == list(grpo_lines.values())
@@ -262,10 +262,9 @@ def test_no_more_slots_than_there_are_samples_and_none_where_nothing_fits(monkey
 
 def test_the_sampler_s_mesh():
     weights = {t: weight_bytes(MODEL, make_mesh(MeshConfig(tensor=t)), DEMAND.dtype) for t in (1, 2, 4)}
-    training = make_mesh(MeshConfig(fsdp=4, tensor=2))
 
     def tensor(limit: int, resident: int = 0, given: int | None = None) -> int:
-        mesh = host_mesh(MODEL, training, limit, DEMAND.dtype, resident=resident, tensor=given)
+        mesh = host_mesh(MODEL, jax.devices(), limit, DEMAND.dtype, resident=resident, tensor=given)
         assert mesh.size == 8 and mesh.shape["replica"] == 1
         return mesh.shape["tensor"]
 
@@ -310,6 +309,7 @@ def test_mistakes_in_the_command(run_file, capsys):
 def test_the_command_prints_a_list(run_file, monkeypatch, capsys):
     module = __import__("rmr1_jax.plan", fromlist=["plan"])
     monkeypatch.setattr(module, "slice_devices", lambda topology, slices: jax.devices())
+    monkeypatch.setattr(module, "host_devices", lambda topology, devices: devices[:4])
     monkeypatch.setattr(module, "memory_limit", lambda device: 2**34)
 
     def training_programs(config, model, mesh):

@@ -139,8 +139,10 @@ class _Chunks:
     def logits(self, i: Array, hidden: Array, head: Array, temperature: Array) -> tuple[Array, Array]:
         """[B, T, X, width] float32 of a chunk, -inf where a column was in the chunk before; and the chunk of the head
         in hidden's dtype, whole on every row shard."""
-        part = lax.dynamic_slice_in_dim(head, self.start(i), self.width, self.axis).astype(hidden.dtype)
-        part = constrain(part, self.dims.replace("V", "C"))
+        dims = self.dims.replace("V", "C")
+        part = lax.dynamic_slice_in_dim(head, self.start(i), self.width, self.axis)
+        # Pinned where it lies, lest the whole head be gathered and then cut.
+        part = constrain(constrain_weight(part, dims).astype(hidden.dtype), dims)
         logits = jnp.einsum(f"BTD,{self.dims}->BTNV", hidden, part, preferred_element_type=jnp.float32) / temperature
         fresh = self.start(i) + jnp.arange(self.width) >= i * self.width
         return constrain(jnp.where(fresh, logits, -jnp.inf), "BTNC"), part
