@@ -178,6 +178,35 @@ def test_another_config_is_refused_and_named(tmp_path):
     assert not list(tmp_path.glob("*.tmp"))
 
 
+def test_an_address_is_no_run_directory():
+    with pytest.raises(InputError, match=r"out=gs:/\S+ is an address; give a directory"):
+        sft(small_sft(out="gs://bucket/run"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes",
+    [{"optimizer": OptimConfig(lr=1e-2, memory="host")}, {"remat": "offload"}, {"remat": "dots"}, {"remat": "full"}],
+    ids=str,
+)
+def test_where_things_lie_changes_no_number(policy, whole, tmp_path, changes):
+    """Moments and activations in the host's memory, and what the backward pass does again."""
+    plain = dataclasses.replace(whole[0], max_steps=3)
+    for name, config in {"plain": plain, "changed": dataclasses.replace(plain, **changes)}.items():
+        run("sft", dataclasses.replace(config, out=str(tmp_path / name)), policy)
+    for ours, theirs in zip(read_metrics(tmp_path / "changed"), read_metrics(tmp_path / "plain"), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
+
+
+def test_moments_lie_where_they_are_told_and_the_first_in_its_dtype(policy):
+    optimizer = make_optimizer(OptimConfig(mu_dtype="bfloat16"), 5)
+    adam = init_state(policy.params, optimizer, "host").opt_state[0]
+    kinds = {(x.dtype.name, x.sharding.memory_kind) for x in jax.tree.leaves(adam.mu)}
+    assert kinds == {("bfloat16", "pinned_host")}
+    assert {(x.dtype.name, x.sharding.memory_kind) for x in jax.tree.leaves(adam.nu)} == {("float32", "pinned_host")}
+
+
 def test_checkpoints_that_are_not_there(tmp_path):
     with pytest.raises(InputError, match="holds no checkpoint"):
         restore_params(tmp_path, {})
