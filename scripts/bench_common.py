@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
+from tyro.conf import UseAppendAction
 from tyro.constructors import PrimitiveConstructorSpec
 
 from rmr1_jax.errors import InputError, RunError
@@ -41,8 +45,71 @@ Range = Annotated[
 ]
 
 
-def model_config(shape: Any, positions: int):
-    """An untied Qwen2, by the reader of config.json, which says what is wrong with a shape."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shape:
+    """Of an untied Qwen2 with random weights."""
+
+    layers: int = 8
+    width: int = 512
+    mlp: int = 1536
+    heads: int = 8
+    kv_heads: int = 2
+    head_dim: int = 64
+    vocab: int = 4096
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Comparison(Shape):
+    """Ours beside the peers. A subclass says what is asked of them (`workload`), measures ours, makes a line of what a
+    system told, and a table of the lines; `speed` is the key of what is compared."""
+
+    speed: ClassVar[str]
+
+    seed: int = 0
+    """Decides weights and what is asked."""
+    peer: UseAppendAction[tuple[Literal["hf", "tunix"], ...]] = ()
+    """Also measure Transformers with torch (hf) or tunix; may be given twice."""
+    json: bool = False
+    """Print one JSON object a system instead of a table."""
+
+    def run(self) -> None:
+        lines = []
+        for line in self.measure():
+            lines.append(line)
+            if self.json:
+                print(json.dumps(line), flush=True)
+        if not self.json:
+            print(self.table(lines))
+
+    def measure(self) -> Iterator[dict[str, Any]]:
+        """One line a system, ours first; a peer's has the ratio of our speed to its own."""
+        peers = {name: peer_python(name) for name in dict.fromkeys(self.peer)}
+        warn_of_load()
+        with tempfile.TemporaryDirectory(prefix="rmr1-bench-") as folder:
+            ours = self.measure_ours(Path(folder) / "model" if peers else None)
+            yield ours
+            if peers:
+                (Path(folder) / "workload.json").write_text(json.dumps(self.workload()))
+            for name, python in peers.items():
+                line = self.line(name, run_peer(name, python, Path(folder)))
+                yield line | {"ratio": round(ours[self.speed] / line[self.speed], 2)}
+
+    def workload(self) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def measure_ours(self, model_dir: Path | None) -> dict[str, Any]:
+        """Leaves the weights in `model_dir` for the peers, where one is given."""
+        raise NotImplementedError
+
+    def line(self, name: str, result: dict[str, Any]) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def table(self, lines: list[dict[str, Any]]) -> str:
+        raise NotImplementedError
+
+
+def model_config(shape: Shape, positions: int):
+    """By the reader of config.json, which says what is wrong with a shape."""
     from rmr1_jax.model.config import parse_config
 
     fields = {

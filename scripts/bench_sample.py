@@ -9,29 +9,22 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from bench_common import Range, model_config, peer_python, run_peer, say, warn_of_load
-from tyro.conf import UseAppendAction
+from bench_common import Comparison, Range, Shape, model_config, say
 
 from rmr1_jax.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Sample:
+class Sample(Comparison):
     """Groups of samples of long prompts with very unequal lengths: useful tokens a second."""
 
-    layers: int = 8
-    width: int = 512
-    mlp: int = 1536
-    heads: int = 8
-    kv_heads: int = 2
-    head_dim: int = 64
-    vocab: int = 4096
+    speed = "useful_tok_s"
+
     prompts: int = 8
     group: int = 7
     """Samples of each prompt."""
@@ -41,14 +34,8 @@ class Sample:
     """New tokens a sample at most."""
     stop_ids: int = 16
     """How many ids at the end of the vocabulary stop a sample."""
-    seed: int = 0
-    """Decides weights, prompts and draws."""
     slots: int | None = None
     """Samples in flight at once; by default as many as the sampler takes by itself."""
-    peer: UseAppendAction[tuple[Literal["hf", "tunix"], ...]] = ()
-    """Also measure Transformers' `generate` (hf) or tunix's `Sampler`; may be given twice."""
-    json: bool = False
-    """Print one JSON object a system instead of a table."""
 
     def __post_init__(self):
         low, high = self.prompt_length
@@ -59,28 +46,6 @@ class Sample:
         ):
             if not ok:
                 raise InputError(f"--{name} {getattr(self, name.replace('-', '_'))} must be {wanted}")
-
-    def run(self) -> None:
-        lines = []
-        for line in self.measure():
-            lines.append(line)
-            if self.json:
-                print(json.dumps(line), flush=True)
-        if not self.json:
-            print(table(lines))
-
-    def measure(self) -> Iterator[dict[str, Any]]:
-        """One line a system, ours first; a peer's has the ratio of our useful tokens a second to its own."""
-        peers = {name: peer_python(name) for name in dict.fromkeys(self.peer)}
-        warn_of_load()
-        with tempfile.TemporaryDirectory(prefix="rmr1-bench-") as folder:
-            ours = self.measure_ours(Path(folder) / "model" if peers else None)
-            yield ours
-            if peers:
-                (Path(folder) / "workload.json").write_text(json.dumps(self.workload()))
-            for name, python in peers.items():
-                line = self.line(name, run_peer(name, python, Path(folder)))
-                yield line | {"ratio": round(ours["useful_tok_s"] / line["useful_tok_s"], 2)}
 
     def workload(self) -> dict[str, Any]:
         """What a sampler is asked for. No prompt has a stop id."""
@@ -153,17 +118,30 @@ class Sample:
             },
         )
 
+    def table(self, lines: list[dict[str, Any]]) -> str:
+        """The lines for a reader."""
+        text = ["system      useful tok/s    seconds     useful  samples   ours / its"]
+        for line in lines:
+            speed = f"{line['name']:<10}{line['useful_tok_s']:14.1f}{line['seconds']:11.1f}{line['useful']:11}"
+            text.append(f"{speed}{line['samples']:9}" + (f"{line['ratio']:13.2f}" if "ratio" in line else ""))
+        ours = lines[0]
+        text.append(
+            f"rmr1_jax: occupancy {ours['occupancy']:.1%} of {ours['slots']} slots, {ours['compiles']} compiles in the "
+            f"run (warm-up {ours['warm_up_seconds']:.1f} s), cache {ours['cache_bytes'] / 2**20:.1f} MiB, prefilled "
+            f"{ours['prefill_tokens']} tokens for {ours['unique_prompt_tokens']} in the prompts"
+        )
+        text += [f"{line['name']}: {line['version']}; {line['note']}" for line in lines if "note" in line]
+        return "\n".join(text)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Steps:
+class Steps(Shape):
     """Milliseconds of a decode step by the length of the longest live sample. By default most of it is the cache."""
 
     layers: int = 2
     width: int = 128
     mlp: int = 256
-    heads: int = 8
     kv_heads: int = 8
-    head_dim: int = 64
     vocab: int = 512
     slots: int = 64
     prompt_length: Range = (16, 16)
@@ -220,19 +198,3 @@ def useful_tokens(rows: Sequence[Sequence[int]], stop_ids: Sequence[int]) -> int
     useful."""
     stops = set(stop_ids)
     return sum(next((i + 1 for i, token in enumerate(row) if token in stops), len(row)) for row in rows)
-
-
-def table(lines: list[dict[str, Any]]) -> str:
-    """The lines for a reader."""
-    text = ["system      useful tok/s    seconds     useful  samples   ours / its"]
-    for line in lines:
-        speed = f"{line['name']:<10}{line['useful_tok_s']:14.1f}{line['seconds']:11.1f}{line['useful']:11}"
-        text.append(f"{speed}{line['samples']:9}" + (f"{line['ratio']:13.2f}" if "ratio" in line else ""))
-    ours = lines[0]
-    text.append(
-        f"rmr1_jax: occupancy {ours['occupancy']:.1%} of {ours['slots']} slots, {ours['compiles']} compiles in the run "
-        f"(warm-up {ours['warm_up_seconds']:.1f} s), cache {ours['cache_bytes'] / 2**20:.1f} MiB, prefilled "
-        f"{ours['prefill_tokens']} tokens for {ours['unique_prompt_tokens']} in the prompts"
-    )
-    text += [f"{line['name']}: {line['version']}; {line['note']}" for line in lines if "note" in line]
-    return "\n".join(text)

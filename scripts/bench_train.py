@@ -8,30 +8,22 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
-import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-from bench_common import model_config, peer_python, run_peer, say, warn_of_load
-from tyro.conf import UseAppendAction
+from bench_common import Comparison, model_config, say
 
 LEARNING_RATE = 1e-4
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Train:
+class Train(Comparison):
     """A training step: tokens a second."""
 
-    layers: int = 8
-    width: int = 512
-    mlp: int = 1536
-    heads: int = 8
-    kv_heads: int = 2
-    head_dim: int = 64
-    vocab: int = 4096
+    speed = "tok_s"
+
     batch: int = 4
     """Rows of a step."""
     length: int = 1024
@@ -40,40 +32,16 @@ class Train:
     """Steps to time; the median counts."""
     remat: Literal["none", "dots", "full"] = "dots"
     """What our backward pass computes again. The peers keep everything."""
-    seed: int = 0
-    peer: UseAppendAction[tuple[Literal["hf", "tunix"], ...]] = ()
-    """Also measure Transformers with torch (hf) or tunix's trainer; may be given twice."""
-    json: bool = False
-    """Print one JSON object a system instead of a table."""
-
-    def run(self) -> None:
-        lines = []
-        for line in self.measure():
-            lines.append(line)
-            if self.json:
-                print(json.dumps(line), flush=True)
-        if not self.json:
-            print(table(lines))
-
-    def measure(self) -> Iterator[dict[str, Any]]:
-        """One line a system, ours first; a peer's has the ratio of our tokens a second to its own."""
-        peers = {name: peer_python(name) for name in dict.fromkeys(self.peer)}
-        warn_of_load()
-        with tempfile.TemporaryDirectory(prefix="rmr1-bench-") as folder:
-            ours = self.measure_ours(Path(folder) / "model" if peers else None)
-            yield ours
-            if peers:
-                work = {"task": "train", "rows": self.rows().tolist(), "steps": self.steps, "lr": LEARNING_RATE}
-                (Path(folder) / "workload.json").write_text(json.dumps(work))
-            for name, python in peers.items():
-                line = self.line(name, run_peer(name, python, Path(folder)))
-                yield line | {"ratio": round(ours["tok_s"] / line["tok_s"], 2)}
 
     def rows(self):
         """[B, T] int32 random ids."""
         import numpy as np
 
         return np.random.default_rng(self.seed).integers(0, self.vocab, (self.batch, self.length), np.int32)
+
+    def workload(self) -> dict[str, Any]:
+        """What a trainer is asked for."""
+        return {"task": "train", "rows": self.rows().tolist(), "steps": self.steps, "lr": LEARNING_RATE}
 
     def line(self, name: str, result: dict[str, Any]) -> dict[str, Any]:
         seconds = sorted(result.pop("seconds"))[self.steps // 2]
@@ -164,6 +132,21 @@ class Train:
         count = self.layers / 2
         return seconds + count * one, flops + count * 12 * B * K * group * self.head_dim * self.length
 
+    def table(self, lines: list[dict[str, Any]]) -> str:
+        """The lines for a reader."""
+        text = ["system       tokens/s   ms a step   first loss   ours / its"]
+        for line in lines:
+            speed = f"{line['name']:<10}{line['tok_s']:11.1f}{1e3 * line['seconds']:12.1f}{line['first_loss']:13.4f}"
+            text.append(speed + (f"{line['ratio']:13.2f}" if "ratio" in line else ""))
+        ours = lines[0]
+        text.append(
+            f"rmr1_jax: {ours['share_of_limit']:.0%} of the limit, {ours['limit_tok_s']:.0f} tokens/s with matrix "
+            f"products alone ({ours['products_gflop_s']:.0f} GFLOP/s); temporaries {ours['temporaries_mib']:.0f} MiB, "
+            f"compiled in {ours['compile_seconds']:.1f} s"
+        )
+        text += [f"{line['name']}: {line['version']}; {line['note']}" for line in lines if "note" in line]
+        return "\n".join(text)
+
 
 def _product(equation: str, *shapes: tuple[int, ...]) -> float:
     """Seconds of one einsum of random arrays, the median of five."""
@@ -180,19 +163,3 @@ def timed(call: Callable[[], Any]) -> float:
     start = time.perf_counter()
     call()
     return time.perf_counter() - start
-
-
-def table(lines: list[dict[str, Any]]) -> str:
-    """The lines for a reader."""
-    text = ["system       tokens/s   ms a step   first loss   ours / its"]
-    for line in lines:
-        speed = f"{line['name']:<10}{line['tok_s']:11.1f}{1e3 * line['seconds']:12.1f}{line['first_loss']:13.4f}"
-        text.append(speed + (f"{line['ratio']:13.2f}" if "ratio" in line else ""))
-    ours = lines[0]
-    text.append(
-        f"rmr1_jax: {ours['share_of_limit']:.0%} of the limit, {ours['limit_tok_s']:.0f} tokens/s with matrix products "
-        f"alone ({ours['products_gflop_s']:.0f} GFLOP/s); temporaries {ours['temporaries_mib']:.0f} MiB, compiled in "
-        f"{ours['compile_seconds']:.1f} s"
-    )
-    text += [f"{line['name']}: {line['version']}; {line['note']}" for line in lines if "note" in line]
-    return "\n".join(text)

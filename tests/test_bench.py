@@ -99,14 +99,14 @@ def test_a_peer_draws_the_same_as_we(bench, sampling, common, peer, monkeypatch,
     assert theirs["ratio"] == pytest.approx(ours["useful_tok_s"] / theirs["useful_tok_s"], abs=0.01)
 
 
-def test_a_table_for_a_reader(bench, sampling, monkeypatch, capsys):
+def test_a_table_for_a_reader(bench, common, monkeypatch, capsys):
     ours = {"name": "rmr1_jax", "useful_tok_s": 100.0, "seconds": 3.0, "useful": 300, "samples": 56, "slots": 56}
     ours |= {"occupancy": 0.95, "compiles": 0, "warm_up_seconds": 9.0, "cache_bytes": 3 * 2**20}
     ours |= {"prefill_tokens": 40, "unique_prompt_tokens": 39}
     peer = {"seconds": 10.0, "rows": [[1] * 5] * 56, "warm_up_seconds": 1.0, "version": "tunix 1", "note": "one by one"}
     monkeypatch.setattr(bench.Sample, "measure_ours", lambda self, model_dir: ours)
-    monkeypatch.setattr(sampling, "peer_python", lambda name: Path(sys.executable))
-    monkeypatch.setattr(sampling, "run_peer", lambda name, python, folder: dict(peer))
+    monkeypatch.setattr(common, "peer_python", lambda name: Path(sys.executable))
+    monkeypatch.setattr(common, "run_peer", lambda name, python, folder: dict(peer))
     assert bench.main(["sample", "--peer", "tunix", "--peer", "hf", "--peer", "tunix"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split() for line in lines[1:4]] == [
@@ -132,12 +132,12 @@ def test_an_absent_peer_is_refused_before_anything_runs(bench, common, tmp_path,
     assert "--peer hf needs no_such_package in" in capsys.readouterr().err
 
 
-def test_a_peer_that_fails_says_why(bench, sampling, tmp_path, monkeypatch, capsys):
+def test_a_peer_that_fails_says_why(bench, common, tmp_path, monkeypatch, capsys):
     python = tmp_path / "python"
     python.write_text("#!/bin/sh\necho out of luck >&2\nexit 3\n")
     python.chmod(0o755)
     monkeypatch.setattr(bench.Sample, "measure_ours", lambda self, model_dir: {"name": "rmr1_jax"})
-    monkeypatch.setattr(sampling, "peer_python", lambda name: python)
+    monkeypatch.setattr(common, "peer_python", lambda name: python)
     assert bench.main([*TINY, "--peer", "hf"]) == 1
     error = "error: the peer hf failed with exit code 3; what it said stands above"
     assert capsys.readouterr().err.splitlines()[-2:] == ["out of luck", error]
