@@ -44,7 +44,7 @@ def make_mesh(config: MeshConfig | None = None, devices: Sequence[jax.Device] | 
     """
     config = config or MeshConfig()
     devices = sorted(devices if devices is not None else jax.devices(), key=_place)
-    slices = len({_place(d)[0] for d in devices if d.platform == "tpu"}) or 1
+    slices = len({slice_of(d) for d in devices if d.platform == "tpu"}) or 1
     if config.replica % slices:
         raise InputError(
             f"mesh replica={config.replica} on {slices} slices: no replica may lie across slices; replica must be "
@@ -86,6 +86,11 @@ def local_mesh(mesh: Mesh, process: int | None = None) -> Mesh:
     return mesh if len(own) == mesh.size else _mesh(own, (1, -1, mesh.shape["tensor"]))
 
 
+def slice_of(device: jax.Device) -> int:
+    """The slice that a device belongs to; 0 where there is but one."""
+    return getattr(device, "slice_index", None) or 0
+
+
 def single_device_mesh() -> Mesh:
     """1x1x1 over the first local device: the default wherever no mesh is given."""
     return make_mesh(MeshConfig(fsdp=1), jax.local_devices()[:1])
@@ -110,18 +115,12 @@ def activation_sharding(mesh: Mesh, dims: str, shape: Sequence[int]) -> NamedSha
 
 def constrain(x: jax.Array, dims: str) -> jax.Array:
     """Pin an activation's layout inside jit, on the mesh in context."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
-        return x
-    return jax.lax.with_sharding_constraint(x, activation_spec(mesh, dims, x.shape))
+    return _pin(x, ACTIVATION_AXES, dims)
 
 
 def constrain_weight(x: jax.Array, dims: str) -> jax.Array:
-    """As `constrain`, by the weights' table: for a weight's gradient."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
-        return x
-    return jax.lax.with_sharding_constraint(x, _spec(mesh, WEIGHT_AXES, dims, x.shape))
+    """As `constrain`, by the weights' table: for a weight and its gradient."""
+    return _pin(x, WEIGHT_AXES, dims)
 
 
 def activation_spec(mesh: Mesh | AbstractMesh, dims: str, shape: Sequence[int]) -> PartitionSpec:
@@ -161,7 +160,14 @@ def _mesh(devices: Iterable[jax.Device], shape: tuple[int, int, int]) -> Mesh:
 
 
 def _place(device: jax.Device) -> tuple[int, int, int]:
-    return getattr(device, "slice_index", 0), device.process_index, device.id
+    return slice_of(device), device.process_index, device.id
+
+
+def _pin(x: jax.Array, table: dict[str, tuple[str, ...]], dims: str) -> jax.Array:
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, _spec(mesh, table, dims, x.shape))
 
 
 def _sharding(mesh: Mesh, table: dict[str, tuple[str, ...]], dims: str, shape: Sequence[int]) -> NamedSharding:

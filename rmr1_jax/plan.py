@@ -28,11 +28,11 @@ from rmr1_jax.plan_costs import Cost, decode_cost, grow_cost, prefill_cost, time
 from rmr1_jax.plan_hlo import KINDS
 from rmr1_jax.plan_knobs import sampling_knobs, training_knobs
 from rmr1_jax.plan_model import model_shape
-from rmr1_jax.plan_sampler import Demand, cache_ways, fit, host_mesh, weight_bytes
+from rmr1_jax.plan_sampler import Demand, fit, host_mesh, weight_bytes
 from rmr1_jax.plan_slice import GIB, host_devices, memory_limit, slice_devices
 from rmr1_jax.plan_train import Config, mean_length, resident_bytes, rows_of, training_mesh, training_programs
 from rmr1_jax.policy import DTYPES
-from rmr1_jax.sampler.shapes import Shapes
+from rmr1_jax.sampler.shapes import Shapes, cache_ways
 from rmr1_jax.train.grpo import GrpoConfig
 from rmr1_jax.train.sft import SftConfig
 

@@ -15,8 +15,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from rmr1_jax.mesh import slice_of
 from rmr1_jax.plan_hlo import Traffic, read_traffic
-from rmr1_jax.plan_slice import overflow, slice_of
+from rmr1_jax.plan_slice import overflow
 
 
 @dataclasses.dataclass(frozen=True)

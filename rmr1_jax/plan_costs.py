@@ -15,7 +15,7 @@ import jax
 from jax.sharding import Mesh
 
 from rmr1_jax.mesh import rows_divisor
-from rmr1_jax.model.attention import MAX_BLOCKS, QUERY_BLOCK, choose
+from rmr1_jax.model.attention import block_size, choose
 from rmr1_jax.model.config import QwenConfig
 from rmr1_jax.model.splash import BLOCKS
 from rmr1_jax.plan_hlo import Traffic
@@ -24,8 +24,8 @@ from rmr1_jax.policy import DTYPES
 from rmr1_jax.sampler.config import SamplingConfig
 from rmr1_jax.sampler.programs import STEPS
 from rmr1_jax.sampler.shapes import CHUNKS, PREFILL_ROWS, Shapes
-from rmr1_jax.train.logprobs import CHUNK_LOGITS, LANES
-from rmr1_jax.train.throughput import forward_flops, peak_flops, train_flops
+from rmr1_jax.train.logprobs import chunk_width
+from rmr1_jax.train.throughput import forward_flops, layer_params, peak_flops, train_flops
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +95,7 @@ def decode_cost(
     """Of one dispatch, STEPS tokens for every slot, with the cache at its largest: each step reads the weights and the
     whole cache."""
     slots, heads = shapes.banks * shapes.slots, 4 * config.num_layers * config.num_heads * config.head_dim
-    product = 2 * (config.num_layers * _layer_params(config) + config.vocab_size * config.hidden_size)
+    product = 2 * (config.num_layers * layer_params(config) + config.vocab_size * config.hidden_size)
     # A prompt is attended to for as many slots as a group has, whether they are taken or not.
     columns = shapes.banks * shapes.entries * shapes.ranks * shapes.room + slots * shapes.widths[-1]
     seen = slots * (longest + sampling.max_new_tokens / 2)
@@ -109,7 +109,7 @@ def prefill_cost(config: QwenConfig, mesh: Mesh, shapes: Shapes, itemsize: int, 
     """Of a chunk of some prompts a bank, at the end of the longest prompt."""
     chunk = max(c for c in CHUNKS if c <= shapes.room)
     prompts = shapes.banks * PREFILL_ROWS
-    layers = config.num_layers * _layer_params(config)
+    layers = config.num_layers * layer_params(config)
     heads = 4 * config.num_layers * config.num_heads * config.head_dim
     column = 2 * config.num_layers * config.num_kv_heads * config.head_dim * itemsize
     flops = prompts * chunk * (2 * layers + heads * shapes.room)
@@ -128,14 +128,11 @@ def _forward_parts(config: Any, model: QwenConfig, mesh: Mesh, rows: Any) -> dic
     """FLOPs of one forward pass as it is computed: attention in blocks, of which the last of a row is not all seen.
     layers: of the weights' products, `last` the last one of each layer."""
     T, number = rows.length, rows.count * rows.micro
-    if _splash(config, mesh):
-        block = next((b for b in BLOCKS if T % b == 0), BLOCKS[-1])
-    else:
-        block = max(QUERY_BLOCK, -(-T // MAX_BLOCKS))
+    block = next((b for b in BLOCKS if T % b == 0), BLOCKS[-1]) if _splash(config, mesh) else block_size(T)
     scores = number * T * (T + min(block, T)) / 2
     layers = 2 * model.num_layers * number * T
     return {
-        "layers": layers * _layer_params(model),
+        "layers": layers * layer_params(model),
         "last": layers * model.intermediate_size * model.hidden_size,
         "attention": 4 * model.num_layers * model.num_heads * model.head_dim * scores,
         "head": 2 * model.vocab_size * model.hidden_size * number * T,
@@ -155,20 +152,14 @@ def _forward_memory(
     tokens = rows.micro * rows.length / rows_divisor(mesh)  # of a chip, in a micro-batch
     heads = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
     wide = (2 * heads + 2 * model.num_heads * model.head_dim + 4 * model.intermediate_size) / tensor
-    layer = itemsize * (_layer_params(model) / tensor + tokens * (8 * model.hidden_size + wide))
+    layer = itemsize * (layer_params(model) / tensor + tokens * (8 * model.hidden_size + wide))
     # The head goes through the vocabulary in chunks, each of which reads all positions (`logprobs.token_logprobs`).
     columns = model.vocab_size / tensor
-    chunks = math.ceil(columns / max(LANES, CHUNK_LOGITS // tokens // LANES * LANES))
+    chunks = math.ceil(columns / chunk_width(math.ceil(columns), math.ceil(tokens)))
     head = itemsize * model.hidden_size * (columns + chunks * tokens) + 2 * 4 * tokens * columns
     return rows.count * (passes * model.num_layers * layer + head_passes * head)
 
 
-def _layer_params(model: QwenConfig) -> int:
-    """Of a layer's matrix products."""
-    heads = 2 * (model.num_heads + model.num_kv_heads) * model.head_dim
-    return model.hidden_size * (heads + 3 * model.intermediate_size)
-
-
 def _params(model: QwenConfig) -> int:
     embeddings = 1 if model.tie_word_embeddings else 2
-    return model.num_layers * _layer_params(model) + embeddings * model.vocab_size * model.hidden_size
+    return model.num_layers * layer_params(model) + embeddings * model.vocab_size * model.hidden_size

@@ -25,7 +25,7 @@ from rmr1_jax.sampler import programs
 from rmr1_jax.sampler.config import SamplingConfig
 from rmr1_jax.sampler.run import make_controls, to_slots
 from rmr1_jax.sampler.schedule import Bank
-from rmr1_jax.sampler.shapes import CHUNKS, PREFILL_ROWS, Shapes, plan_shapes
+from rmr1_jax.sampler.shapes import CHUNKS, PREFILL_ROWS, Shapes, cache_ways, plan_shapes
 
 WEIGHTS_SHARE = 0.5  # of the memory that training leaves, at most, before the tensor axis is made larger
 
@@ -177,9 +177,3 @@ def host_mesh(
 def weight_bytes(config: QwenConfig, mesh: Mesh, dtype) -> int:
     """Of the sampling weights on one chip."""
     return bytes_here(programs.weight_shapes(config, mesh, dtype))
-
-
-def cache_ways(config: QwenConfig, mesh: Mesh) -> int:
-    """Over how many chips the cache of all banks is split."""
-    tensor = mesh.shape["tensor"]
-    return rows_divisor(mesh) * (tensor if config.num_kv_heads % tensor == 0 else 1)

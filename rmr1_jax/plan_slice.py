@@ -76,11 +76,6 @@ def host_devices(topology: str, devices: Sequence[jax.Device]) -> list[jax.Devic
     return slice_devices(f"{kind}:{'x'.join(map(str, sizes[: shape.count('x') + 1]))}")
 
 
-def slice_of(device: jax.Device) -> int:
-    """The slice that a device belongs to; 0 where there is but one."""
-    return getattr(device, "slice_index", None) or 0
-
-
 def memory_limit(device: jax.Device) -> int:
     """A chip's memory in bytes, which the compiler tells when it is asked for too much."""
     sharding = NamedSharding(Mesh([device], "x"), PartitionSpec())

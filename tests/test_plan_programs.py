@@ -22,11 +22,11 @@ from rmr1_jax.plan import plan, table
 from rmr1_jax.plan_compile import Compiled, bytes_here, compile_program
 from rmr1_jax.plan_hlo import KINDS, Traffic
 from rmr1_jax.plan_knobs import training_knobs
-from rmr1_jax.plan_sampler import Demand, cache_ways, fit, host_mesh, weight_bytes
+from rmr1_jax.plan_sampler import Demand, fit, host_mesh, weight_bytes
 from rmr1_jax.plan_slice import GIB, overflow
 from rmr1_jax.plan_train import micro_batches, resident_bytes, rows_of, training_mesh, training_programs, weights
 from rmr1_jax.sampler.config import SamplingConfig
-from rmr1_jax.sampler.shapes import Shapes
+from rmr1_jax.sampler.shapes import Shapes, cache_ways
 from rmr1_jax.train.losses import PolicyLossConfig
 from rmr1_jax.train.optim import OptimConfig
 

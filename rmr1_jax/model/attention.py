@@ -119,9 +119,14 @@ def _flash_backward(saved, d_out):
 _flash.defvjp(_flash_forward, _flash_backward)
 
 
+def block_size(T: int) -> int:
+    """Queries in a block of a row of T."""
+    return max(QUERY_BLOCK, -(-T // MAX_BLOCKS))
+
+
 def _blocks(T: int) -> Iterator[tuple[slice, int]]:
     """The queries of each block, and the end of the keys that they may see."""
-    size = max(QUERY_BLOCK, -(-T // MAX_BLOCKS))
+    size = block_size(T)
     for start in range(0, T, size):
         end = min(start + size, T)
         yield slice(start, end), end

@@ -30,7 +30,7 @@ from rmr1_jax.sampler.config import Sample, SampleStats, SamplingConfig
 from rmr1_jax.sampler.programs import Weights
 from rmr1_jax.sampler.run import Run, compiled, make_controls, to_slots
 from rmr1_jax.sampler.schedule import Bank
-from rmr1_jax.sampler.shapes import CHUNKS, PREFILL_ROWS, plan_shapes
+from rmr1_jax.sampler.shapes import CHUNKS, PREFILL_ROWS, cache_ways, plan_shapes
 
 
 class Engine:
@@ -184,12 +184,9 @@ def _check_prompts(
 
 def _free_gib(mesh: Mesh, config: QwenConfig) -> float | None:
     """The largest cache for which there is room in four fifths of what is free on the devices, where they tell (a CPU
-    does not): the rest is for a step's temporaries. A tensor group whose number does not divide the key-value heads
-    holds the cache whole on each of its devices."""
+    does not): the rest is for a step's temporaries."""
     told = [d.memory_stats() for d in mesh.local_devices]
     if not all(told):
         return None
     free = min(t["bytes_limit"] - t["bytes_in_use"] for t in told)
-    tensor = mesh.shape["tensor"]
-    parts = rows_divisor(mesh) * (tensor if config.num_kv_heads % tensor == 0 else 1)
-    return 0.8 * free * parts / 2**30
+    return 0.8 * free * cache_ways(config, mesh) / 2**30

@@ -9,7 +9,10 @@ from __future__ import annotations
 import dataclasses
 import math
 
+from jax.sharding import Mesh
+
 from rmr1_jax.errors import InputError
+from rmr1_jax.mesh import rows_divisor
 from rmr1_jax.model.config import QwenConfig
 from rmr1_jax.sampler.config import SamplingConfig
 
@@ -86,6 +89,13 @@ def plan_shapes(
             f"on {banks} data-parallel devices; give at least {least:g}, or fewer tokens"
         )
     return shapes(fitting)
+
+
+def cache_ways(config: QwenConfig, mesh: Mesh) -> int:
+    """Over how many devices the cache of all banks is split. A tensor group whose number does not divide the key-value
+    heads holds it whole on each of its devices."""
+    tensor = mesh.shape["tensor"]
+    return rows_divisor(mesh) * (tensor if config.num_kv_heads % tensor == 0 else 1)
 
 
 def _bucket(n: int) -> int:

@@ -21,6 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from rmr1_jax.data.published import read_published
 from rmr1_jax.errors import InputError
@@ -154,10 +155,7 @@ def grpo(
     policy = policy or load(config.model, config.dtype, make_mesh(config.mesh), master_dtype="float32")
     prompts = list(prompts) if prompts is not None else read_prompts(config.data, policy)
     prompts = _short_enough(prompts, config.max_prompt_length)
-    check_micro_rows(policy.mesh, config.micro_rows)
-    sampling_mesh(policy.mesh, config.sampling_tensor)  # refused now, not after a restore
-    if config.prompts_per_step < (n := jax.process_count()):
-        raise InputError(f"prompts_per_step={config.prompts_per_step} must be at least {n}, one for each process")
+    _check_devices(config, policy.mesh)
     steps = config.steps or max(1, len(prompts) // config.prompts_per_step)
     with jax.set_mesh(policy.mesh):
         trainer = _Trainer(config, policy, loss, steps * config.updates_per_step, keep=given)
@@ -181,8 +179,8 @@ def grpo(
             seconds = time.perf_counter() - began
             row |= rollout_metrics(groups, config.structure) | facts
             row |= {"seconds": seconds, "rollout_seconds": rolled - began, "checkpoint_seconds": saving}
-            row |= {"prompts_consumed": consumed}
-            row |= throughput(facts["prompt_tokens"] + facts["new_tokens"], seconds, policy.mesh)
+            tokens = facts["prompt_tokens"] + facts["new_tokens"]
+            row |= {"prompts_consumed": consumed} | throughput(tokens, seconds, policy.mesh)
             log.write({"step": step, "stage": "grpo"} | row)
             bar.set_postfix(reward=f"{row['reward']:.3f}", length=f"{row['response_length']:.0f}", refresh=False)
             saving = 0.0
@@ -309,6 +307,14 @@ def batch_logprobs(model: Any, params: Any, batch: dict[str, jax.Array], count: 
         return out.at[i].set(row_logprobs(model, params, micro, **forward).logp)
 
     return jax.lax.fori_loop(0, count, one, jnp.zeros(batch["tokens"].shape, jnp.float32))
+
+
+def _check_devices(config: GrpoConfig, mesh: Mesh) -> None:
+    """What the devices and processes cannot share is refused at once, not after a restore."""
+    check_micro_rows(mesh, config.micro_rows)
+    sampling_mesh(mesh, config.sampling_tensor)
+    if config.prompts_per_step < (n := jax.process_count()):
+        raise InputError(f"prompts_per_step={config.prompts_per_step} must be at least {n}, one for each process")
 
 
 def _short_enough(prompts: list[RlPrompt], limit: int) -> list[RlPrompt]:

@@ -53,6 +53,11 @@ def row_logprobs(
     return token_logprobs(hidden, head, batch["tokens"], **options)
 
 
+def chunk_width(columns: int, positions: int, chunk_logits: int = CHUNK_LOGITS) -> int:
+    """How many of a device's `columns` of the head make a chunk, for its `positions`."""
+    return min(columns, max(LANES, chunk_logits // positions // LANES * LANES))
+
+
 class TokenLogprobs(NamedTuple):
     """`logp` [B, T] float32 in nats; `entropy` [B, T] float32 in nats, or None where it was not asked for."""
 
@@ -96,7 +101,8 @@ def token_logprobs(
 @dataclasses.dataclass(frozen=True)
 class _Chunks:
     """How the vocabulary is cut: it lies in X equal shards over the tensor axis, and a chunk is `width` columns of
-    each. A head in parts is [D, X, V / X], or [X, V / X, D] where it is the embedding."""
+    each. A head in parts is [D, X, V / X], or [X, V / X, D] where it is the embedding; their letters are D, N (what is
+    sharded over `tensor`) and C."""
 
     shards: int
     size: int  # of a shard
@@ -110,17 +116,15 @@ class _Chunks:
         rows = 1 if mesh.empty else rows_divisor(mesh)
         shards = tensor if V % tensor == 0 else 1
         positions = math.prod(hidden.shape[:2]) // (rows if hidden.shape[0] % rows == 0 else 1)
-        width = max(LANES, chunk_logits // positions // LANES * LANES)
-        return cls(shards, V // shards, min(width, V // shards), embedding)
+        return cls(shards, V // shards, chunk_width(V // shards, positions, chunk_logits), embedding)
 
     @property
     def dims(self) -> str:
-        """Letters of the head in parts; N is what is sharded over `tensor`."""
-        return "NVD" if self.embedding else "DNV"
+        return "NCD" if self.embedding else "DNC"
 
     @property
     def axis(self) -> int:
-        return self.dims.index("V")
+        return self.dims.index("C")
 
     def split(self, head: Array) -> Array:
         """[D, V] or [V, D] in parts."""
@@ -139,11 +143,10 @@ class _Chunks:
     def logits(self, i: Array, hidden: Array, head: Array, temperature: Array) -> tuple[Array, Array]:
         """[B, T, X, width] float32 of a chunk, -inf where a column was in the chunk before; and the chunk of the head
         in hidden's dtype, whole on every row shard."""
-        dims = self.dims.replace("V", "C")
         part = lax.dynamic_slice_in_dim(head, self.start(i), self.width, self.axis)
         # Pinned where it lies, lest the whole head be gathered and then cut.
-        part = constrain(constrain_weight(part, dims).astype(hidden.dtype), dims)
-        logits = jnp.einsum(f"BTD,{self.dims}->BTNV", hidden, part, preferred_element_type=jnp.float32) / temperature
+        part = constrain(constrain_weight(part, self.dims).astype(hidden.dtype), self.dims)
+        logits = jnp.einsum(f"BTD,{self.dims}->BTNC", hidden, part, preferred_element_type=jnp.float32) / temperature
         fresh = self.start(i) + jnp.arange(self.width) >= i * self.width
         return constrain(jnp.where(fresh, logits, -jnp.inf), "BTNC"), part
 
@@ -197,12 +200,12 @@ def _logprobs_backward(chunks: _Chunks, with_entropy: bool, saved, d_out: TokenL
             surprise = jnp.where(logits > -jnp.inf, log_probs, 0.0) + entropy[..., None, None]
             d_logits -= d_out.entropy[..., None, None] * probs * surprise
         d_logits = (d_logits / temperature).astype(hidden.dtype)
-        d_hidden += jnp.einsum(f"BTNV,{chunks.dims}->BTD", d_logits, part, preferred_element_type=jnp.float32)
-        d_part = jnp.einsum(f"BTD,BTNV->{chunks.dims}", hidden, d_logits, preferred_element_type=jnp.float32)
-        d_part = constrain_weight(d_part.astype(head.dtype), chunks.dims.replace("V", "C"))
+        d_hidden += jnp.einsum(f"BTNC,{chunks.dims}->BTD", d_logits, part, preferred_element_type=jnp.float32)
+        d_part = jnp.einsum(f"BTD,BTNC->{chunks.dims}", hidden, d_logits, preferred_element_type=jnp.float32)
+        d_part = constrain_weight(d_part.astype(head.dtype), chunks.dims)
         before = lax.dynamic_slice_in_dim(d_head, chunks.start(i), chunks.width, chunks.axis)
         d_head = lax.dynamic_update_slice_in_dim(d_head, before + d_part, chunks.start(i), chunks.axis)
-        return constrain(d_hidden, "BTD"), constrain_weight(d_head, chunks.dims.replace("V", "C"))
+        return constrain(d_hidden, "BTD"), constrain_weight(d_head, chunks.dims)
 
     start = (jnp.zeros(hidden.shape, jnp.float32), jnp.zeros(head.shape, head.dtype))
     d_hidden, d_head = lax.fori_loop(0, chunks.count, add, start)

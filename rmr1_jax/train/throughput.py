@@ -26,14 +26,18 @@ TPU_PEAKS = {
 GPU_PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
 
 
+def layer_params(config: QwenConfig) -> int:
+    """Weights in the matrix products of a layer."""
+    heads = 2 * (config.num_heads + config.num_kv_heads) * config.head_dim
+    return config.hidden_size * (heads + 3 * config.intermediate_size)
+
+
 def forward_flops(config: QwenConfig, lengths: Iterable[int]) -> float:
     """Of the forward pass over sequences of `lengths` tokens: the weights' products, and causal attention within each
     sequence."""
     lengths = np.asarray(list(lengths), np.float64)
     heads = config.num_heads * config.head_dim
-    attention = config.hidden_size * (2 * heads + 2 * config.num_kv_heads * config.head_dim)
-    layer = attention + 3 * config.hidden_size * config.intermediate_size
-    weights = config.num_layers * layer + config.vocab_size * config.hidden_size
+    weights = config.num_layers * layer_params(config) + config.vocab_size * config.hidden_size
     # Scores and their product with the values: two FLOPs for each number of a head, query and earlier key.
     seen = config.num_layers * 4 * heads * lengths * (lengths + 1) / 2
     return float((2 * weights * lengths + seen).sum())
