@@ -16,17 +16,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
-from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, OmitSubcommandPrefixes, Positional, Suppress, arg, subcommand
+from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, OmitSubcommandPrefixes, Positional, arg, subcommand
 
+from rmr1_jax.cli_data import Data
+from rmr1_jax.cli_options import ConfigFile, Dtype, MaybeFloat, MaybeInt, MaybePath, MaybeText, Overrides
 from rmr1_jax.errors import InputError, RunError
-
-Overrides = Annotated[Positional[tuple[str, ...]], arg(metavar="[KEY=VALUE ...]", help_behavior_hint="")]
-Dtype = Literal["bfloat16", "float32"]
-# Where nothing is given, the help text says what happens.
-MaybeInt = Annotated[int | None, arg(metavar="INT", help_behavior_hint="")]
-MaybeFloat = Annotated[float | None, arg(metavar="FLOAT", help_behavior_hint="")]
-MaybePath = Annotated[Path | None, arg(metavar="PATH", help_behavior_hint="")]
-MaybeText = Annotated[str | None, arg(metavar="STR", help_behavior_hint="")]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,7 +44,7 @@ class Quickstart:
 class Sft:
     """Stage one: distil reasoning traces into a model. A killed run goes on from its last checkpoint."""
 
-    config: Annotated[Positional[Path], arg(metavar="CONFIG.yaml")]
+    config: ConfigFile
     """The run's settings; configs/ has one file for each run."""
     overrides: Overrides = ()
     """Settings that replace the file's, e.g. out=runs/sft optimizer.lr=1e-5"""
@@ -67,7 +61,7 @@ class Sft:
 class Grpo:
     """Stage two: reinforcement learning with a verifiable reward. A killed run goes on from its last checkpoint."""
 
-    config: Annotated[Positional[Path], arg(metavar="CONFIG.yaml")]
+    config: ConfigFile
     """The run's settings; configs/ has one file for each run."""
     overrides: Overrides = ()
     """Settings that replace the file's, e.g. out=runs/grpo optimizer.lr=1e-6"""
@@ -94,7 +88,7 @@ def _train(stage: Callable[[Any], Any], config: Any, then: str) -> None:
 class Plan:
     """What a run takes on a TPU slice that is not there, by compiling its programs for it. Needs the extra `tpu`."""
 
-    config: Annotated[Positional[Path], arg(metavar="CONFIG.yaml")]
+    config: ConfigFile
     """The run's settings, of `rmr1 sft` or of `rmr1 grpo`."""
     overrides: Overrides = ()
     """Settings that replace the file's, e.g. micro_rows=64 mesh.tensor=4"""
@@ -190,42 +184,6 @@ class JudgePairs:
             },
         )
         print(f"{summary}\nwritten: {self.output}")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DataPrompt:
-    """Recover the exact prompt of a published checkpoint from rows it was trained on."""
-
-    rows: Path
-    """Published training rows (context_messages, winner) as JSONL, JSON or Parquet."""
-    out: Path
-    """The prompt file to write, for `--prompt`."""
-
-    def run(self) -> None:
-        from rmr1_jax.data.published import read_published
-        from rmr1_jax.prompts.cor import recover_prompt, save_prompt
-
-        rows = [row.messages for row in read_published(self.rows)]
-        try:
-            prompt = recover_prompt(rows, name=self.out.stem)
-        except InputError as e:
-            raise InputError(f"{self.rows}: {e}") from e
-        save_prompt(prompt, self.out)
-        print(f"{prompt.note}\nwritten: {self.out}")
-
-
-# Without the second, hidden member this would be no choice, and its options would belong to `data` itself.
-DataAction = Annotated[DataPrompt, subcommand("prompt")] | Annotated[None, Suppress]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Data:
-    """Prepare data: recover a published prompt."""
-
-    action: Annotated[DataAction, arg(name="")]
-
-    def run(self) -> None:
-        self.action.run()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
