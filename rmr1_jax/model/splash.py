@@ -22,7 +22,7 @@ from rmr1_jax.mesh import activation_spec
 # Rows of a block, the largest that divides the row length; a TPU's lane holds 128. The fused backward pass makes a
 # gradient of all queries for every block of keys before it adds them up: larger blocks of keys, less memory.
 BLOCKS = (1024, 512, 256, 128)
-KEY_BLOCKS = (2048, *BLOCKS)
+KEY_BLOCKS = (3072, 2048, *BLOCKS)
 
 
 def splash_attend(
