@@ -85,17 +85,26 @@ def _override(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
         key, equals, value = item.partition("=")
         if not equals or not key:
             raise InputError(f"override {item!r}: expected key=value, e.g. optimizer.lr=1e-5")
-        node = tree
+        node: Any = tree
         *parents, last = key.split(".")
         for parent in parents:
-            node = node.setdefault(parent, {})
-            if not isinstance(node, dict):
+            node = node[_place(node, parent, item)] if isinstance(node, list) else node.setdefault(parent, {})
+            if not isinstance(node, dict | list):
                 raise InputError(f"override {item!r}: {parent} is a value, not a section")
         try:
-            node[last] = yaml.safe_load(value)
+            node[_place(node, last, item)] = yaml.safe_load(value)
         except yaml.YAMLError as e:
             raise InputError(f"override {item!r}: the value is not valid YAML; quote it if it is text") from e
     return tree
+
+
+def _place(node: dict | list, key: str, item: str) -> Any:
+    """The key of a section; of a list, a number from 0."""
+    if isinstance(node, dict):
+        return key
+    if not key.isdecimal() or int(key) >= len(node):
+        raise InputError(f"override {item!r}: {key!r} is no place in a list of {len(node)}, counted from 0")
+    return int(key)
 
 
 def _over(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
@@ -104,8 +113,11 @@ def _over(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, An
     return {**defaults, **given, **{k: _over(defaults[k], given[k]) for k in both}}
 
 
-def _unknown_keys(cls: Any, tree: Any, prefix: str = ""):
-    cls = _dataclass_of(cls)
+def _unknown_keys(hint: Any, tree: Any, prefix: str = ""):
+    if isinstance(tree, list):  # of sections: a field `tuple[Section, ...]`
+        for number, item in enumerate(tree):
+            yield from _unknown_keys(next(iter(typing.get_args(hint)), None), item, f"{prefix}{number}.")
+    cls = _dataclass_of(hint)
     if cls is None or not isinstance(tree, Mapping):
         return
     hints = typing.get_type_hints(cls)

@@ -28,6 +28,7 @@ class Outer:
     steps: int | None = None
     inner: Inner = Inner(rate=0.5, kind="y")
     maybe: Inner | None = None
+    several: tuple[Inner, ...] = ()
 
 
 @pytest.fixture
@@ -52,6 +53,17 @@ def test_a_file_and_overrides(write):
     changed = load_config(Outer, path, ["out=runs/b", "inner.kind=x", "steps=null", "maybe.rate=2"])
     assert changed == Outer(out="runs/b", inner=Inner(rate=0.2), maybe=Inner(rate=2.0))
     assert load_config(Outer, write(""), ["out=a=b"]).out == "a=b"
+
+
+def test_a_list_of_sections(write):
+    path = write("out: a\nseveral:\n  - rate: 0.2\n  - {kind: y, rate: 1e-6}\n")
+    assert load_config(Outer, path).several == (Inner(rate=0.2), Inner(rate=1e-6, kind="y"))
+    changed = load_config(Outer, path, ["several.1.rate=3", "several.0={kind: y}"])
+    assert changed.several == (Inner(kind="y"), Inner(rate=3.0, kind="y"))
+    for place in ("2.rate", "x.rate", "-1.rate", "2"):
+        message = error_of(load_config, Outer, path, [f"several.{place}=1"])
+        assert f"{place.split('.')[0]!r} is no place in a list of 2, counted from 0" in message
+    assert "rate is a value, not a section" in error_of(load_config, Outer, path, ["several.1.rate.x=1"])
 
 
 def test_numbers_as_people_write_them(write):
@@ -80,7 +92,14 @@ def test_a_section_starts_from_its_own_field_s_defaults():
         ({"out": "a", "step": 3}, "t: unknown key step; did you mean steps?"),
         ({"out": "a", "inner": {"rat": 3}}, "unknown key inner.rat; did you mean inner.rate?"),
         ({"out": "a", "maybe": {"kin": 3}}, "unknown key maybe.kin; did you mean maybe.kind?"),
-        ({"out": "a", "qqq": 1, "zzz": 2}, "unknown key qqq; known here: out, steps, inner, maybe; unknown key zzz"),
+        ({"out": "a", "several": [{}, {"rat": 3}]}, "unknown key several.1.rat; did you mean several.1.rate?"),
+        ({"out": "a", "several": [{}, {"rate": "x"}]}, "several.1.rate: Input should be a valid number"),
+        ({"out": "a", "several": [3]}, "several.0: Input should be a dictionary or an instance of Inner (got 3)"),
+        ({"out": "a", "several": {"rate": 3}}, "several: Input should be a valid tuple"),
+        (
+            {"out": "a", "qqq": 1, "zzz": 2},
+            "unknown key qqq; known here: out, steps, inner, maybe, several; unknown key zzz",
+        ),
         ({}, "out: Field required"),
         ({"out": 5}, "out: Input should be a valid string (got 5)"),
         ({"out": "a", "steps": "many"}, "unable to parse string as an integer (got 'many')"),
@@ -145,7 +164,7 @@ def test_files_and_overrides_that_cannot_be_read(write, tmp_path):
 @pytest.mark.parametrize(
     "config",
     [
-        Outer(out="a", maybe=Inner(rate=1e-7)),
+        Outer(out="a", maybe=Inner(rate=1e-7), several=(Inner(), Inner(kind="y"))),
         SftConfig(out="a b: c", max_steps=3),
         GrpoConfig(out="a", steps=4, optimizer=dataclasses.replace(GrpoConfig(out="a").optimizer, lr=3e-7)),
     ],

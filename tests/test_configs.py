@@ -10,12 +10,13 @@ import pytest
 import yaml
 
 from rmr1_jax.config import load_config
+from rmr1_jax.data.mixture import MixtureConfig
 from rmr1_jax.train.grpo import GrpoConfig
 from rmr1_jax.train.sft import SftConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = {"sft": SftConfig, "grpo": GrpoConfig}
-RECIPES = sorted(p for p in (ROOT / "configs").glob("*.yaml") if not p.stem.startswith("real_rows"))
+RECIPES = sorted(p for p in (ROOT / "configs").glob("*.yaml") if p.stem.split("_")[0] in STAGES)
 # Query heads, key-value heads.
 HEADS = {"0.5b": (14, 2), "1.5b": (12, 2), "7b": (28, 4), "14b": (40, 8), "32b": (40, 8)}
 CHIPS_OF_A_HOST = 4
@@ -146,3 +147,19 @@ def test_the_paper_s_recipe(path):
     assert (config.aggregation, config.normalize_std, config.dynamic_sampling) == ("sequence", True, 1)
     # The Instruct models' prompt asks for the whole Chain-of-Rubrics trace, the DeepSeek models' for a verdict.
     assert config.structure == ("verdict" if "deepseek" in path.stem else "cor")
+
+
+def test_the_paper_s_mixture():
+    path = ROOT / "configs" / "mixture_rm_r1.yaml"
+    program, *command, file, override = shlex.split(comments(path)[0])
+    assert (program, command, ROOT / file) == ("rmr1", ["data", "mix"], path)
+    config = load_config(MixtureConfig, path)
+    assert load_config(MixtureConfig, path, [override]) == config
+    skywork, code, math_step = config.sources
+    assert (skywork.path, skywork.exclude) == (
+        "Skywork/Skywork-Reward-Preference-80K-v0.2",
+        {"source": ("magpie_ultra",)},
+    )
+    assert (code.path, code.count, code.shuffle) == ("Vezora/Code-Preference-Pairs", 8000, 42)
+    assert (math_step.path, math_step.count) == ("xinlai/Math-Step-DPO-10K", None)
+    assert [source.format for source in config.sources] == ["skywork", "code-preference", "math-step"]

@@ -15,9 +15,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from rmr1_jax.data.rows import BadRow, Place, Row, describe, open_file, skip_space
+from rmr1_jax.data.strangers import own_file, unique
 from rmr1_jax.errors import InputError
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
+MAX_SOURCE = 2**50  # bytes: any
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
@@ -49,6 +51,8 @@ def source_files(path: str | Path) -> list[Path]:
     if not path.is_dir():
         return [path]
     files = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES and file.is_file())
+    for file in files:
+        own_file(file, path, most=MAX_SOURCE)  # a folder from elsewhere: a link may lead out of it
     if not files:
         raise InputError(f"{path}: the folder holds no {', '.join(SUFFIXES)} file")
     return files
@@ -75,7 +79,7 @@ def _jsonl(file: Path, count: Iterator[int]) -> Iterator[Row | BadRow]:
 def _json_line(line: bytes, place: Place) -> Row | BadRow:
     raw = line.decode(errors="backslashreplace").rstrip("\r\n")
     try:
-        value = json.loads(line.decode())
+        value = json.loads(line.decode(), object_pairs_hook=unique)
     except UnicodeDecodeError as error:
         column = len(line[: error.start].decode()) + 1
         return BadRow(replace(place, column=column), None, f"not UTF-8 (byte 0x{line[error.start]:02x})", raw)
@@ -95,7 +99,7 @@ def _object(value: object, place: Place, raw: str) -> Row | BadRow:
 def _json_array(file: Path, count: Iterator[int]) -> Iterator[Row | BadRow]:
     """The array's elements. They are decoded one by one so that each has its place."""
     text = _decoded(file)
-    decoder, line, line_start, counted = json.JSONDecoder(), 1, 0, 0
+    decoder, line, line_start, counted = json.JSONDecoder(object_pairs_hook=unique), 1, 0, 0
     position = skip_space(text, skip_space(text, 0) + 1)
     ended = text[position : position + 1] == "]"
     while not ended:
@@ -140,8 +144,12 @@ def _parquet(file: Path, count: Iterator[int]) -> Iterator[Row]:
     import pyarrow.parquet as pq
 
     try:
-        for batch in pq.ParquetFile(file).iter_batches(batch_size=256):
+        table, found = pq.ParquetFile(file), 0
+        for batch in table.iter_batches(batch_size=256):
             for value in batch.to_pylist():
                 yield Row(value=value, place=Place(file=str(file), index=next(count)))
+            found += batch.num_rows
+        if found != table.metadata.num_rows:  # damaged where it lists its parts: they would be passed over in silence
+            raise InputError(f"{file}: says that it has {table.metadata.num_rows} rows, but {found} could be read")
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise InputError(f"{file}: not a readable Parquet file: {error}") from error

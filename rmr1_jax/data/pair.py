@@ -5,6 +5,7 @@ Next: `data/preferences.py`, which reads pairs; `prompts/prompt.py`, which shows
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
@@ -121,6 +122,11 @@ class PreferencePair:
             conversation_b=self.conversation_a,
             better=_OTHER[self.better],
         )
+
+
+def drawn_in_b(seed: int, id: str) -> bool:
+    """Whether a pair's chosen answer is shown in B, where the source fixes no order: by seed and id alone."""
+    return bool(hashlib.sha256(f"{seed}/{id}".encode()).digest()[0] & 1)
 
 
 def render_pair(prompt: Prompt, pair: PreferencePair) -> Messages:

@@ -1,4 +1,4 @@
-"""Preference pairs from every source: our JSONL pairs, RewardBench, RM-Bench and RMB, told apart by their fields.
+"""Preference pairs from every source: our JSONL pairs, public preference sets and benchmarks, told by their fields.
 
     pairs = read_pairs("pairs.jsonl")                       # a generator; memory does not grow with the file
     report = ReadReport()
@@ -13,27 +13,32 @@ Files are JSONL, JSON arrays or Parquet, whatever the format. Our own rows have 
 
 and every other field goes into the pair's `meta`.
 
-Next: `data/pair.py` for what a pair is; `data/benchmarks.py` for the benchmarks' rows; `data/published.py` for the
-published training rows, which are rendered already.
+Next: `data/pair.py` for what a pair is; `data/sources.py` and `data/benchmarks.py` for the rows of the sets RM-R1 is
+trained and evaluated on; `data/published.py` for the published training rows, which are rendered already.
 """
 
 from __future__ import annotations
 
 import difflib
-import hashlib
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from rmr1_jax.data.benchmarks import LegacyFlags, OrderFlags, rewardbench_parser, rm_bench_parser, rmb_parser
 from rmr1_jax.data.containers import read_rows, refuse_as_rejects
-from rmr1_jax.data.pair import ROLES, Message, PreferencePair, render_pair
+from rmr1_jax.data.pair import ROLES, Message, PreferencePair, drawn_in_b, render_pair
 from rmr1_jax.data.rows import BadRow, ReadReport, Row, keep_good
+from rmr1_jax.data.sources import CHOSEN_PARSERS, TOLD_BY, Parser, published_parser
 from rmr1_jax.errors import InputError
+from rmr1_jax.prompts.prompt import Prompt
+from rmr1_jax.prompts.recover import recover_prompt
 
 __all__ = ["FORMATS", "LegacyFlags", "Message", "PreferencePair", "ReadReport", "read_pairs", "render_pair"]
 
-FORMATS = ("pairs", "rewardbench", "rm-bench", "rmb")
+_FRAME_ROWS = 256  # of published rows, from which their prompt is recovered
+BENCHMARKS = ("rewardbench", "rm-bench", "rmb")
+FORMATS = ("pairs", *CHOSEN_PARSERS, "published", *BENCHMARKS)
 
 
 def read_pairs(
@@ -42,6 +47,7 @@ def read_pairs(
     *,
     seed: int = 0,
     flags: OrderFlags | None = None,
+    select: Callable[[Row], bool] | None = None,
     on_bad_row: str = "error",
     rejects: str | Path | None = None,
     report: ReadReport | None = None,
@@ -49,10 +55,12 @@ def read_pairs(
     """The preference pairs of a file, or of all data files in a folder, one after the other.
 
     Args:
-        format: one of `FORMATS`, or "auto": told by the fields of the first row that can be read.
+        format: one of `FORMATS`, or "auto": told by the fields of the first row that can be read. "published", which
+            takes pairs out of rendered rows again, must be asked for.
         seed: of the A/B order, where the source does not fix it. The benchmarks' order is `LegacyFlags(seed)`; 0 is the
-            published one. Our own chosen/rejected rows are ordered by (seed, id), whatever else is in the file.
+            published one. Rows that say chosen and rejected are ordered by (seed, id), whatever else is in the file.
         flags: the benchmarks' order given outright, `flags[k]` for judgement k; see `data/benchmarks.py`.
+        select: rows for which it is False are passed over before they are checked; they count as kept and make no pair.
         on_bad_row, rejects, report: "error" raises at the first bad row, "quarantine" writes it into `rejects` (JSONL)
             and goes on; `report` is kept up to date. A second row with the same id is a bad row.
 
@@ -66,17 +74,50 @@ def read_pairs(
     rows: Iterable[Row | BadRow] = read_rows(path)
     if format == "auto":
         format, rows = _told_by_fields(rows, path)
+    parse, rows = _parser(format, rows, seed, flags, path)
+    return keep_good(rows, _selected(_once(parse), select), on_bad_row=on_bad_row, rejects=rejects, report=report)
+
+
+def source_format(path: str | Path) -> str:
+    """The format of a source, told by its first row that can be read; InputError as for `read_pairs`."""
+    return _told_by_fields(read_rows(path), path)[0]
+
+
+def _parser(
+    format: str, rows: Iterable[Row | BadRow], seed: int, flags: OrderFlags, path: str | Path
+) -> tuple[Parser, Iterable[Row | BadRow]]:
+    """What parses a row of the format, and the rows, of which it may have needed some beforehand."""
     if format == "rm-bench":  # its order is drawn by the number of items
         rows = list(rows)
-        parse = rm_bench_parser(flags, len(rows))
-    elif format == "pairs":
-        parse = pairs_parser(seed)
-    else:
-        parse = {"rewardbench": rewardbench_parser, "rmb": rmb_parser}[format](flags)
-    return keep_good(rows, _once(parse), on_bad_row=on_bad_row, rejects=rejects, report=report)
+        return rm_bench_parser(flags, len(rows)), rows
+    if format == "published":
+        rows = iter(rows)
+        first = list(itertools.islice(rows, _FRAME_ROWS))
+        return published_parser(_prompt_of(first, path)), itertools.chain(first, rows)
+    if format in BENCHMARKS:
+        return {"rewardbench": rewardbench_parser, "rmb": rmb_parser}[format](flags), rows
+    return (pairs_parser if format == "pairs" else CHOSEN_PARSERS[format])(seed), rows
 
 
-def pairs_parser(seed: int) -> Callable[[Row], list[PreferencePair]]:
+def _prompt_of(rows: list[Row | BadRow], path: str | Path) -> Prompt:
+    """The prompt that published rows were rendered with; those that are bad are reported when they are parsed."""
+    shown = []
+    for row in rows:
+        with suppress(BadRow):
+            if isinstance(row, Row):
+                messages = row.messages("context_messages", ("system", "user"), last="user")
+                shown.append([{"role": role, "content": content} for role, content in messages])
+    try:
+        return recover_prompt(shown)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+
+
+def _selected(parse: Parser, select: Callable[[Row], bool] | None) -> Parser:
+    return parse if select is None else lambda row: parse(row) if select(row) else []
+
+
+def pairs_parser(seed: int) -> Parser:
     """Our own row -> one pair."""
 
     def parse(row: Row) -> list[PreferencePair]:
@@ -93,7 +134,7 @@ def pairs_parser(seed: int) -> Callable[[Row], list[PreferencePair]]:
         sides = _sides(row)
         first, second = conversation(sides[0]), conversation(sides[1])
         if sides == ("chosen", "rejected"):
-            chosen_in_b = bool(hashlib.sha256(f"{seed}/{name}".encode()).digest()[0] & 1)
+            chosen_in_b = drawn_in_b(seed, name)
             first, second = (second, first) if chosen_in_b else (first, second)
             better: object = "B" if chosen_in_b else "A"
         else:
@@ -120,11 +161,11 @@ def _sides(row: Row) -> tuple[str, str]:
     return present[0]
 
 
-def _once(parse: Callable[[Row], list[PreferencePair]]) -> Callable[[Row], Sequence[PreferencePair]]:
+def _once(parse: Parser) -> Parser:
     """`parse`, which also refuses an id that an earlier row had."""
     seen: dict[str, str] = {}
 
-    def parse_once(row: Row) -> Sequence[PreferencePair]:
+    def parse_once(row: Row) -> list[PreferencePair]:
         pairs = parse(row)
         for pair in pairs:
             if pair.id in seen:
@@ -152,12 +193,16 @@ def _format_of(row: Row) -> str:
     fields = set(row.value)
     if {"context_messages", "winner"} <= fields:
         raise InputError(
-            f"{row.place}: these are published training rows, rendered already; use `read_published`, not `read_pairs`"
+            f"{row.place}: these are published training rows, rendered already; training and `rmr1 data prepare` take "
+            "them as they are (`read_published`); to take their pairs out of the text again, say format: published"
         )
     if "Is_Chosen_Answer_Shuffled_toPositionB" in fields:
         raise InputError(f"{row.place}: this is a log of judgements, not a data set; `rmr1 score` reads logs")
     if "conversation_input" in fields:
         return "rmb"
+    told = [name for name, needed in TOLD_BY.items() if needed <= fields]
+    if told and (told[0] != "skywork" or not {"id", "question", "prompt"} & fields):
+        return told[0]
     if {"prompt", "chosen", "rejected"} <= fields:
         return "rm-bench" if isinstance(row.value["chosen"], list) else "rewardbench"
     return "pairs"
