@@ -1,11 +1,12 @@
 """Packing and batches: nothing cut, nothing lost, and an order that the seed alone decides."""
 
+import json
 from collections import Counter
 
 import numpy as np
 import pytest
 
-from rmr1_jax.data.pipeline import assemble, pack, plan_rows, sft_batches
+from rmr1_jax.data.pipeline import View, assemble, lengths_of, pack, plan_rows, sft_batches, trained_lengths_of
 from rmr1_jax.data.tokens import Example
 from rmr1_jax.errors import InputError
 
@@ -67,6 +68,29 @@ def test_emptier_rows_are_not_all_at_the_end():
     lengths = lognormal(3000)
     filled = [sum(lengths[i] for i in row) for row in plan_rows(lengths, 4096, epochs=1, seed=0).rows]
     assert np.argmin(filled) < 0.9 * len(filled)
+
+
+def test_rows_of_the_published_lengths_are_97_percent_full(shared_data):
+    """The spread of the published rows' characters, at the tokens that the paper's have (in the mean 1,151 in a prompt
+    and 626 in a trace); as many rows as the published set. And all of them are in it, whole."""
+    lines = (shared_data / "published_rows" / "distill_sft.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    characters = np.array([[sum(len(m["content"]) for m in r["context_messages"]), len(r["winner"])] for r in rows])
+    tokens = (characters * ([1151, 626] / characters.mean(0))).sum(1).astype(int)
+    for seed in range(3):
+        lengths = np.random.default_rng(seed).choice(tokens, 8700)
+        packed = plan_rows(lengths, 12288, epochs=1, seed=seed).rows
+        assert lengths.sum() / (12288 * len(packed)) >= 0.97
+        assert sorted(i for row in packed for i in row) == list(range(8700))
+        assert max(lengths[row].sum() for row in packed) <= 12288
+
+
+def test_epochs_do_not_pack_the_same_examples_together():
+    """Only a window is sorted: whom an example stands beside is drawn anew."""
+    lengths = lognormal(2000)
+    one, two = plan_rows(lengths, 4096, epochs=1, seed=0).rows, plan_rows(lengths, 4096, epochs=2, seed=0).rows
+    pairs = [{(a, b) for row in rows for a in row for b in row if a < b} for rows in (one, two[len(one) :])]
+    assert len(pairs[0] & pairs[1]) < 0.05 * len(pairs[0])
 
 
 def test_assemble():
@@ -143,6 +167,78 @@ def test_a_process_assembles_its_own_rows_and_knows_the_sums_of_all(own):
             np.testing.assert_array_equal(rows, whole.rows[name][own])
         empty |= not part.rows["segment_ids"].any()
     assert empty == (own == [2])
+
+
+class Counted:
+    """Examples whose lengths are known, as a prepared set's are; and which of them were read."""
+
+    def __init__(self, examples):
+        self.examples, self.read = examples, []
+        self.lengths, self.trained_lengths = lengths_of(examples), trained_lengths_of(examples)
+
+    def __len__(self):
+        return len(self.examples)
+
+    def __getitem__(self, index):
+        self.read.append(int(index))
+        return self.examples[index]
+
+
+def hosts_rows(hosts: int, host: int, rows: int) -> list[int]:
+    return list(range(host * rows // hosts, (host + 1) * rows // hosts))
+
+
+def run_on(examples, hosts: int, start: int = 0, **sizes) -> list[dict]:
+    """The global batches of a run on some hosts, put together from the parts that each assembles."""
+    parts = [
+        sft_batches(examples, **sizes, start=start, own=hosts_rows(hosts, host, sizes["batch_rows"]))[0]
+        for host in range(hosts)
+    ]
+    joined = []
+    for batches in zip(*parts, strict=True):
+        assert len({str(batch[1:]) for batch in batches}) == 1  # what all know of the whole batch
+        joined.append({k: np.concatenate([batch.rows[k] for batch in batches]) for k in batches[0].rows})
+    return joined
+
+
+def test_the_same_global_batches_on_any_number_of_hosts_and_after_a_change_of_it():
+    examples = examples_of(lognormal(40))
+    sizes = {"row_length": 4096, "batch_rows": 4, "epochs": 3, "seed": 5}
+    whole = run_on(examples, 1, **sizes)
+    assert len(whole) > 4
+    for hosts in (2, 4):
+        for start in range(len(whole)):  # a run of another number of hosts stopped there
+            rest = run_on(examples, hosts, start, **sizes)
+            assert len(rest) == len(whole) - start
+            for a, b in zip(rest, whole[start:], strict=True):
+                for name in b:
+                    np.testing.assert_array_equal(a[name], b[name])
+
+
+def test_a_host_reads_the_rows_that_it_assembles_and_no_others():
+    examples = examples_of(lognormal(200))
+    sizes = {"row_length": 4096, "batch_rows": 4, "epochs": 1, "seed": 0}
+    read = []
+    for host in range(4):
+        counted = Counted(examples)
+        batches, _ = sft_batches(counted, **sizes, own=[host])
+        assert not counted.read  # planning reads none
+        whole = [batch.items for batch in batches]
+        read.append(counted.read)
+    assert sorted(i for part in read for i in part) == list(range(200)) == sorted(i for items in whole for i in items)
+
+
+def test_a_view_knows_its_lengths_and_reads_nothing():
+    examples = Counted(examples_of(lognormal(50)))
+    chosen = np.flatnonzero(lengths_of(examples) < 600)
+    view = View(examples, chosen, lambda example: example.id)
+    assert 0 < len(view) < 50
+    np.testing.assert_array_equal(lengths_of(view), examples.lengths[chosen])
+    np.testing.assert_array_equal(trained_lengths_of(view), examples.trained_lengths[chosen])
+    assert not examples.read
+    assert list(view) == [f"e{i}" for i in chosen] and examples.read == chosen.tolist()
+    nested = View(view, np.array([2, 0]))
+    assert list(nested) == [view[2], view[0]] and nested.lengths.tolist() == view.lengths[[2, 0]].tolist()
 
 
 def test_the_first_token_of_a_segment_is_never_trained():

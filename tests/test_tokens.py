@@ -168,7 +168,7 @@ def test_tokenizers_that_cannot_be_used(variant, tmp_path):
     assert "no chat template" in error_of(Tokenizer, path)
     (path / "generation_config.json").write_text("[1]")
     (path / "tokenizer_config.json").write_text(json.dumps({"chat_template": "x"}))
-    assert "not a JSON object" in error_of(Tokenizer, path)
+    assert "expected a JSON object" in error_of(Tokenizer, path)
     (path / "generation_config.json").write_text('{"eos_token_id": "</s>"}')
     assert "no end of turn is named" in error_of(Tokenizer, path)
     (path / "generation_config.json").unlink()

@@ -8,28 +8,35 @@ a chat template, because some templates cut what stands before `</think>`.
 from __future__ import annotations
 
 import dataclasses
-import json
+import functools
+import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 from tokenizers import AddedToken
 
+from rmr1_jax.data.strangers import own_file, read_object
 from rmr1_jax.errors import InputError
 
 CONTROL_TOKEN = re.compile(r"<[|\uff5c].+[|\uff5c]>")  # <|im_start|>, and the same with full-width bars
+VOCABULARY_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model")
+TOKENIZER_FILES = (*VOCABULARY_FILES, "*config.json", "added_tokens.json", "special_tokens_map.json", "*.jinja")
 
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """One training row before packing. tokens: [T] int32. trained: [T] bool, True where the loss looks."""
+    """One training row before packing. tokens: [T] int32. trained: [T] bool, True where the loss looks (nowhere in a
+    prompt for GRPO). source: where the row is from, "" where it does not say. better: "A" or "B", the better
+    side or the one that the trace names; None: not known."""
 
     id: str
     tokens: np.ndarray
     trained: np.ndarray
+    source: str = ""
+    better: str | None = None
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -53,14 +60,20 @@ class Tokenizer:
         # Where tokenizer.json lies there it is the truth. AutoTokenizer would look at config.json beside it and rebuild
         # the splitting rules of that model family: other ids from the same file.
         reader = PreTrainedTokenizerFast if (self.directory / "tokenizer.json").is_file() else AutoTokenizer
+        for file in self.directory.glob("*"):
+            if any(file.match(name) for name in TOKENIZER_FILES):
+                own_file(file)
         try:
             self.hf = reader.from_pretrained(str(directory), trust_remote_code=False, local_files_only=True)
-        except Exception as e:  # for a broken file the tokenizers library raises nothing narrower
+        except BaseException as e:  # of a broken file the libraries raise anything; a panic in Rust is no Exception
+            if not isinstance(e, Exception) and type(e).__name__ != "PanicException":
+                raise
             raise InputError(f"{directory}: no tokenizer could be read ({e}); expected tokenizer.json beside it") from e
-        if not self.hf.chat_template:
+        if not self.hf.chat_template or not isinstance(self.hf.chat_template, str | dict):
             raise InputError(
                 f"{directory}: the tokenizer has no chat template; add chat_template.jinja from the model's own page"
             )
+        self.hf.model_max_length = 10**30  # our own limit is the model's; theirs only warns, and may be of any type
         self.stop_ids = self._read_stop_ids()
         self.specials = self._flag_control_tokens()
 
@@ -73,14 +86,15 @@ class Tokenizer:
         limit = len(self.hf)
         return self.hf.decode([i for i in ids if 0 <= i < limit], skip_special_tokens=True)
 
-    def render(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """Messages (role, content) -> the ids of a prompt that ends where the assistant begins.
+    def render(self, messages: Sequence[Mapping[str, str]], answered: bool = False) -> list[int]:
+        """Messages (role, content) -> the ids of a prompt that ends where the assistant begins; `answered`: of a
+        conversation that ends with the assistant's turn, as a reward model scores it.
 
         Raises:
             InputError: the template refuses the messages (a system turn it does not know, say).
         """
         if not any(self._has_special(m["content"]) for m in messages):
-            text = self._template(messages)
+            text = self._template(messages, answered)
             for m in messages:
                 # What an earlier assistant turn thought may be cut; what was asked may not.
                 if m["role"] != "assistant" and m["content"].strip() not in text:
@@ -88,7 +102,7 @@ class Tokenizer:
             return self.hf.encode(text, add_special_tokens=False)
         # Let the template see harmless stand-ins, and put the texts back piece by piece as plain text.
         stand_ins = [f"\ue000{i}\ue001" for i in range(len(messages))]
-        text = self._template([{**m, "content": s} for m, s in zip(messages, stand_ins, strict=True)])
+        text = self._template([{**m, "content": s} for m, s in zip(messages, stand_ins, strict=True)], answered)
         ids: list[int] = []
         for message, stand_in in zip(messages, stand_ins, strict=True):
             before, found, text = text.partition(stand_in)
@@ -97,21 +111,35 @@ class Tokenizer:
             ids += self.hf.encode(before, add_special_tokens=False) + self.encode(message["content"])
         return ids + self.hf.encode(text, add_special_tokens=False)
 
+    @functools.cached_property
+    def fingerprint(self) -> dict[str, str]:
+        """What decides the ids of a row, by name: rows that were tokenised under another fingerprint are other rows."""
+        files = [self.directory / name for name in VOCABULARY_FILES]
+        digest = hashlib.sha256(b"".join(file.read_bytes() for file in files if file.is_file()))
+        added = {id: (token.content, token.special) for id, token in self.hf.added_tokens_decoder.items()}
+        digest.update(repr(sorted(added.items())).encode())
+        template = hashlib.sha256(repr(self.hf.chat_template).encode())
+        found = {"tokenizer": digest.hexdigest(), "chat template": template.hexdigest()}
+        return {name: value[:16] for name, value in found.items()} | {"end of turn": str(self.stop_ids[0])}
+
     def example(self, id: str, messages: Sequence[Mapping[str, str]], trace: str) -> Example:
         """A row for SFT: the prompt, the trace and the end of the turn; the last two are trained."""
         prompt, target = self.render(messages), [*self.encode(trace), self.stop_ids[0]]
         trained = np.arange(len(prompt) + len(target)) >= len(prompt)
         return Example(id, np.asarray(prompt + target, np.int32), trained)
 
-    def _template(self, messages: Sequence[Mapping[str, str]]) -> str:
+    def _template(self, messages: Sequence[Mapping[str, str]], answered: bool) -> str:
         try:
-            return self.hf.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
-        except jinja2.TemplateError as e:
+            return self.hf.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=not answered)
+        except Exception as e:  # a template is a program of whoever made the model, and may fail in any way
             roles = [m["role"] for m in messages]
             raise InputError(f"{self.directory}: the chat template refuses turns {roles}: {e}") from e
 
     def _has_special(self, text: str) -> bool:
-        return any(token in text for token in self.specials)
+        """Whether a control token stands in the text, or in what the tokenizer normalises it to (NFKC, lower case)."""
+        normalizer = getattr(getattr(self.hf, "backend_tokenizer", None), "normalizer", None)
+        texts = [text] if normalizer is None else [text, normalizer.normalize_str(text)]
+        return any(token in each for each in texts for token in self.specials)
 
     def _flag_control_tokens(self) -> list[str]:
         """All control tokens, by their flag or by their form: DeepSeek's distilled Qwens do not flag role markers."""
@@ -125,13 +153,10 @@ class Tokenizer:
         ids: list[Any] = []
         path = self.directory / "generation_config.json"
         if path.is_file():
-            try:
-                given = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-            except (ValueError, AttributeError) as e:
-                raise InputError(f"{path}: not a JSON object ({e})") from e
+            given = read_object(path).get("eos_token_id")
             ids = given if isinstance(given, list) else [given]
         ids = [i for i in ids if i is not None] or [i for i in [self.hf.eos_token_id] if i is not None]
-        if not ids or not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
+        if not ids or not all(type(i) is int and 0 <= i < 2**31 for i in ids):
             raise InputError(f"{self.directory}: no end of turn is named; set eos_token_id in generation_config.json")
         # The turn's own end first: it is the one that SFT trains.
         return sorted(ids, key=lambda i: i != self.hf.eos_token_id)
