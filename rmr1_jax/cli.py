@@ -1,7 +1,8 @@
 """The command `rmr1`: each subcommand is a dataclass with its options and a `run` that calls the library.
 
 Everything heavy is imported inside `run`, so that help and mistakes in a command show at once. Exit codes: 0; 1 for a
-run that cannot go on; 2 for bad input; 130 when interrupted.
+run that cannot go on; 2 for bad input; 42 for SIGTERM, when what was done is safe and the same command goes on from
+there; 130 when interrupted.
 
 Next: the functions that the commands call: `train/sft.py`, `train/grpo.py`, `judge_file.py`, `report.py`.
 """
@@ -19,8 +20,10 @@ import tyro
 from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, OmitSubcommandPrefixes, Positional, arg, subcommand
 
 from rmr1_jax.cli_data import Data
+from rmr1_jax.cli_eval import Compare, Eval, Score
 from rmr1_jax.cli_options import ConfigFile, Dtype, MaybeFloat, MaybeInt, MaybePath, MaybeText, Overrides
 from rmr1_jax.errors import InputError, RunError
+from rmr1_jax.preemption import PREEMPTED, Preempted, Preemption
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -134,8 +137,8 @@ class JudgePairs:
     """Pairs with a longer prompt are not asked: status too_long. Default: what the model's positions leave."""
     seed: int = 0
     """Of the sampling, and of the order in which chosen and rejected answers are shown."""
-    batch_size: int = 32
-    """Pairs judged and written at a time. Lower it when memory runs out."""
+    batch_size: int = 1024
+    """Pairs handed to the judge at a time; a killed run judges the batch that it was in again."""
     dtype: Dtype = "bfloat16"
     """Of the model's arithmetic."""
     rejects: MaybePath = None
@@ -227,7 +230,7 @@ class Export:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Report:
-    """One HTML file about runs: results, curves, readable traces, settings."""
+    """One HTML file about training runs (curves, traces) or evaluations (scores, every judgement)."""
 
     run_dirs: Annotated[Positional[tuple[Path, ...]], arg(metavar="RUN_DIR [RUN_DIR ...]", help_behavior_hint="")]
     """Directories that `rmr1` wrote to; several are compared."""
@@ -235,11 +238,13 @@ class Report:
     """The file to write; by default report.html in the first directory."""
 
     def run(self) -> None:
+        from rmr1_jax.eval.compare import compare
         from rmr1_jax.report import write_report
 
         if not self.run_dirs:
             raise InputError("no run directory is given; expected rmr1 report RUN_DIR [RUN_DIR ...]")
-        print(f"written: {write_report(self.run_dirs, self.out or self.run_dirs[0] / 'report.html')}")
+        out = self.out or self.run_dirs[0] / "report.html"
+        print(f"written: {write_report(self.run_dirs, out, compare=compare)}")
 
 
 Command = (
@@ -248,6 +253,9 @@ Command = (
     | Annotated[Grpo, subcommand("grpo")]
     | Annotated[Plan, subcommand("plan")]
     | Annotated[JudgePairs, subcommand("judge")]
+    | Annotated[Eval, subcommand("eval")]
+    | Annotated[Score, subcommand("score")]
+    | Annotated[Compare, subcommand("compare")]
     | Annotated[Data, subcommand("data")]
     | Annotated[Export, subcommand("export")]
     | Annotated[Report, subcommand("report")]
@@ -266,7 +274,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Transformers is here for its tokenizers; that PyTorch is absent is no news to anybody.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
-        command.run()
+        with Preemption() as preemption, preemption.interruptible():
+            command.run()
+    except Preempted:
+        print("stopped by SIGTERM; run the same command again to go on where it stopped", file=sys.stderr)
+        return PREEMPTED
     except (InputError, RunError) as e:
         print("error:", " ".join(str(e).split()), file=sys.stderr)
         return 2 if isinstance(e, InputError) else 1

@@ -1,28 +1,48 @@
 """Judge a file of pairs into a file of verdicts, and go on where a killed run stopped: nothing lost, nothing twice.
 
-Rows are appended batch by batch, in the order of the pairs, and are on the disk before the next batch begins. A side
-file holds the settings they were made with, so that a run with others cannot continue them unnoticed.
+Rows are appended as they are made, so in the order in which the judge finishes; when all are there they are put in the
+order of the pairs. A killed run loses none; where the machine itself goes down, it may lose those of its last second. A
+side file holds the settings they were made with, so that a run with others cannot continue them unnoticed.
 
-Next: `judge.py`, which judges; `data/preferences.py`, which reads the pairs.
+What a run gives does not depend on whether it was killed. A text depends on its prompt, its number and the seed, but
+the last bits of a matrix product depend on what is computed with it; a batch that was cut is therefore judged whole
+again, and what it had already written is left as it stands.
+
+Next: `judge.py`, which judges; `data/preferences.py`, which reads the pairs; `data/appending.py`, which writes.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import itertools
 import json
-import os
-from collections.abc import Iterable, Iterator, Mapping
+import time
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from rmr1_jax.config import config_differences
+from rmr1_jax.data.appending import alone, append_rows, files_digest, take_up
 from rmr1_jax.data.preferences import PreferencePair
-from rmr1_jax.errors import InputError, RunError
-from rmr1_jax.judge import STATUSES, Judge, Judgement
+from rmr1_jax.errors import InputError
+from rmr1_jax.files import write_whole
+from rmr1_jax.judge_result import STATUSES, AnyJudge, Judgement
+
+__all__ = [
+    "Outcome",
+    "Summary",
+    "files_digest",
+    "judge_file",
+    "judgement_row",
+    "put_in_order",
+    "summarize",
+    "verdict_row",
+]
+
+SYNC_SECONDS = 1.0  # rows outlive the process as soon as they are written, and the machine after that long
+RowOf = Callable[[PreferencePair, Judgement], dict[str, Any]]
 
 
 class Outcome(NamedTuple):
@@ -56,53 +76,130 @@ class Summary:
         return f"{self.pairs} pairs: {', '.join(shares)}; accuracy {known}"
 
 
+def verdict_row(pair: PreferencePair, judgement: Judgement) -> dict[str, Any]:
+    """The row of `rmr1 judge`: `id`, `winner`, `status`, `votes`, `text`; `correct` where the better answer is known;
+    `note` where there is one."""
+    row = {"id": pair.id} | {k: getattr(judgement, k) for k in ("winner", "status", "votes", "text")}
+    if pair.better is not None:
+        row["correct"] = judgement.winner == pair.better
+    return row | ({"note": judgement.note} if judgement.note else {})
+
+
+def judgement_row(pair: PreferencePair, judgement: Judgement) -> dict[str, Any]:
+    """The row of `rmr1 eval`: all that there is to know of one judgement, for scores, logs and the report.
+
+    id, better, winner, status, correct, votes; question, response_a, response_b, or conversation_a, conversation_b
+    (message lists), as shown first; meta: the pair's; kind: of the trace; texts, verdicts, tokens: by order, then by
+    vote; scores: [a, b] of a judge that gives scores; note where there is one.
+    """
+    row: dict[str, Any] = {"id": pair.id, "better": pair.better}
+    row |= {"winner": judgement.winner, "status": judgement.status, "correct": judgement.winner == pair.better}
+    row["votes"] = dict(judgement.votes)
+    if pair.single_turn:
+        row |= {"question": pair.question, "response_a": pair.response_a, "response_b": pair.response_b}
+    else:
+        for side in ("conversation_a", "conversation_b"):
+            row[side] = [message._asdict() for message in getattr(pair, side)]
+    row |= {"meta": dict(pair.meta), "kind": judgement.trace.kind}
+    row |= {name: [list(own) for own in getattr(judgement, name)] for name in ("texts", "verdicts", "tokens")}
+    if judgement.scores is not None:
+        row["scores"] = list(judgement.scores)
+    return row | ({"note": judgement.note} if judgement.note else {})
+
+
 def judge_file(
-    judge: Judge,
+    judge: AnyJudge,
     pairs: Iterable[PreferencePair],
     output: str | Path,
     *,
     votes: int = 1,
     both_orders: bool = False,
     seed: int = 0,
-    batch_size: int = 32,
+    batch_size: int = 1024,
     total: int | None = None,
     identity: Mapping[str, Any] | None = None,
+    row_of: RowOf = verdict_row,
+    command: str = "rmr1 judge",
 ) -> Summary:
-    """Judge pairs into a JSONL file, one row a pair, in order; go on where an earlier run of the same call stopped.
+    """Judge pairs into a JSONL file, one row a pair; go on where an earlier run of the same call stopped.
 
-    A row has `id`, `winner`, `status`, `votes`, `text`; `correct` where the better answer is known; `note` where there
-    is one. Rows reach the disk after each batch. `output` + ".run.json" holds the settings they were made with.
+    A row is written as soon as its judgement is made; in the end the rows are in the order of the pairs. `output` +
+    ".run.json" holds the settings they were made with.
 
     Args:
-        batch_size: pairs judged, and rows written, at a time. total: of the progress bar.
+        batch_size: pairs that are handed to the judge at a time. Memory holds that many, whatever there is in all; at
+            the end of each, slots wait for its longest text.
+        total: of the progress bar.
         identity: what else must be the same to go on, such as which model and which input it is.
+        row_of: what is written of a pair; it has at least `id`, `status`, `correct`. command: that errors name.
 
     Raises:
-        InputError: `output` was made with other settings, or is not such a file; two pairs have the same id.
+        InputError: `output` was made with other settings, is not such a file, or is being written by another run; two
+            pairs have the same id.
         RunError: the disk refuses a row. What was written before stands.
     """
     if batch_size < 1:
         raise InputError(f"batch_size={batch_size} must be at least 1")
     output = Path(output)
     settings = {**(identity or {}), **judge.settings(votes, both_orders, seed)}
-    done = _take_up(output, settings)
-    seen: set[str] = set()
-    with tqdm(total=total, desc="judge", unit="pair", dynamic_ncols=True) as bar:
-        for batch in _batches(pairs, batch_size):
-            for pair in batch:
-                if pair.id in seen:
-                    raise InputError(f"two pairs have the id {pair.id!r}; ids must differ to be told apart in {output}")
-                seen.add(pair.id)
-            if all(pair.id in done for pair in batch):
-                bar.update(len(batch))
+    seen: dict[str, int] = {}
+    synced = time.monotonic()
+    with alone(output), tqdm(total=total, desc="judge", unit="pair", dynamic_ncols=True) as bar:
+        done = _take_up(output, settings, command)
+        for batch in _batches(_numbered(pairs, seen, output), batch_size):
+            missing = [pair for pair in batch if pair.id not in done]
+            asked = batch if missing and judge.whole_batches else missing
+            bar.update(len(batch) - len(asked))
+            if not asked:
                 continue
-            # A batch that was half written is judged whole again: the same shapes give the same bits.
-            judgements = judge.compare_many(batch, votes, both_orders, seed, on_done=bar.update)
-            rows = [_row(pair, judgement) for pair, judgement in zip(batch, judgements, strict=True)]
-            rows = [row for row in rows if row["id"] not in done]
-            _append(output, rows)
-            done |= {row["id"]: _outcome(row) for row in rows}
+            for number, judgement in judge.stream(asked, votes, both_orders, seed):
+                bar.update()
+                if asked[number].id not in done:
+                    row = row_of(asked[number], judgement)
+                    synced = _append(output, row, synced)
+                    done[row["id"]] = _outcome(row)
+            append_rows(output, [])
+        if done.keys() == seen.keys():
+            put_in_order(output, lambda row: seen[row["id"]])
     return summarize(done.values())
+
+
+def _numbered(pairs: Iterable[PreferencePair], seen: dict[str, int], output: Path) -> Iterator[PreferencePair]:
+    """The pairs, each noted in `seen` with its number."""
+    for pair in pairs:
+        if pair.id in seen:
+            raise InputError(f"two pairs have the id {pair.id!r}; ids must differ to be told apart in {output}")
+        seen[pair.id] = len(seen)
+        yield pair
+
+
+def _append(output: Path, row: Mapping[str, Any], synced: float) -> float:
+    """Write a row; `synced`, and what is returned, is when the disk was last waited for."""
+    now = time.monotonic()
+    sync = now - synced >= SYNC_SECONDS
+    append_rows(output, [row], sync=sync)
+    return now if sync else synced
+
+
+def put_in_order(path: Path, number: Callable[[dict[str, Any]], int]) -> None:
+    """Rewrite a JSONL file in the order of its rows' numbers. Memory holds two integers a row."""
+    numbers, offsets = array("q"), array("q")
+    with path.open("rb") as file:
+        offset = 0
+        for line in file:
+            numbers.append(number(json.loads(line)))
+            offsets.append(offset)
+            offset += len(line)
+        order = sorted(range(len(numbers)), key=numbers.__getitem__)
+        if order == list(range(len(order))):
+            return
+
+        def lines() -> Iterator[str]:
+            for k in order:
+                file.seek(offsets[k])
+                yield file.readline().decode()
+
+        write_whole(path, lines())
 
 
 def summarize(outcomes: Iterable[Outcome]) -> Summary:
@@ -111,29 +208,6 @@ def summarize(outcomes: Iterable[Outcome]) -> Summary:
     by_status = {status: sum(outcome.status == status for outcome in outcomes) for status in STATUSES}
     known = [outcome.correct for outcome in outcomes if outcome.correct is not None]
     return Summary(**by_status, known=len(known), correct=sum(known))
-
-
-def files_digest(files: Iterable[Path]) -> str:
-    """A short hash of files for `identity`: it tells a retrained model or an edited input from the one before.
-
-    It reads names, sizes and up to 256 blocks of 4 KiB spread evenly over each file, so it takes no time for weights.
-    """
-    digest = hashlib.sha256()
-    for path in files:
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}\n".encode())
-        with path.open("rb") as file:
-            for start in range(0, size, max(4096, size // 256)):
-                file.seek(start)
-                digest.update(file.read(4096))
-    return digest.hexdigest()[:16]
-
-
-def _row(pair: PreferencePair, judgement: Judgement) -> dict[str, Any]:
-    row = {"id": pair.id} | {k: getattr(judgement, k) for k in ("winner", "status", "votes", "text")}
-    if pair.better is not None:
-        row["correct"] = judgement.winner == pair.better
-    return row | ({"note": judgement.note} if judgement.note else {})
 
 
 def _outcome(row: Mapping[str, Any]) -> Outcome:
@@ -146,81 +220,16 @@ def _batches(pairs: Iterable[PreferencePair], size: int) -> Iterator[list[Prefer
         yield batch
 
 
-def _take_up(output: Path, settings: Mapping[str, Any]) -> dict[str, Outcome]:
-    """The outcomes that `output` holds, by id. Half a row at its end, left by a killed run, is cut off.
-
-    Nothing is touched unless `output` is new, or was made with these settings.
-    """
-    side = output.with_name(output.name + ".run.json")
-    settings = json.loads(json.dumps(settings))  # as it will be read back
-    try:
-        size = output.stat().st_size if output.exists() else 0
-        if size and not side.is_file():
-            raise InputError(
-                f"{output} is there, but not {side.name} beside it, which says how it was made; give another output"
-            )
-        done, whole = _read_verdicts(output) if size else ({}, 0)
-        if done:
-            _refuse_changes(output, side, settings)
-        else:
-            output.parent.mkdir(parents=True, exist_ok=True)
-            _write_whole(side, json.dumps(settings, indent=2) + "\n")
-        if whole < size:
-            os.truncate(output, whole)
-    except OSError as e:
-        raise InputError(f"{e.filename or output}: {e.strerror}; give an output that can be read and written") from e
-    return done
-
-
-def _read_verdicts(output: Path) -> tuple[dict[str, Outcome], int]:
-    """The outcomes by id, and how many bytes the whole lines take."""
+def _take_up(output: Path, settings: Mapping[str, Any], command: str) -> dict[str, Outcome]:
+    """The outcomes that `output` holds, by id."""
     done: dict[str, Outcome] = {}
-    whole = 0
-    with output.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.endswith(b"\n"):
-                break
-            try:
-                row = json.loads(line)
-                if row["id"] in done:
-                    raise ValueError(f"id {row['id']!r} for the second time")
-                if row["status"] not in STATUSES:
-                    raise ValueError(f"status {row['status']!r}")
-                done[row["id"]] = _outcome(row)
-            except (ValueError, KeyError, TypeError) as e:
-                raise InputError(
-                    f"{output}:{number}: not a row of `rmr1 judge` ({e}); remove the line, or give another output"
-                ) from e
-            whole += len(line)
-    return done, whole
 
+    def parse(row: Mapping[str, Any]) -> None:
+        if row["id"] in done:
+            raise ValueError(f"id {row['id']!r} for the second time")
+        if row["status"] not in STATUSES:
+            raise ValueError(f"status {row['status']!r}")
+        done[row["id"]] = _outcome(row)
 
-def _refuse_changes(output: Path, side: Path, settings: Mapping[str, Any]) -> None:
-    try:
-        old = json.loads(side.read_bytes())
-        changed = config_differences(old, settings)
-    except (ValueError, AttributeError) as e:
-        raise InputError(f"{side}: not the settings that `rmr1 judge` wrote ({e}); give another output") from e
-    if changed:
-        listed = "; ".join(f"{key} was {was!r}, is {now!r}" for key, (was, now) in changed.items())
-        raise InputError(f"{output} was made with other settings ({listed}); give another output, or remove it")
-
-
-def _write_whole(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-
-
-def _append(output: Path, rows: list[dict[str, Any]]) -> None:
-    lines = "".join(json.dumps(row) + "\n" for row in rows)
-    try:
-        with output.open("ab") as file:
-            file.write(lines.encode())
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as e:
-        raise RunError(f"{output}: {e.strerror}; the rows written so far stand, run the same command again") from e
+    take_up(output, settings, parse, command=command)
+    return done

@@ -6,7 +6,7 @@ Everything above (training, judging) holds one of these; everything below works 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from rmr1_jax.data.hub import locate
 from rmr1_jax.data.tokens import Tokenizer
 from rmr1_jax.errors import InputError
 from rmr1_jax.mesh import single_device_mesh
@@ -22,9 +23,10 @@ from rmr1_jax.model import hf, qwen
 from rmr1_jax.model.config import QwenConfig, read_config
 from rmr1_jax.processes import first, wait
 from rmr1_jax.sampler.config import Sample, SampleStats, SamplingConfig
-from rmr1_jax.sampler.engine import generate
+from rmr1_jax.sampler.engine import engine_for, generate
 from rmr1_jax.sampler.programs import Weights, sampling_weights
 
+MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.jinja")  # of a hub repository
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
@@ -90,6 +92,18 @@ class Policy:
         stops = self.tokenizer.stop_ids if stop_token_ids is None else stop_token_ids
         return generate(self.config, self._weights, prompts, sampling, stops, mesh=self.mesh, on_done=on_done)
 
+    def stream(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingConfig,
+        *,
+        stop_token_ids: Sequence[int] | None = None,
+    ) -> Iterator[tuple[int, int, Sample]]:
+        """As `generate`: (prompt, number, sample), each as soon as it is finished."""
+        stops = self.tokenizer.stop_ids if stop_token_ids is None else stop_token_ids
+        engine = engine_for(self.config, self._weights, prompts, sampling, mesh=self.mesh)
+        return engine.stream(self._weights, prompts, stops)
+
     def save(self, directory: str | Path, *, dtype: str | None = None) -> None:
         """Write a Hugging Face directory: weights (in the params' own dtype unless given), config, tokenizer. All
         processes must call it; the first one writes, and no other returns before it is there."""
@@ -131,7 +145,7 @@ def load(
     for name in (dtype, master_dtype or dtype):
         if name not in DTYPES:
             raise InputError(f"dtype {name!r} is not known; give one of {', '.join(DTYPES)}")
-    directory, mesh = _locate(model), mesh or single_device_mesh()
+    directory, mesh = locate(model, kind="model", patterns=MODEL_FILES), mesh or single_device_mesh()
     config, tokenizer = read_config(directory), Tokenizer(directory)
     if len(tokenizer.hf) > config.vocab_size:
         raise InputError(f"{directory}: the tokenizer has {len(tokenizer.hf)} tokens, the model {config.vocab_size}")
@@ -145,19 +159,3 @@ def fresh_policy(config: QwenConfig, tokenizer_directory: str | Path, *, seed: i
     with jax.set_mesh(mesh):
         params = qwen.init_params(config, jax.random.key(seed), mesh=mesh)
     return Policy(config, params, Tokenizer(tokenizer_directory), mesh)
-
-
-def _locate(model: str | Path) -> Path:
-    """A local directory as it is; anything else of the form owner/name from the hub (or its cache)."""
-    path = Path(model)
-    if path.is_dir():
-        return path
-    if path.is_absolute() or str(model).count("/") != 1:
-        raise InputError(f"model {str(model)!r} is no directory and no hub id (owner/name)")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(str(model), allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"]))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as e:
-        raise InputError(f"model {model!r} is no local directory, and the hub did not give it: {e}") from e

@@ -8,7 +8,7 @@ import numpy as np
 
 from rmr1_jax.model.config import QwenConfig
 from rmr1_jax.policy import Policy, fresh_policy
-from rmr1_jax.sampler.config import Sample, SampleStats
+from rmr1_jax.sampler.config import Sample
 from rmr1_jax.world import world_texts
 from rmr1_jax.world_tokenizer import train_tokenizer
 
@@ -27,14 +27,12 @@ class ScriptedPolicy:
     def decode(self, ids) -> str:
         return bytes(ids).decode()
 
-    def generate(self, prompts, sampling, *, stop_token_ids=None, on_done=None):
+    def stream(self, prompts, sampling, *, stop_token_ids=None):
         self.calls.append((prompts, sampling))
-        groups = []
-        for prompt in prompts:
-            texts = [self.script(self.decode(prompt), number).encode() for number in range(sampling.n)]
-            groups.append([Sample(list(t), np.zeros(len(t)), np.zeros(len(t)), "stop") for t in texts])
-            on_done(1)
-        return groups, SampleStats()
+        for k, prompt in enumerate(prompts):
+            for number in range(sampling.n):
+                text = self.script(self.decode(prompt), number).encode()
+                yield k, number, Sample(list(text), np.zeros(len(text)), np.zeros(len(text)), "stop")
 
 
 def answer(verdict: str) -> str:

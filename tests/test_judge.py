@@ -1,10 +1,11 @@
 """The judge: votes, both orders, what is never asked. A scripted policy writes; a real tiny one closes the circle."""
 
 import pytest
+from jax.errors import JaxRuntimeError
 from policies import ScriptedPolicy, answer, prefers, says, tiny_policy
 
 from rmr1_jax.data.preferences import PreferencePair
-from rmr1_jax.errors import InputError
+from rmr1_jax.errors import InputError, RunError
 from rmr1_jax.judge import Judge, settle
 from rmr1_jax.prompts.cor import PROMPTS
 from rmr1_jax.world import world_prompt
@@ -110,7 +111,7 @@ def test_a_prompt_that_does_not_fit_is_not_asked_and_not_cut():
     assert found[0].note == "the prompt has 601 tokens, the limit is 600"
     assert found[0].votes == {"A": 0, "B": 0, "invalid": 0} and found[0].text == ""
     assert [len(ids) for ids in policy.calls[0][0]] == [600, 600 - room + len("five") - 1]
-    assert done == [2, 1, 1]
+    assert done == [1, 1, 1, 1]
     assert Judge(policy, max_new_tokens=400, max_prompt_tokens=599).compare(*fits).status == "too_long"
     assert Judge(policy, max_new_tokens=400, max_prompt_tokens=9999).max_prompt_tokens == 600
 
@@ -129,7 +130,58 @@ def test_two_empty_answers_are_a_flagged_tie_and_one_is_judged():
 def test_progress_counts_pairs_in_both_orders():
     done = []
     Judge(ScriptedPolicy(says("A"))).compare_many([("q", "x", "y")] * 3, both_orders=True, on_done=done.append)
-    assert sum(done) == 3 and min(done) >= 0 and len(done) == 7
+    assert done == [1, 1, 1]
+
+
+def test_a_judgement_keeps_every_text_by_order_and_vote():
+    judgement = Judge(ScriptedPolicy(says("A-B"))).compare("q", "x", "y", votes=3, both_orders=True)
+    own = (answer("A"), "no idea", answer("B"))
+    assert judgement.texts == (own, own)
+    assert judgement.verdicts == (("A", None, "B"), ("B", None, "A"))  # the other order's, in the pair's own letters
+    assert judgement.tokens == (tuple(map(len, own)),) * 2
+
+
+def test_a_pair_is_handed_over_when_its_last_text_is_there():
+    policy = ScriptedPolicy(says("AA"))
+    stream, written = policy.stream, []
+
+    def out_of_turn(*args, **options):
+        for found in sorted(stream(*args, **options), key=lambda f: (f[0] % 2, -f[0], f[1])):
+            written.append(found[:2])
+            yield found
+
+    policy.stream = out_of_turn
+    pairs = [PreferencePair.from_answers(str(k), "q", "x", f"y{k}") for k in range(3)]
+    seen = [(number, len(written)) for number, _ in Judge(policy).stream(pairs, votes=2)]
+    assert seen == [(2, 2), (0, 4), (1, 6)]
+    written.clear()
+    seen = [(number, len(written)) for number, _ in Judge(policy).stream(pairs, votes=2, both_orders=True)]
+    assert seen == [(2, 8), (1, 10), (0, 12)]  # the first orders of all three, then the others
+    assert [j.texts[1][0] for j in Judge(policy).compare_many(pairs, votes=2, both_orders=True)] == [answer("A")] * 3
+
+
+@pytest.mark.parametrize(
+    ("told", "error", "message"),
+    [
+        (
+            "RESOURCE_EXHAUSTED: out of memory",
+            RunError,
+            "memory does not do for 64 texts of up to 99 tokens, .*; lower slots",
+        ),
+        ("INTERNAL: a defect", JaxRuntimeError, "^INTERNAL: a defect$"),
+    ],
+)
+def test_what_to_lower_when_memory_runs_out(told, error, message):
+    policy = ScriptedPolicy(says("A"))
+    stream = policy.stream
+
+    def fails(*args):
+        yield from stream(*args)
+        raise JaxRuntimeError(told)
+
+    policy.stream = fails
+    with pytest.raises(error, match=message):
+        Judge(policy, max_new_tokens=99).compare("q", "x", "y")
 
 
 def test_the_rule_decides_what_counts_as_a_verdict():

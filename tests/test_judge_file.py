@@ -5,12 +5,14 @@ import json
 import os
 
 import pytest
-from policies import ScriptedPolicy, prefers, says
+from policies import ScriptedPolicy, answer, prefers, says
 
 from rmr1_jax.data.preferences import PreferencePair
 from rmr1_jax.errors import InputError, RunError
 from rmr1_jax.judge import Judge
-from rmr1_jax.judge_file import Summary, files_digest, judge_file
+from rmr1_jax.judge_file import Summary, files_digest, judge_file, judgement_row, put_in_order
+from rmr1_jax.judge_result import Judgement
+from rmr1_jax.prompts.trace import Trace
 
 PAIRS = [
     PreferencePair.from_answers("five-a", "2 + 3?", "five", "six", better="A"),
@@ -21,6 +23,7 @@ PAIRS = [
     PreferencePair.from_answers("long", "2 + 3?", "five", "x" * 30_000, better="A"),
     PreferencePair.from_answers("five-c", "3 + 2?", "five", "six", better="A"),
 ]
+IDS = [pair.id for pair in PAIRS]
 
 
 def judge_pairs(output, pairs=PAIRS, policy=None, **options):
@@ -36,7 +39,7 @@ def test_every_pair_gets_its_row(tmp_path):
     output = tmp_path / "new" / "verdicts.jsonl"
     summary = judge_pairs(output, iter(PAIRS))
     found = rows(output)
-    assert [row["id"] for row in found] == [pair.id for pair in PAIRS]
+    assert [row["id"] for row in found] == IDS
     assert found[1] == {
         "id": "five-b",
         "winner": "B",
@@ -83,31 +86,48 @@ def test_a_cut_file_is_continued_to_the_same_bytes(tmp_path):
         assert len(policy.calls) == batches_left, cut  # what is there is not asked again
 
 
-def test_a_run_that_dies_keeps_its_batches_and_goes_on(tmp_path):
+@pytest.mark.parametrize("texts", range(5))
+def test_a_run_that_dies_keeps_every_row_and_goes_on(tmp_path, texts):
     output = tmp_path / "verdicts.jsonl"
     policy = ScriptedPolicy(prefers("five"))
-    generate = policy.generate
+    stream, written = policy.stream, []
 
-    def dies_in_the_third_batch(*args, **options):
-        if len(policy.calls) == 2:
-            raise KeyboardInterrupt
-        return generate(*args, **options)
+    def dies(*args, **options):
+        for found in stream(*args, **options):
+            if len(written) == texts:
+                raise KeyboardInterrupt
+            written.append(found)
+            yield found
 
-    policy.generate = dies_in_the_third_batch
+    policy.stream = dies
     with pytest.raises(KeyboardInterrupt):
         judge_pairs(output, policy=policy)
-    assert [row["id"] for row in rows(output)] == [pair.id for pair in PAIRS[:6]]
+    # Each was written before the next was made; what is not asked comes first in its batch of three.
+    finished = ["five-a", "five-b", "wrong", "unknown", "five-c"]
+    assert [row["id"] for row in rows(output) if row["id"] in finished] == finished[:texts]
+    assert rows(output)[0]["id"] == "none"
     judge_pairs(output)
-    assert [row["id"] for row in rows(output)] == [pair.id for pair in PAIRS]
     judge_pairs(tmp_path / "whole.jsonl")
     assert output.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
+def test_a_cut_batch_is_asked_as_a_whole_where_bits_depend_on_it_and_else_not(tmp_path):
+    for whole, lengths in ((True, [2, 2]), (False, [1, 2])):
+        output = tmp_path / f"{whole}.jsonl"
+        judge_pairs(output, PAIRS[:1])
+        policy = ScriptedPolicy(prefers("five"))
+        judge = Judge(policy)
+        judge.whole_batches = whole
+        judge_file(judge, [PAIRS[k] for k in (0, 1, 3, 4)], output, batch_size=2)
+        assert [len(prompts) for prompts, _ in policy.calls] == lengths
+        assert [row["id"] for row in rows(output)] == ["five-a", "five-b", "wrong", "unknown"]
 
 
 def test_more_pairs_can_follow(tmp_path):
     output = tmp_path / "verdicts.jsonl"
     judge_pairs(output, PAIRS[:4])
     assert judge_pairs(output).pairs == 7
-    assert [row["id"] for row in rows(output)] == [pair.id for pair in PAIRS]
+    assert [row["id"] for row in rows(output)] == IDS
 
 
 def test_other_settings_are_refused_with_the_difference(tmp_path):
@@ -192,6 +212,19 @@ def test_two_pairs_of_one_id_are_refused(tmp_path):
         judge_pairs(tmp_path / "verdicts.jsonl", [*PAIRS, PAIRS[0]])
 
 
+def test_a_second_run_on_the_same_file_is_refused(tmp_path):
+    output = tmp_path / "verdicts.jsonl"
+
+    def pairs():
+        yield PAIRS[0]
+        with pytest.raises(InputError, match=r"verdicts\.jsonl: another run is writing it"):
+            judge_pairs(output)
+        yield PAIRS[1]
+
+    assert judge_pairs(output, pairs()).pairs == 2
+    assert judge_pairs(output).pairs == 7
+
+
 def test_a_full_disk_stops_the_run_and_the_next_one_goes_on(tmp_path, monkeypatch):
     output = tmp_path / "verdicts.jsonl"
     judge_pairs(output, PAIRS[:3])
@@ -201,10 +234,10 @@ def test_a_full_disk_stops_the_run_and_the_next_one_goes_on(tmp_path, monkeypatc
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
-        with pytest.raises(RunError, match="No space left on device; the rows written so far stand"):
+        with pytest.raises(RunError, match=r"No space left on device .*; the rows written so far stand"):
             judge_pairs(output)
     judge_pairs(output)
-    assert [row["id"] for row in rows(output)] == [pair.id for pair in PAIRS]
+    assert [row["id"] for row in rows(output)] == IDS
 
 
 def test_an_output_that_cannot_be_written_is_named(tmp_path):
@@ -213,6 +246,72 @@ def test_an_output_that_cannot_be_written_is_named(tmp_path):
         judge_pairs(tmp_path / "file" / "verdicts.jsonl")
     with pytest.raises(InputError, match="batch_size=0 must be at least 1"):
         judge_pairs(tmp_path / "verdicts.jsonl", batch_size=0)
+
+
+def test_the_row_of_an_evaluation_has_all_there_is(tmp_path):
+    pair = PreferencePair.from_answers("five-b", "2 + 3?", "six", "five", better="B", meta={"subset": "sums"})
+    talk = [("user", "hi"), ("assistant", "hello"), ("user", "2 + 3?")]
+    longer = PreferencePair.from_preference(
+        "t", [*talk, ("assistant", "five")], [*talk, ("assistant", "six")], chosen_in_b=False
+    )
+    output = tmp_path / "judgements.jsonl"
+    judge = Judge(ScriptedPolicy(prefers("five")))
+    empty = PreferencePair.from_answers("none", "2 + 3?", "", " ", better="A")
+    judge_file(judge, [pair, longer, empty], output, votes=2, both_orders=True, row_of=judgement_row)
+    single, several, nothing = rows(output)
+    assert single == {
+        "id": "five-b",
+        "better": "B",
+        "winner": "B",
+        "status": "ok",
+        "correct": True,
+        "votes": {"A": 0, "B": 4, "invalid": 0},
+        "question": "2 + 3?",
+        "response_a": "six",
+        "response_b": "five",
+        "meta": {"subset": "sums"},
+        "kind": None,
+        "texts": [[answer("B")] * 2, [answer("A")] * 2],
+        "verdicts": [["B", "B"], ["B", "B"]],
+        "tokens": [[len(answer("A"))] * 2] * 2,
+    }
+    assert several["conversation_a"][-1] == {"role": "assistant", "content": "five"}
+    assert several["conversation_b"][0] == {"role": "user", "content": "hi"} and "question" not in several
+    assert (nothing["texts"], nothing["verdicts"], nothing["tokens"]) == ([], [], [])
+    assert nothing["note"] == "both answers are empty" and nothing["correct"] is False
+
+
+def test_a_judge_without_texts_writes_its_scores(tmp_path):
+    class ByLength:
+        whole_batches = False
+
+        def stream(self, pairs, votes=1, both_orders=False, seed=0):
+            for number, pair in reversed(list(enumerate(pairs))):
+                scores = (float(len(pair.response_a)), float(len(pair.response_b)))
+                winner = "A" if scores[0] > scores[1] else "B"
+                votes = {"A": 0, "B": 0, "invalid": 0} | {winner: 1}
+                yield number, Judgement(winner=winner, status="ok", trace=Trace(), text="", votes=votes, scores=scores)
+
+        def settings(self, votes=1, both_orders=False, seed=0):
+            return {"judge": "by length"}
+
+    output = tmp_path / "judgements.jsonl"
+    judge_file(ByLength(), PAIRS[:2], output, row_of=judgement_row)
+    assert [(row["id"], row["winner"], row["scores"]) for row in rows(output)] == [
+        ("five-a", "A", [4.0, 3.0]),
+        ("five-b", "B", [3.0, 4.0]),
+    ]
+
+
+def test_rows_are_put_in_order(tmp_path):
+    path = tmp_path / "judgements.jsonl"
+    lines = [json.dumps({"id": str(k), "meta": {"number": k}, "text": "é\n" * k}) + "\n" for k in range(4)]
+    path.write_text("".join(lines[k] for k in (3, 0, 2, 1)))
+    put_in_order(path, lambda row: row["meta"]["number"])
+    assert path.read_text() == "".join(lines)
+    before = path.stat().st_mtime_ns
+    put_in_order(path, lambda row: row["meta"]["number"])
+    assert path.stat().st_mtime_ns == before and len(list(tmp_path.iterdir())) == 1
 
 
 def test_the_digest_tells_files_apart(tmp_path):

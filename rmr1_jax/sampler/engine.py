@@ -157,10 +157,17 @@ def generate(
     bar: bool = False,
 ) -> tuple[list[list[Sample]], SampleStats]:
     """`Engine.generate` with an engine made for just these prompts."""
+    engine = engine_for(config, weights, prompts, sampling, mesh=mesh)
+    return engine.generate(weights, prompts, stop_token_ids, on_done=on_done, bar=bar)
+
+
+def engine_for(
+    config: QwenConfig, weights: Weights, prompts: Sequence[Sequence[int]], sampling: SamplingConfig, *, mesh: Mesh
+) -> Engine:
+    """An engine made for just these prompts."""
     longest = max(map(len, prompts), default=1)
     dtype = weights["final_norm"].dtype
-    engine = Engine(config, sampling, prompts=len(prompts), longest=longest, mesh=mesh, dtype=dtype)
-    return engine.generate(weights, prompts, stop_token_ids, on_done=on_done, bar=bar)
+    return Engine(config, sampling, prompts=len(prompts), longest=longest, mesh=mesh, dtype=dtype)
 
 
 def _check_prompts(

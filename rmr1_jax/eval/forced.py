@@ -1,0 +1,151 @@
+"""Forced verdicts: what a judge would have said, had it been stopped after so many tokens and asked for its answer.
+
+A text that is longer than a token budget is cut there, its thought is closed where one is open, and `<answer>[[` is
+written after it; the likelier of A and B is the verdict. So the inference-compute curve of one run shows what the judge
+knew by then, and not only whether it had finished.
+
+    OUT/forced.jsonl    one object a judgement with a text that was cut: id, verdicts {budget: by order and vote}
+
+Next: `lenses.py`, which makes the curve of them; `last_token.py` for the batches.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from rmr1_jax.data.appending import append_rows, take_up
+from rmr1_jax.data.pair import PreferencePair, render_pair
+from rmr1_jax.data.strangers import read_object
+from rmr1_jax.eval.last_token import batches, last_states
+from rmr1_jax.eval.lenses import BUDGETS, FORCED, as_first_shown, longest_text
+from rmr1_jax.eval.logs import JUDGEMENTS, conversations, read_judgements
+from rmr1_jax.judge import Judge
+from rmr1_jax.judge_result import RULES
+from rmr1_jax.mesh import rows_divisor
+from rmr1_jax.model import qwen
+from rmr1_jax.model.config import QwenConfig
+from rmr1_jax.policy import DTYPES
+from rmr1_jax.prompts.trace import after_thinking
+
+ENDING = "\n<answer>[["
+CLOSE = "\n</think>\n"  # where a thought is open
+_BATCH = 64  # judgements that are written at a time
+
+
+class _Question(NamedTuple):
+    """A text that was cut, and the two tokens that could follow it."""
+
+    tokens: list[int]
+    choices: tuple[int, int]  # A's and B's
+    place: tuple[int, str, int, int]  # judgement, budget, order, vote
+
+
+def force_verdicts(
+    judge: Judge, out: Path, *, budgets: Sequence[int] = BUDGETS, batch_tokens: int = 16_384, progress: bool = True
+) -> Path:
+    """Write OUT/forced.jsonl for OUT/judgements.jsonl, which `judge` made; go on where a killed run stopped.
+
+    A text that is whole within a budget, or names its winner before the cut by the judge's rule, keeps its verdict. So
+    does, with None, one whose prompt leaves no room for the ending.
+
+    Raises:
+        InputError: OUT/forced.jsonl was made of other judgements.
+    """
+    path, side = out / FORCED, out / f"{JUDGEMENTS}.run.json"
+    settings = {"budgets": list(budgets), "ending": ENDING, "judgements": read_object(side)}
+    done = set(take_up(path, settings, lambda row: row["id"], command="rmr1 eval"))
+    path.touch()  # also where no text is long enough to be cut
+    rows = (row for row in read_judgements(out / JUDGEMENTS) if longest_text(row) > min(budgets))
+    todo = (row for row in rows if row["id"] not in done)
+    with tqdm(desc="forced verdicts", unit="pair", disable=not progress, dynamic_ncols=True) as bar:
+        while batch := list(itertools.islice(todo, _BATCH)):
+            append_rows(path, _forced(judge, batch, budgets, batch_tokens))
+            bar.update(len(batch))
+    return path
+
+
+def _forced(judge: Judge, rows: Sequence[Mapping[str, Any]], budgets: Sequence[int], batch_tokens: int) -> list[dict]:
+    """The rows of forced.jsonl for these judgements."""
+    verdicts = [{str(b): [list(own) for own in row["verdicts"]] for b in budgets} for row in rows]
+    asked: list[_Question] = []
+    for number, row in enumerate(rows):
+        for question in _questions(judge, row, number, budgets):
+            if isinstance(question, _Question):
+                asked.append(question)
+            else:
+                (_, budget, order, vote), known = question
+                verdicts[number][budget][order][vote] = as_first_shown(known, order)
+    for question, chosen in _answers(judge, asked, batch_tokens):
+        number, budget, order, vote = question.place
+        verdicts[number][budget][order][vote] = as_first_shown(chosen, order)
+    return [{"id": row["id"], "verdicts": own} for row, own in zip(rows, verdicts, strict=True)]
+
+
+def _questions(
+    judge: Judge, row: Mapping[str, Any], number: int, budgets: Sequence[int]
+) -> Iterator[_Question | tuple[tuple[int, str, int, int], str | None]]:
+    """What is to be asked about a judgement's texts; (place, verdict) where the cut text is answer enough."""
+    tokenizer, read = judge.policy.tokenizer, RULES[judge.rule]
+    chosen, rejected = conversations(dict(row))
+    pair = PreferencePair.from_preference(row["id"], chosen, rejected, chosen_in_b=row["better"] == "B")
+    for order, texts in enumerate(row["texts"]):
+        prompt = tokenizer.render(render_pair(judge.prompt, pair.swapped() if order else pair))
+        opening = judge.text_of(prompt, [])  # a thought that the template opened stands in the text and in the prompt
+        for vote, text in enumerate(texts):
+            written = tokenizer.encode(text.removeprefix(opening))
+            for budget in budgets:
+                if row["tokens"][order][vote] <= budget:
+                    continue
+                place, begun = (number, str(budget), order, vote), written[:budget]
+                cut = opening + tokenizer.decode(begun)
+                thinking = after_thinking(cut) == len(cut) and not cut.endswith("</think>")
+                ending, choices = _ending(tokenizer, CLOSE if thinking else "")
+                question = _Question([*prompt, *begun, *ending], choices, place)
+                if (known := read(cut)) or len(question.tokens) > _longest(judge):
+                    yield place, known
+                else:
+                    yield question
+
+
+def _ending(tokenizer: Any, close: str) -> tuple[list[int], tuple[int, int]]:
+    """The tokens that are written after the cut, and A's and B's next token: where their full endings part."""
+    a, b = (tokenizer.encode(f"{close}{ENDING}{letter}]]</answer>") for letter in "AB")
+    same = next(k for k, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
+    return a[:same], (a[same], b[same])
+
+
+def _answers(judge: Judge, asked: list[_Question], batch_tokens: int) -> Iterator[tuple[_Question, str]]:
+    policy, rows = judge.policy, [question.tokens for question in asked]
+    divisor = rows_divisor(policy.mesh)
+    for batch in batches(rows, longest=_longest(judge), batch_tokens=batch_tokens, divisor=divisor):
+        choices = np.zeros((len(batch.counts), 2), np.int32)
+        choices[: len(batch.numbers)] = [asked[number].choices for number in batch.numbers]
+        with jax.set_mesh(policy.mesh):
+            found = _logits(policy.config, policy.params, *batch[1:], choices, dtype=DTYPES[policy.dtype])
+        for number, (a, b) in zip(batch.numbers, np.asarray(found).tolist(), strict=False):
+            yield asked[number], "A" if a >= b else "B"
+
+
+def _longest(judge: Judge) -> int:
+    positions = judge.policy.config.max_position_embeddings
+    return min(positions, judge.policy.config.sliding_window or positions)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "dtype"))
+def _logits(
+    config: QwenConfig, params: qwen.Params, tokens: jax.Array, counts: jax.Array, choices: jax.Array, *, dtype
+) -> jax.Array:
+    """tokens [B, T], counts [B], choices [B, 2] token ids -> their logits after each row, [B, 2] float32."""
+    last = last_states(config, params, tokens, counts, dtype=dtype)  # [B, D]
+    weight, letters = qwen.head_weight(config, params)
+    chosen = weight[choices] if letters == "VD" else jnp.moveaxis(weight[:, choices], 0, -1)  # [B, 2, D]
+    return jnp.einsum("BD,BXD->BX", last, chosen.astype(dtype), preferred_element_type=jnp.float32)

@@ -1,0 +1,202 @@
+"""Lenses: the same judgements seen with fewer tokens, order by order, or with fewer votes.
+
+Each takes rows one at a time (`add`) and holds counts. All of it comes out of one run: a token budget cuts the texts
+there are, k votes are the first k of those cast.
+
+Next: `summary.py`, which feeds the rows; `forced.py`, which continues cut texts with a policy.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from rmr1_jax.data.containers import read_rows
+from rmr1_jax.data.rows import BadRow
+from rmr1_jax.eval.items import Items, Place, Statistic
+from rmr1_jax.eval.stats import score
+from rmr1_jax.judge_result import RULES, settle
+
+BUDGETS = (512, 1024, 2048, 4096, 8192)  # tokens, as the paper plots
+FORCED = "forced.jsonl"
+Cut = Callable[[str, int], str]  # (text, tokens) -> its first tokens
+Forced = Mapping[str, Mapping[str, list[list[str | None]]]]  # id -> budget -> verdicts by order and vote
+
+
+def longest_text(row: Mapping[str, Any]) -> int:
+    """The tokens of a judgement's longest text; 0 where that is not known."""
+    return max((count for order in row.get("tokens") or () for count in order), default=0)
+
+
+def as_first_shown(verdict: str | None, order: int) -> str | None:
+    """A text's verdict in the letters of the pair as first shown; in order 1 its two answers are exchanged."""
+    return "AB"["BA".index(verdict)] if verdict and order else verdict
+
+
+def read_forced(out_dir: Path) -> Forced | None:
+    """The forced verdicts of a run, which `forced.py` wrote; None where there are none."""
+    path = out_dir / FORCED
+    if not path.is_file():
+        return None
+    found: dict[str, Any] = {}
+    for row in read_rows(path):
+        if isinstance(row, BadRow):
+            raise row
+        found[row.identifier("id")] = row.mapping(row.get("verdicts"), "verdicts", tuple(map(str, BUDGETS)))
+    return found
+
+
+class Budgets:
+    """The inference-compute curve: what the verdicts would be with at most so many new tokens.
+
+    A text of more tokens than the budget is cut there and read by the run's rule. Without `cut` (a tokenizer) it counts
+    as one without a verdict: exact for the strict rule, whose verdict ends the text, and for the published rule unless
+    the text names its winner before it ends. No verdict is wrong, as everywhere. With `forced` verdicts, those count
+    for the texts that were cut.
+    """
+
+    def __init__(self, rule: str, slip: bool = False, cut: Cut | None = None, forced: Forced | None = None):
+        self.read, self.rule, self.cut, self.forced = RULES[rule], rule, cut, forced
+        self.lenses = {budget: Items(slip) for budget in BUDGETS}
+        self.right, self.invalid, self.truncated = Counter[int](), Counter[int](), Counter[int]()
+        self.n = self.unforced = 0
+        self.counted = False  # whether any row says how many tokens its texts have
+
+    def add(self, row: Mapping[str, Any], place: Place) -> None:
+        """Count a row under every budget."""
+        self.n += 1
+        tokens = row.get("tokens") or []
+        self.counted |= any(tokens)
+        longest = longest_text(row)
+        self.unforced += self.forced is not None and longest > BUDGETS[0] and row["id"] not in self.forced
+        for budget, items in self.lenses.items():
+            status, correct = row["status"], bool(row["correct"])
+            if longest > budget:
+                winner, status = settle(self._verdicts(row, tokens, budget))
+                correct = winner is not None and winner == row["better"]
+                self.truncated[budget] += sum(count > budget for order in tokens for count in order)
+            items.add(place, correct)
+            self.right[budget] += correct
+            self.invalid[budget] += status == "invalid"
+
+    def _verdicts(self, row: Mapping[str, Any], tokens: list[list[int]], budget: int) -> list[list[str | None]]:
+        """The verdicts under a budget, in the letters of the pair as first shown."""
+        if self.forced is not None and row["id"] in self.forced:
+            return self.forced[row["id"]][str(budget)]
+        return [
+            [
+                verdict if count <= budget else self._read_cut(row, order, vote, budget)
+                for vote, (verdict, count) in enumerate(zip(verdicts, counts, strict=True))
+            ]
+            for order, (verdicts, counts) in enumerate(zip(row["verdicts"], tokens, strict=True))
+        ]
+
+    def _read_cut(self, row: Mapping[str, Any], order: int, vote: int, budget: int) -> str | None:
+        if self.cut is None:
+            return None
+        return as_first_shown(self.read(self.cut(row["texts"][order][vote], budget)), order)
+
+    def listed(self, headline: Statistic) -> list[dict[str, Any]]:
+        """{tokens, accuracy (of pairs), score (the benchmark's), invalid (pairs), truncated (texts)} by budget."""
+        if not self.counted:
+            return []
+        return [
+            {
+                "tokens": budget,
+                "accuracy": 100 * self.right[budget] / self.n,
+                "score": 100 * score(items.strata_of(headline)),
+                "invalid": self.invalid[budget],
+                "truncated": self.truncated[budget],
+            }
+            for budget, items in self.lenses.items()
+        ]
+
+    def notes(self) -> list[str]:
+        """How the curve was made."""
+        if not self.counted:
+            return ["No curve by token budget: the judgements do not say how many tokens their texts have"]
+        if self.forced is not None:
+            without = f"; {self.unforced} judgements were not asked and count as in budget" if self.unforced else ""
+            return [f"budget_forced: a text of more tokens is cut there and made to say A or B, the likelier{without}"]
+        how = "is cut there and read again" if self.cut else "counts as one without a verdict"
+        return [f"budget: by truncation, a text of more tokens {how} (rule: {self.rule})"]
+
+
+class Orders:
+    """Both orders: whether the judge names the same answer whichever comes first."""
+
+    def __init__(self):
+        self.asked = self.both = self.same = self.valid = self.first = 0
+        self.right = [0, 0]
+
+    def add(self, row: Mapping[str, Any], place: Place) -> None:
+        """Count a row that was judged in both orders."""
+        verdicts = row.get("verdicts") or []
+        if len(verdicts) != 2:
+            return
+        self.asked += 1
+        winners = [settle([order])[0] for order in verdicts]
+        self.both += None not in winners
+        self.same += None not in winners and winners[0] == winners[1]
+        for order, (votes, shown_first) in enumerate(zip(verdicts, "AB", strict=True)):
+            self.right[order] += winners[order] is not None and winners[order] == row["better"]
+            self.valid += sum(vote is not None for vote in votes)
+            self.first += votes.count(shown_first)
+
+    def numbers(self) -> dict[str, Any] | None:
+        """Percent. consistency: of the pairs with a verdict in both orders (`n`); first_position_share: of the valid
+        texts, 50 is no bias; accuracy_ab, accuracy_ba: of each order on its own."""
+        if not self.asked:
+            return None
+        return {
+            "n": self.both,
+            "consistency": 100 * self.same / self.both if self.both else None,
+            "first_position_share": 100 * self.first / self.valid if self.valid else None,
+            "accuracy_ab": 100 * self.right[0] / self.asked,
+            "accuracy_ba": 100 * self.right[1] / self.asked,
+        }
+
+
+class Votes:
+    """Votes: the majority of the first k texts, and whether a larger majority is more often right."""
+
+    def __init__(self):
+        self.n = self.k = 0
+        self.right = Counter[int]()
+        self.shares: dict[int, list[float]] = {}  # tenth -> [sum of shares, n, right]
+
+    def add(self, row: Mapping[str, Any], place: Place) -> None:
+        """Count a row by its first 1, 3, 5, .. votes of each order."""
+        verdicts = row.get("verdicts") or []
+        self.n += 1
+        self.k = max(self.k, max(map(len, verdicts), default=0))
+        for k in _sizes(self.k):
+            winner = settle([order[:k] for order in verdicts])[0]
+            self.right[k] += winner is not None and winner == row["better"]
+        valid = [vote for order in verdicts for vote in order if vote]
+        if row.get("winner") and valid:
+            share = valid.count(row["winner"]) / len(valid)
+            bin_ = self.shares.setdefault(min(int(share * 10 + 1e-9), 10), [0.0, 0, 0])
+            for i, x in enumerate((share, 1, bool(row["correct"]))):
+                bin_[i] += x
+
+    def numbers(self) -> dict[str, Any] | None:
+        """k: votes an order. by_k: accuracy by the first k. confidence: pairs with a winner by its share of the valid
+        votes, in steps of ten points. Percent."""
+        if self.k < 2:
+            return None
+        return {
+            "k": self.k,
+            "by_k": [{"k": k, "accuracy": 100 * self.right[k] / self.n} for k in _sizes(self.k)],
+            "confidence": [
+                {"share": 100 * total / n, "n": int(n), "accuracy": 100 * right / n}
+                for _, (total, n, right) in sorted(self.shares.items())
+            ],
+        }
+
+
+def _sizes(k: int) -> list[int]:
+    """1, 3, 5, .. and k itself."""
+    return sorted({*range(1, k + 1, 2), k})

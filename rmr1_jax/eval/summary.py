@@ -1,0 +1,236 @@
+"""What a run's judgements say beyond the benchmark's score: intervals, lengths, token budgets, orders and votes.
+
+`write_summary` reads judgements.jsonl once, row by row, and keeps numbers only, so that memory does not grow with the
+texts. Every share is in percent. `by_*` and `subsets` count pairs (Wilson's interval); the headline and the sections
+are the benchmark's own score (bootstrap over its items).
+
+Next: `items.py` for what an item is, `lenses.py` for budgets, orders and votes, `stats.py` for the intervals.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from array import array
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rmr1_jax.data.strangers import read_object
+from rmr1_jax.errors import InputError
+from rmr1_jax.eval.items import DOMAINS, Items, Statistic, place_of, statistics
+from rmr1_jax.eval.lenses import Budgets, Cut, Forced, Orders, Votes, read_forced
+from rmr1_jax.eval.logs import JUDGEMENTS, read_judgements
+from rmr1_jax.eval.stats import bootstrap_interval, score, wilson_interval
+from rmr1_jax.files import write_whole
+from rmr1_jax.judge_result import RULES
+
+ANSWER_EDGES = (500, 1000, 2000, 4000, 8000)  # characters, both answers together
+TRACE_EDGES = (256, 512, 1024, 2048, 4096)  # tokens of a text
+
+
+class Groups:
+    """Right and all, by name; the names in the order in which they are given or first come."""
+
+    def __init__(self, names: Iterable[str] = ()):
+        self.counts: dict[str, list[int]] = {name: [0, 0] for name in names}
+
+    def add(self, name: str, correct: bool) -> None:
+        count = self.counts.setdefault(name, [0, 0])
+        count[0] += correct
+        count[1] += 1
+
+    def listed(self) -> list[dict[str, Any]]:
+        """{name, n, accuracy, interval} of each group that is not empty."""
+        return [
+            {"name": name, "n": n, "accuracy": percent(right / n), "interval": percents(wilson_interval(right, n))}
+            for name, (right, n) in self.counts.items()
+            if n
+        ]
+
+
+def percent(share: float | None) -> float | None:
+    """A share as percent; None for one that is not known."""
+    return None if share is None or math.isnan(share) else 100 * share
+
+
+def percents(interval: tuple[float, float]) -> list[float | None]:
+    """An interval of shares as percent."""
+    return [percent(share) for share in interval]
+
+
+def write_summary(
+    out_dir: str | Path, scores: Mapping[str, Any], *, judge: str = "", slip: bool = False, cut: Cut | None = None
+) -> Path:
+    """Summarize OUT/judgements.jsonl and its settings into OUT/summary.json; returns that path.
+
+    Args:
+        scores: the published keys and values. judge: what the judge is called. slip: RM-Bench as released, with its
+            slip. cut: (text, tokens) -> the text's first tokens, for exact token budgets; see `lenses.Budgets`.
+    """
+    out_dir = Path(out_dir)
+    judgements, side = out_dir / JUDGEMENTS, out_dir / f"{JUDGEMENTS}.run.json"
+    settings = read_object(side) if side.is_file() else {}
+    rows, forced = read_judgements(judgements), read_forced(out_dir)
+    summary = summarize(rows, settings, scores, judge=judge, slip=slip, cut=cut, forced=forced)
+    path = out_dir / "summary.json"
+    write_whole(path, json.dumps(summary, indent=2, allow_nan=False) + "\n")
+    return path
+
+
+def summarize(
+    rows: Iterable[Mapping[str, Any]],
+    settings: Mapping[str, Any],
+    scores: Mapping[str, Any],
+    *,
+    judge: str = "",
+    slip: bool = False,
+    cut: Cut | None = None,
+    forced: Forced | None = None,
+) -> dict[str, Any]:
+    """The summary of judgement rows, read once. See `write_summary` for the arguments; forced: see `lenses.Budgets`.
+
+    Raises:
+        InputError: no rows, rows of two benchmarks, or a row whose meta lacks what its benchmark needs.
+    """
+    counts = _Counts(settings, slip, cut, forced)
+    for row in rows:
+        counts.add(row)
+    if not counts.n:
+        raise InputError("there is no judgement to summarize")
+    found = statistics(counts.benchmark, counts.items)
+    headline = counts.items.strata_of(found[0])
+    return {
+        "benchmark": counts.benchmark,
+        "judge": judge,
+        "settings": dict(settings),
+        "n": counts.n,
+        "scores": dict(scores),
+        "headline": percent(score(headline)),
+        "interval": percents(bootstrap_interval(headline)),
+        "sections": [_section(counts.items, statistic) for statistic in found[1:]],
+        "accuracy": percent(counts.right / counts.n),
+        "accuracy_interval": percents(wilson_interval(counts.right, counts.n)),
+        "subsets": counts.subsets.listed(),
+        "invalid": counts.statuses["invalid"],
+        "too_long": counts.statuses["too_long"],
+        "ties": counts.statuses["tie"],
+        "tokens": _token_numbers(counts.tokens),
+        "by_kind": counts.kinds.listed(),
+        "by_length": counts.lengths.listed(),
+        "by_position": counts.shown.listed(),
+        "budget": counts.budgets.listed(found[0]),
+        "budget_forced": counts.budgets_forced.listed(found[0]) if counts.budgets_forced else None,
+        "orders": counts.orders.numbers(),
+        "votes": counts.votes.numbers(),
+        "styles": _styles(counts.items) if counts.benchmark == "rm-bench" else None,
+        "notes": _notes(counts),
+    }
+
+
+class _Counts:
+    """All that one pass over the rows counts."""
+
+    def __init__(self, settings: Mapping[str, Any], slip: bool, cut: Cut | None, forced: Forced | None):
+        rule = settings.get("rule", "eval")
+        if rule not in RULES:
+            raise InputError(f"the judgements' settings name the rule {rule!r}; known are {', '.join(RULES)}")
+        self.benchmark: str | None = None
+        self.n = self.right = 0
+        self.items, self.statuses, self.tokens = Items(slip), Counter[str](), array("I")
+        self.subsets, self.kinds = Groups(), Groups()
+        self.lengths = Groups((*ANSWER_BINS, LONGER, SHORTER, *TRACE_BINS))
+        self.shown = Groups(f"the better answer is {letter}" for letter in "AB")
+        self.orders, self.votes, self.budgets = Orders(), Votes(), Budgets(rule, slip, cut)
+        self.budgets_forced = None if forced is None else Budgets(rule, slip, forced=forced)
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Count a row."""
+        meta, correct = row.get("meta") or {}, bool(row["correct"])
+        if self.n and meta.get("benchmark") != self.benchmark:
+            raise InputError(f"judgement {row['id']!r} is of {meta.get('benchmark')}, those before of {self.benchmark}")
+        self.benchmark = meta.get("benchmark")
+        self.n += 1
+        self.right += correct
+        self.statuses[row["status"]] += 1
+        self.subsets.add(str(meta.get("subset") or meta.get("category") or meta.get("domain") or "all"), correct)
+        self.kinds.add(row.get("kind") or "none", correct)
+        self.shown.add(f"the better answer is {row['better']}", correct)
+        for name in _length_names(row):
+            self.lengths.add(name, correct)
+        self.tokens.extend(count for order in row.get("tokens") or () for count in order)
+        place = place_of(row)
+        self.items.add(place, correct)
+        for lens in (self.budgets, self.budgets_forced, self.orders, self.votes):
+            if lens is not None:
+                lens.add(row, place)
+
+
+def _section(items: Items, statistic: Statistic) -> dict[str, Any]:
+    strata = items.strata_of(statistic)
+    n = sum(sum(stratum.counts.values()) for stratum in strata)
+    return {
+        "name": statistic.name,
+        "n": n,
+        "accuracy": percent(score(strata)),
+        "interval": percents(bootstrap_interval(strata)),
+    }
+
+
+def _bins(what: str, edges: tuple[int, ...], unit: str) -> tuple[str, ...]:
+    middle = [f"{what}: {low:,} to {high:,} {unit}" for low, high in pairwise(edges)]
+    return f"{what}: under {edges[0]:,} {unit}", *middle, f"{what}: {edges[-1]:,} {unit} or more"
+
+
+ANSWER_BINS = _bins("answers", ANSWER_EDGES, "characters")
+TRACE_BINS = _bins("trace", TRACE_EDGES, "tokens")
+LONGER, SHORTER = "better answer is the longer one", "better answer is the shorter one"
+
+
+def _length_names(row: Mapping[str, Any]) -> Iterator[str]:
+    """The length groups that a row belongs to. The trace's length is the mean of the row's texts."""
+    a, b = (len(_answer(row, side)) for side in ("a", "b"))
+    yield ANSWER_BINS[int(np.searchsorted(ANSWER_EDGES, a + b, side="right"))]
+    if row.get("better") in ("A", "B") and a != b:
+        yield LONGER if (a > b) == (row["better"] == "A") else SHORTER
+    counts = [count for order in row.get("tokens") or () for count in order]
+    if counts:
+        yield TRACE_BINS[int(np.searchsorted(TRACE_EDGES, sum(counts) / len(counts), side="right"))]
+
+
+def _answer(row: Mapping[str, Any], side: str) -> str:
+    """What is judged: the answer, or the last message of the conversation."""
+    if f"response_{side}" in row:
+        return row[f"response_{side}"]
+    return row[f"conversation_{side}"][-1]["content"]
+
+
+def _token_numbers(tokens: array) -> dict[str, float] | None:
+    if not tokens:
+        return None
+    counts = np.frombuffer(tokens, np.uint32)
+    p50, p99 = np.percentile(counts, [50, 99])
+    return {"mean": float(counts.mean()), "p50": float(p50), "p99": float(p99), "max": int(counts.max())}
+
+
+def _styles(items: Items) -> dict[str, list[list[float | None]]]:
+    present = [domain for domain in DOMAINS if domain in items.strata]
+    return {name: [[percent(share) for share in row] for row in items.matrix(name)] for name in present}
+
+
+def _notes(counts: _Counts) -> list[str]:
+    notes = []
+    if counts.benchmark == "rm-bench":
+        masks = [asked for stratum in counts.items.strata.values() for asked, _ in stratum.values()]
+        partial = sum(asked != 0b111_111_111 for asked in masks)
+        if partial:
+            notes.append(f"{partial} of {len(masks)} items have not all nine judgements; they count by those they have")
+        notes.append("Intervals by kind and length take an item's nine pairs as independent: they are too narrow")
+    if counts.items.slip:
+        notes.append("Scored as the released scorer does: file 3 is read in the place of file 2")
+    notes += counts.budgets.notes()
+    return notes + (counts.budgets_forced.notes() if counts.budgets_forced else [])
