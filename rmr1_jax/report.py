@@ -1,32 +1,34 @@
-"""One self-contained HTML file about training runs: the result table, curves, readable traces, resolved configuration.
+"""One self-contained HTML file about training runs or evaluations; here, the runs: results, curves, traces, settings.
 
 What runs hold is read by `report_runs.py`, what curves look like is worked out by `report_curves.py`, and how all of it
 is shown is in `report.html.j2`. Traces come from a model and are not trusted: the template escapes everything, and the
 page's own policy forbids it any network access and any script but the one it came with.
 
-Read next: `report.html.j2`.
+Read next: `report.html.j2`; for evaluations, `report_eval.py`.
 """
 
 from __future__ import annotations
 
 import base64
 import hashlib
-import os
-import re
-from collections import Counter, deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import groupby, pairwise
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
+from rmr1_jax.data.store import is_prepared
 from rmr1_jax.errors import InputError
-from rmr1_jax.prompts.trace import PARTS, after_thinking, find_sections, parse_trace
+from rmr1_jax.files import write_whole, writing
+from rmr1_jax.prompts.trace import parse_trace
 from rmr1_jax.report_curves import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Panel, make_panel, order_of
+from rmr1_jax.report_data import data_view
+from rmr1_jax.report_eval import Compare, eval_view, find_evaluations
 from rmr1_jax.report_runs import (
     find_parts,
+    holds_run,
     named_roots,
     read_metrics,
     read_results,
@@ -34,27 +36,51 @@ from rmr1_jax.report_runs import (
     read_text,
     stage_order,
 )
+from rmr1_jax.report_trace import blocks_of, split_trace
 
-BLOCKS = (*PARTS, "justify")  # parts that stand on lines of their own; a quotation stands in a line
 FILTERS = ("run", "stage", "kind", "task", "temptation", "outcome")
 FILTER_OPTIONS = 24  # a field with more values than this is no filter
 
 
-def write_report(run_dirs: Sequence[Path], out: Path, *, max_traces: int = 48) -> Path:
-    """Writes the report of one or several runs to the file `out` (replaced whole, never half-written); returns `out`.
+def write_report(run_dirs: Sequence[Path], out: Path, *, max_traces: int = 48, compare: Compare | None = None) -> Path:
+    """Writes the report of one or several directories to the file `out` (replaced whole, never half-written).
 
-    Of a samples file with more than `max_traces` rows, that many are shown, spread evenly over stage, kind and outcome.
+    Evaluations get the page of `report_eval.py`, with every judgement in it; `compare(first, second)` adds what it says
+    of two of them. Training runs get curves and traces: of a samples file with more than `max_traces` rows, that many
+    are shown, spread evenly over stage, kind and outcome. Prepared sets get that of `report_data.py`. Returns `out`.
 
     Raises:
-      InputError: a directory that is absent or holds no run, or a file in it that is malformed (file, line, field).
+      InputError: a directory that is absent or holds neither, directories of both kinds, or a file in one that is
+        malformed (file, line, field).
     """
-    out, page = Path(out), _Page(max_traces=max_traces)
+    out = Path(out)
     if out.is_dir():
         raise InputError(f"{out}: is a directory; give the file to write, for example {out / 'report.html'}")
-    for name, root in named_roots(run_dirs):
+    roots = named_roots(run_dirs)
+    if any(is_prepared(root) for _, root in roots):
+        return _render("report_data.html.j2", data_view(roots), out)
+    evaluated = {name: found for name, root in roots if (found := find_evaluations(root))}
+    trained = [name for name, root in roots if name not in evaluated or holds_run(root)]
+    if not trained:
+        return _render("report_eval.html.j2", eval_view(roots, evaluated, compare), out)
+    alone = [name for name in evaluated if name not in trained]
+    if alone:
+        raise InputError(
+            f"{alone[0]} is an evaluation and {trained[0]} a training run; a page shows one kind. Make two: "
+            f"rmr1 report {' '.join(alone)}, and rmr1 report {' '.join(trained)}"
+        )
+    page = _Page(max_traces=max_traces)
+    for name, root in roots:
         page.runs.append(name)
         for part in find_parts(root):
             page.add(name, part.relative_to(root).parts, part)
+        for path in evaluated.get(name, ()):
+            page.warnings.append(f"{path}: an evaluation, which has a page of its own: rmr1 report {path}")
+    return _render("report.html.j2", page.view(), out)
+
+
+def _render(template: str, view: dict[str, Any], out: Path) -> Path:
+    """Writes the page piece by piece, for one of a whole benchmark may be large."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -63,74 +89,12 @@ def write_report(run_dirs: Sequence[Path], out: Path, *, max_traces: int = 48) -
         lstrip_blocks=True,
     )
     environment.filters["sha256"] = lambda text: base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-    html = environment.get_template("report.html.j2").render(page.view())
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(out.name + ".partial")
-    partial.write_bytes(html.encode("utf-8", "backslashreplace"))  # JSON may hold half a surrogate pair, UTF-8 may not
-    os.replace(partial, out)
+    pieces = environment.get_template(template).generate(view)
+    with writing(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+    # JSON may hold half a surrogate pair, UTF-8 may not.
+    write_whole(out, (piece.encode("utf-8", "backslashreplace").decode() for piece in pieces))
     return out
-
-
-@dataclass(frozen=True, kw_only=True)
-class Span:
-    """A piece of a trace: its `text`, whether that is a `tag`, and what it is in.
-
-    `block` is "think", a part such as "eval", or "text" (outside of all); `part` is the block or a quotation in it.
-    """
-
-    block: str
-    part: str
-    text: str
-    tag: bool
-
-
-def split_trace(text: str) -> list[Span]:
-    """Cuts a trace at its tags. Any text is accepted, and the spans' texts joined are that text again.
-
-    What counts as a part is `find_sections`' decision, so the colours are those of the parsed trace; what stands before
-    the end of the last thought is one `think` block.
-    """
-    begin = after_thinking(text)
-    spans = [
-        Span(block="think", part="think", text=piece, tag=piece in ("<think>", "</think>"))
-        for piece in re.split("(</?think>)", text[:begin])
-    ]
-    sections = find_sections(text, begin)  # in order; the tags around one are not part of it
-    opens = [section.start - len(f"<{section.name}>") for section in sections]
-    ends = [section.end + section.closed * len(f"</{section.name}>") for section in sections]
-    tags = {*opens, *(section.end for section in sections if section.closed)}
-    places = {begin, len(text), *opens, *ends, *(place for section in sections for place in section[1:3])}
-    waiting, around = deque(zip(opens, ends, sections, strict=True)), []
-    for place, following in pairwise(sorted(places)):
-        while waiting and waiting[0][0] <= place:
-            around.append(waiting.popleft())
-        around = [entry for entry in around if entry[1] > place]
-        names = [section.name for _, _, section in around]
-        block = next((name for name in reversed(names) if name in BLOCKS), "text")
-        part = names[-1] if names else "text"
-        spans.append(Span(block=block, part=part, text=text[place:following], tag=place in tags))
-    return [span for span in spans if span.text]
-
-
-def _blocks(spans: list[Span]) -> list[dict[str, Any]]:
-    """The spans by block, without the white space around its words; a `bare` block holds nothing but tags."""
-    blocks = []
-    for name, group in groupby(spans, key=lambda span: span.block):
-        left = _stripped(list(group), str.lstrip)
-        kept = _stripped(left[::-1], str.rstrip)[::-1]
-        if kept:
-            blocks.append({"name": name, "spans": kept, "bare": all(span.tag for span in kept)})
-    return blocks
-
-
-def _stripped(spans: list[Span], strip: Callable[[str], str]) -> list[Span]:
-    """The spans without the white space that `strip` takes off before the first word; tags are left alone."""
-    kept, begun = [], False
-    for span in spans:
-        text = span.text if span.tag or begun else strip(span.text)
-        begun = begun or (bool(text) and not span.tag)
-        kept += [replace(span, text=text)] if text else []
-    return kept
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,7 +144,7 @@ class _Page:
         chosen = {number for _, number in turns[: self.max_traces]}
         kept = {number: sample for bucket in buckets.values() for number, sample in bucket if number in chosen}
         for _, sample in sorted(kept.items()):
-            self.samples.append(sample | {"blocks": _blocks(split_trace(sample["text"]))})
+            self.samples.append(sample | {"blocks": blocks_of(split_trace(sample["text"]))})
         self.tallies.append({"title": title, "shown": len(kept), "total": outcomes.total(), "outcomes": outcomes})
 
     def view(self) -> dict[str, Any]:

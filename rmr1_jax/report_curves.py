@@ -81,6 +81,27 @@ def make_panel(metric: str, lines: Mapping[int, Mapping[int, float]]) -> Panel:
     )
 
 
+def make_chart(lines: Sequence[Sequence[tuple[float, float]]], *, log: bool = False) -> dict[str, Any]:
+    """Lines through a few points (x, percentage), by run; `log`: equal steps of x are doublings. A tick at every x."""
+
+    def across(x: float) -> float:
+        return math.log2(max(x, 1e-9)) if log else x
+
+    places = sorted({x for line in lines for x, _ in line})
+    xs = _span([across(x) for x in places])
+    ys = _padded(_span([y for line in lines for _, y in line]))
+    drawn = []
+    for run, line in enumerate(lines):
+        points = [(round(_x(across(x), xs), 1), round(_y(y, ys), 1)) for x, y in sorted(line)]
+        path = "M" + "L".join(f"{x},{y}" for x, y in points) if points else ""
+        drawn.append({"run": run, "path": path, "points": points})
+    return {
+        "lines": drawn,
+        "x_ticks": [(round(_x(across(x), xs), 1), f"{x:,.0f}") for x in places],
+        "y_ticks": [(round(_y(t, ys), 1), f"{t:.4g}%") for t in _ticks(*ys)],
+    }
+
+
 def smooth(values: Sequence[float]) -> np.ndarray:
     """The mean over a window of about a twelfth of the values, centred. [n] -> [n]
 

@@ -43,21 +43,32 @@ def named_roots(run_dirs: Sequence[Path]) -> list[tuple[str, Path]]:
 
 def find_parts(root: Path) -> list[Path]:
     """The directories that hold a run, `root` first; InputError where there is none."""
+    parts = find_holders(root, FILES)
+    if not parts:
+        raise InputError(
+            f"{root}: no run here. Expected one of {', '.join(FILES)} in it or up to {DEPTH} directories below; give "
+            "the directory that `rmr1 quickstart`, `rmr1 sft`, `rmr1 grpo` or `rmr1 judge` wrote to; an evaluation's "
+            "(`rmr1 eval`, `rmr1 score`) holds judgements.jsonl"
+        )
+    return parts
+
+
+def holds_run(root: Path) -> bool:
+    """Whether the directory, or one below it, holds a run."""
+    return bool(find_holders(root, FILES))
+
+
+def find_holders(root: Path, names: Sequence[str]) -> list[Path]:
+    """The directories from `root` to DEPTH below it that hold a file of one of these names; links are not followed."""
 
     def walk(directory: Path, depth: int) -> Iterator[Path]:
-        if any((directory / name).is_file() for name in FILES):
+        if any((directory / name).is_file() for name in names):
             yield directory
         for child in sorted(directory.iterdir()) if depth else ():
             if child.is_dir() and not child.is_symlink() and not child.name.startswith("."):
                 yield from walk(child, depth - 1)
 
-    parts = list(walk(root, DEPTH))
-    if not parts:
-        raise InputError(
-            f"{root}: no run here. Expected one of {', '.join(FILES)} in it or up to {DEPTH} directories below; give "
-            "the directory that `rmr1 quickstart`, `rmr1 sft`, `rmr1 grpo` or `rmr1 judge` wrote to"
-        )
-    return parts
+    return list(walk(root, DEPTH))
 
 
 def stage_order(name: str) -> tuple[int, str]:
@@ -69,11 +80,11 @@ def stage_order(name: str) -> tuple[int, str]:
 def read_metrics(file: Path, warnings: list[str]) -> dict[str, dict[str, dict[int, float]]]:
     """metrics.jsonl -> stage -> metric -> finite value by ascending step. A step written again: the later counts."""
     stages: dict[str, dict[str, dict[int, float]]] = {}
-    for row in _rows(file, warnings):
+    for row in jsonl_rows(file, warnings):
         step = row.get("step")
         if not isinstance(step, int) or isinstance(step, bool):
             raise row.bad("step", f"is {describe(step)}, expected an integer")
-        metrics = stages.setdefault(_text(row, "stage"), {})
+        metrics = stages.setdefault(text_of(row, "stage"), {})
         for name, value in row.value.items():
             number = math.nan if value is None else as_number(value)  # a number that is not finite is logged as null
             if name != "step" and number is not None:
@@ -93,10 +104,10 @@ def read_samples(file: Path, warnings: list[str]) -> Iterator[dict[str, Any]]:
 
     `outcome` is "right", "wrong", "no verdict" (none was given), or "not known" (nobody says which answer is better).
     """
-    for row in _rows(file, warnings):
-        sample: dict[str, Any] = {name: _text(row, name) for name in SAMPLE_TEXTS}
+    for row in jsonl_rows(file, warnings):
+        sample: dict[str, Any] = {name: text_of(row, name) for name in SAMPLE_TEXTS}
         sample["id"] = row.identifier("id") if row.value.get("id") is not None else ""
-        sample["better"] = _text(row, "better") or _text(row, "correct_winner")
+        sample["better"] = text_of(row, "better") or text_of(row, "correct_winner")
         for name in ("winner", "better"):
             if sample[name] not in ("A", "B", ""):
                 raise row.bad(name if name in row.value else "correct_winner", f"is {sample[name]!r}, expected A or B")
@@ -113,7 +124,7 @@ def read_samples(file: Path, warnings: list[str]) -> Iterator[dict[str, Any]]:
 
 def read_results(file: Path) -> dict[str, Any]:
     """results.json -> rows (one a stage), columns, notes, and every other key as a fact. Shares are checked, 0 to 1."""
-    found = _json_object(file)
+    found = json_object(file)
     notes, seconds = found.pop("notes", []), found.pop("seconds", {})
     notes = [notes] if isinstance(notes, str) else notes
     if not isinstance(notes, list) or not all(isinstance(note, str) for note in notes):
@@ -176,7 +187,7 @@ def _result_row(stage: str, stages: dict[str, dict], columns: list[str]) -> dict
     return {"stage": stage, "baseline": baseline if baseline in stages else "", "cells": cells}
 
 
-def _rows(file: Path, warnings: list[str]) -> Iterator[Row]:
+def jsonl_rows(file: Path, warnings: list[str]) -> Iterator[Row]:
     """The rows of a JSONL file; raises the first bad one, unless it is a last line without its end."""
     rows = read_rows(file)
     for row in rows:
@@ -190,12 +201,14 @@ def _rows(file: Path, warnings: list[str]) -> Iterator[Row]:
         yield row
 
 
-def _text(row: Row, name: str) -> str:
+def text_of(row: Row, name: str) -> str:
+    """A field that holds a text, "" where it is absent or null."""
     value = row.value.get(name)
     return "" if value is None else row.checked_text(value, name)
 
 
-def _json_object(file: Path) -> dict[str, Any]:
+def json_object(file: Path) -> dict[str, Any]:
+    """The file's one JSON object; InputError (file, line, column) where it holds something else."""
     try:
         found = json.loads(read_text(file))
     except json.JSONDecodeError as error:

@@ -8,6 +8,7 @@ import os
 import select
 import shutil
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,24 +19,27 @@ PATIENCE = 60  # seconds for one answer, on a machine that has much else to do
 
 # The contrast (WCAG 2) of every element that has text of its own with the nearest background behind it.
 CONTRASTS = """
-var channel = v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4;
-var light = ([r, g, b]) => 0.2126 * channel(r) + 0.7152 * channel(g) + 0.0722 * channel(b);
-var parse = text => {  // rgb() counts to 255, color() to 1
-  const numbers = text.match(/[\\d.]+/g).slice(0, 3).map(Number);
-  return text.startsWith("color(") ? numbers : numbers.map(v => v / 255);
-};
-var behind = element => {
-  for (; element; element = element.parentElement) {
-    const color = getComputedStyle(element).backgroundColor;
-    if (color !== "rgba(0, 0, 0, 0)") return parse(color);
-  }
-  return [1, 1, 1];
-};
-var written = element => [...element.childNodes].some(node => node.nodeType === 3 && node.data.trim());
-JSON.stringify([...document.querySelectorAll("body *:not(script):not(svg *)")].filter(written).map(element => {
-  const [low, high] = [light(parse(getComputedStyle(element).color)), light(behind(element))].sort((a, b) => a - b);
-  return (high + 0.05) / (low + 0.05);
-}))
+(() => {
+  const channel = v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4;
+  const light = ([r, g, b]) => 0.2126 * channel(r) + 0.7152 * channel(g) + 0.0722 * channel(b);
+  const parse = text => {  // rgb() counts to 255, color() to 1
+    const numbers = text.match(/[\\d.]+/g).slice(0, 3).map(Number);
+    return text.startsWith("color(") ? numbers : numbers.map(v => v / 255);
+  };
+  const behind = element => {
+    for (; element; element = element.parentElement) {
+      const color = getComputedStyle(element).backgroundColor;
+      if (color !== "rgba(0, 0, 0, 0)") return parse(color);
+    }
+    return [1, 1, 1];
+  };
+  const written = element => [...element.childNodes].some(node => node.nodeType === 3 && node.data.trim());
+  const elements = [...document.querySelectorAll("body *:not(script):not(svg *)")].filter(written);
+  return JSON.stringify(elements.map(element => {
+    const sides = [light(parse(getComputedStyle(element).color)), light(behind(element))];
+    return (Math.max(...sides) + 0.05) / (Math.min(...sides) + 0.05);
+  }));
+})()
 """
 
 
@@ -75,9 +79,24 @@ class Browser:
             self.events.append(self.receive())
 
     def evaluate(self, expression: str):
-        result = self.call("Runtime.evaluate", expression=expression, returnByValue=True)
+        """The value of a JavaScript expression; of a promise, what it comes to."""
+        result = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in result, result
         return result["result"].get("value")
+
+    def wait_for(self, expression: str) -> None:
+        """Waits until the expression is true, which a page that unpacks or searches takes its time for."""
+        end = time.monotonic() + PATIENCE
+        while not self.evaluate(f"!!({expression})"):
+            assert time.monotonic() < end, f"not true within {PATIENCE} s: {expression}"
+            time.sleep(0.02)
+
+    def set_scheme(self, scheme: str) -> None:
+        """The colour scheme that the page is told its reader likes, "light" or "dark"."""
+        self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+
+    def set_size(self, width: int, height: int, *, mobile: bool = False) -> None:
+        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=mobile)
 
     def screenshot(self, file: Path) -> None:
         file.write_bytes(base64.b64decode(self.call("Page.captureScreenshot")["data"]))

@@ -422,9 +422,9 @@ def test_the_page_works_in_a_browser(tmp_path):
         assert browser.evaluate("tip.textContent").split("\n")[0] == "step 0" and not browser.evaluate("tip.hidden")
         # Both colour schemes, each with readable contrast; nothing wider than a phone.
         for scheme in ("light", "dark"):
-            browser.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+            browser.set_scheme(scheme)
             assert min(json.loads(browser.evaluate(CONTRASTS))) >= 4.5
-        browser.call("Emulation.setDeviceMetricsOverride", width=400, height=800, deviceScaleFactor=1, mobile=True)
+        browser.set_size(400, 800, mobile=True)
         assert browser.evaluate("document.documentElement.scrollWidth") <= 400
         assert browser.complaints() == []
         assert {url.split(":")[0] for url in browser.requests()} <= {"file", "about"}
