@@ -9,8 +9,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rmr1_jax.config import load_config
+from rmr1_jax.config import config_differences, load_config
 from rmr1_jax.data.mixture import MixtureConfig
+from rmr1_jax.data.prepare import PrepareConfig
+from rmr1_jax.data.teacher import ChainsConfig
+from rmr1_jax.prompts.cor import get_prompt
 from rmr1_jax.train.grpo import GrpoConfig
 from rmr1_jax.train.sft import SftConfig
 
@@ -147,6 +150,70 @@ def test_the_paper_s_recipe(path):
     assert (config.aggregation, config.normalize_std, config.dynamic_sampling) == ("sequence", True, 1)
     # The Instruct models' prompt asks for the whole Chain-of-Rubrics trace, the DeepSeek models' for a verdict.
     assert config.structure == ("verdict" if "deepseek" in path.stem else "cor")
+
+
+# Experiments: what each must not share with its parent, beside `out`.
+CHILDREN = {
+    "ablation_cold_start_32b": ("grpo_qwen2.5_32b", {"model", "data", "reward", "structure"}),
+    "ablation_rubrics_32b": ("ablation_cold_start_32b", {"data", "structure"}),
+    "ablation_categories_32b": ("ablation_rubrics_32b", {"data", "structure"}),
+    "baseline_sft_32b": ("sft_qwen2.5_32b", {"data"}),
+    "baseline_sft_9k_32b": ("baseline_sft_32b", {"data"}),
+    "baseline_distilled_sft_32b": ("baseline_sft_32b", {"model"}),
+}
+
+
+def test_which_experiments_there_are():
+    found = {p.stem for kind in ("ablation", "baseline") for p in (ROOT / "configs").glob(f"{kind}_*.yaml")}
+    assert found == set(CHILDREN)
+
+
+@pytest.mark.parametrize("name", CHILDREN)
+def test_an_experiment_differs_from_its_parent_by_what_it_must(name):
+    path = ROOT / "configs" / f"{name}.yaml"
+    program, command, file = shlex.split(comments(path)[0])
+    assert (program, ROOT / file) == ("rmr1", path)
+    assert slices(path)
+    parent, keys = CHILDREN[name]
+    mine, theirs = (dataclasses.asdict(load_config(STAGES[command], path.with_stem(n))) for n in (name, parent))
+    differences = config_differences(theirs, mine)
+    assert set(differences) == keys | {"out"}
+    assert differences["out"][1] == f"runs/{name}"
+    if "structure" in keys:
+        assert get_prompt(prepared(path).prompt).structure == mine["structure"]
+
+
+def prepared(path: Path) -> PrepareConfig:
+    """What the `rmr1 data prepare` in a recipe's first lines makes, which is what it trains on."""
+    line = re.search(r"rmr1 data prepare (.*)", "\n".join(comments(path)).replace("\\\n", ""))[1]
+    file, *overrides = shlex.split(line)
+    config = load_config(PrepareConfig, ROOT / file, overrides)
+    assert yaml.safe_load(path.read_text())["data"] == config.out
+    return config
+
+
+def test_what_the_answer_alone_is_learned_from():
+    whole, few = (prepared(ROOT / "configs" / f"baseline_{name}_32b.yaml") for name in ("sft", "sft_9k"))
+    assert (whole.stage, whole.target, whole.limit) == ("sft", "verdict", None)
+    assert (few.target, few.limit) == ("verdict", 9000)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_what_the_stages_are_prepared_from(stage):
+    path = ROOT / "configs" / f"prepare_{stage}.yaml"
+    program, *command, file = shlex.split(comments(path)[0])[:4]
+    assert (program, command, ROOT / file) == ("rmr1", ["data", "prepare"], path)
+    config = load_config(PrepareConfig, path, shlex.split(comments(path)[0])[4:])
+    assert load_config(PrepareConfig, path) == config and config.stage == stage
+    recipe = load_config(STAGES[stage], ROOT / "configs" / f"{stage}_qwen2.5_7b.yaml")
+    assert config.max_length == (recipe.row_length if stage == "sft" else recipe.max_prompt_length)
+
+
+def test_the_teachers():
+    path = ROOT / "configs" / "chains.yaml"
+    program, *command, file, pairs, out = shlex.split(comments(path)[0])
+    assert (program, command, ROOT / file) == ("rmr1", ["data", "chains"], path)
+    assert load_config(ChainsConfig, path, [pairs, out]) == load_config(ChainsConfig, path)
 
 
 def test_the_paper_s_mixture():
