@@ -47,7 +47,7 @@ def test_pairs_are_shown_as_they_stand(data):
     for change, reason in (({"label": "A=B"}, "expected 'A>B' or 'B>A'"), ({"question": None}, "expected a text")):
         with pytest.raises(BadRow, match=reason):
             list(load(write_rows(data, [{**ROW, **change}])))
-    with pytest.raises(InputError, match="source 'trivia' is none of JudgeBench's: mmlu-pro, "):
+    with pytest.raises(InputError, match="'trivia' is none of JudgeBench's: mmlu-pro, "):
         list(load(write_rows(data, [{**ROW, "source": "trivia"}])))
 
 

@@ -33,15 +33,19 @@ _SWAP = MappingProxyType({"A": "B", "B": "A", None: None})
 
 def load(path: Path) -> Iterator[PreferencePair]:
     """The pairs, answer A shown in A."""
-    rows = (row for row in read_rows(path) if not isinstance(row, Row) or "pair_id" in row.value)
+    # A folder may hold other files beside the data; a row that has some of the fields is a bad one, not another.
+    fields = {"pair_id", "label", "response_A", "response_B"}
+    rows = (row for row in read_rows(path) if not isinstance(row, Row) or fields & set(row.value))
     for number, pair in enumerate(keep_good(rows, lambda row: [_pair(row)])):
         yield with_meta(pair, number=number)
 
 
 def _pair(row: Row) -> PreferencePair:
-    if row.get("label") not in _BETTER:
+    if row.get("label") not in tuple(_BETTER):
         raise row.bad("label", f"is {describe(row.value['label'])}, expected 'A>B' or 'B>A'")
     source, answers, pair_id = row.text("source"), row.text("response_model"), row.identifier("pair_id")
+    if not source.startswith(SOURCES):
+        raise row.bad("source", f"{source!r} is none of JudgeBench's: {', '.join(SOURCES)}")
     meta = {"benchmark": NAME, "subset": source, "section": _section(source), "response_model": answers}
     meta |= {"pair_id": pair_id, "original_id": row.value.get("original_id")}
     texts = (row.text("question"), row.text("response_A"), row.text("response_B"))

@@ -34,6 +34,7 @@ _OTHER = {"A": "B", "B": "A"}
 # The form of a judgement's fields, of which a file by someone else may have any other.
 _META = {
     "rewardbench": {"subset": str},
+    "judgebench": {"subset": str},
     "rm-bench": {"item": str, "domain": str, "chosen_style": int, "rejected_style": int},
     "rmb": {"category": str, "item": str},
 }

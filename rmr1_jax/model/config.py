@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from rmr1_jax.data.strangers import read_object
 from rmr1_jax.errors import InputError
 
 SHAPE_FIELDS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
@@ -21,17 +22,20 @@ SHAPE_FIELDS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_la
 READ_FIELDS = frozenset(SHAPE_FIELDS) | {
     "model_type", "num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings",
     "rope_theta", "rope_scaling", "rope_parameters", "use_sliding_window", "sliding_window", "max_window_layers",
-    "layer_types",
+    "layer_types", "architectures", "num_labels", "id2label",
 }
+MOST_LAYERS = 1000  # names and checks are made layer by layer, so a number out of a stranger's file is bounded first
+MOST = 2**31 - 1  # of any other whole number: positions and sizes are int32
+REWARD_MODELS = {"qwen2": "Qwen2ForSequenceClassification", "qwen3": "Qwen3ForSequenceClassification"}
 # These would change the computation, so only the value that changes nothing is taken. Qwen2 has its q, k, v biases
 # whatever its file says; in Qwen3 the field would add a bias on o too, which no released Qwen3 has.
 FIXED_FIELDS = {"hidden_act": "silu", "use_mrope": False, "is_encoder_decoder": False, "add_cross_attention": False}
 ATTENTION_BIAS = {"qwen2": True, "qwen3": False}
 # These describe training, bookkeeping or text generation and change no logit, so any value is taken.
 IGNORED_FIELDS = frozenset({
-    "_attn_implementation", "_name_or_path", "architectures", "attention_dropout", "attn_implementation",
-    "bos_token_id", "chunk_size_feed_forward", "dtype", "eos_token_id", "id2label", "initializer_range",
-    "keys_to_ignore_at_inference", "label2id", "model_name", "num_labels", "output_attentions",
+    "_attn_implementation", "_name_or_path", "attention_dropout", "attn_implementation",
+    "bos_token_id", "chunk_size_feed_forward", "dtype", "eos_token_id", "initializer_range",
+    "keys_to_ignore_at_inference", "label2id", "model_name", "output_attentions",
     "output_hidden_states", "pad_token_id", "problem_type", "return_dict", "tokenizer_class", "torch_dtype",
     "transformers_version", "unsloth_fixed", "unsloth_version", "use_cache",
 })
@@ -84,23 +88,23 @@ class QwenConfig:
     qk_norm: bool  # Qwen3 normalises each head of q and k
     sliding_window: int | None = None  # tokens; rows longer than this are refused, so no layer needs the window
     max_window_layers: int | None = None  # first layer with the window; carried so that an export says so again
+    scalar: bool = False  # a reward model: one score of the last token in the place of a head over the vocabulary
 
 
-def read_config(model_dir: str | Path) -> QwenConfig:
-    """Reads `model_dir/config.json`. Raises InputError if it is absent, not JSON, or not a Qwen that we compute."""
+def read_config(model_dir: str | Path, *, scalar: bool = False) -> QwenConfig:
+    """Reads `model_dir/config.json`: of a policy, or with `scalar` of a scalar reward model.
+
+    Raises InputError if it is absent, not JSON, the other of the two, or not a Qwen that we compute.
+    """
     path = Path(model_dir) / "config.json"
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file. Expected a Hugging Face model directory with a config.json.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not a JSON file ({error}). Download config.json again.") from None
-    if not isinstance(raw, dict):
-        raise InputError(f"{path}: expected a JSON object, got {type(raw).__name__}.")
-    return parse_config(raw, str(path))
+        raw = read_object(path)
+    except InputError as error:
+        raise InputError(f"{error}. Expected the config.json of a Hugging Face model; download it again.") from error
+    return parse_config(raw, str(path), scalar=scalar)
 
 
-def parse_config(raw: dict[str, Any], source: str) -> QwenConfig:
+def parse_config(raw: dict[str, Any], source: str, *, scalar: bool = False) -> QwenConfig:
     """Turns the content of a `config.json` into a QwenConfig.
 
     Absent optional fields take the defaults of the Transformers classes Qwen2Config and Qwen3Config. `source` names the
@@ -111,8 +115,10 @@ def parse_config(raw: dict[str, Any], source: str) -> QwenConfig:
     if model_type not in ("qwen2", "qwen3"):
         reader.wrong("model_type", 'one of "qwen2", "qwen3"')
     _check_unknown_and_fixed(reader)
+    _check_kind(reader, scalar)
 
-    shape = {name: reader.positive_int(name) for name in SHAPE_FIELDS}
+    shape = {name: reader.positive_int(name) for name in SHAPE_FIELDS if name != "num_hidden_layers"}
+    shape["num_hidden_layers"] = reader.positive_int("num_hidden_layers", most=MOST_LAYERS)
     layers, heads, width = shape["num_hidden_layers"], shape["num_attention_heads"], shape["hidden_size"]
     kv_heads = reader.positive_int("num_key_value_heads", default=heads)
     if heads % kv_heads:
@@ -143,6 +149,7 @@ def parse_config(raw: dict[str, Any], source: str) -> QwenConfig:
         qk_norm=model_type == "qwen3",
         sliding_window=window,
         max_window_layers=first_windowed,
+        scalar=scalar,
     )
     if reader.problems:
         listing = "\n".join(f"  {problem}" for problem in reader.problems)
@@ -156,8 +163,9 @@ def config_to_hf(config: QwenConfig, dtype: str) -> dict[str, Any]:
     Written with the older names (`rope_theta`, `rope_scaling`, `torch_dtype`), which Transformers 4 and 5 both read.
     `parse_config` gives `config` back.
     """
+    policies = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
     out: dict[str, Any] = {
-        "architectures": ["Qwen2ForCausalLM" if config.model_type == "qwen2" else "Qwen3ForCausalLM"],
+        "architectures": [(REWARD_MODELS if config.scalar else policies)[config.model_type]],
         "model_type": config.model_type,
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
@@ -177,6 +185,8 @@ def config_to_hf(config: QwenConfig, dtype: str) -> dict[str, Any]:
         out["head_dim"] = config.head_dim
     if config.sliding_window is not None:
         out |= {"sliding_window": config.sliding_window, "max_window_layers": config.max_window_layers}
+    if config.scalar:
+        out["id2label"] = {"0": "LABEL_0"}  # how Transformers says that there is one label
     rope = config.rope_scaling
     if rope is not None:
         out["rope_scaling"] = {"rope_type": rope.kind, "factor": rope.factor}
@@ -231,6 +241,22 @@ def _check_unknown_and_fixed(reader: "_Reader") -> None:
     for name in sorted(raw.keys() - READ_FIELDS - IGNORED_FIELDS - fixed.keys()):
         if raw[name] is not None:
             reader.problems.append(f"{name}: unknown field (got {_short(raw[name])}); remove it if it changes nothing")
+
+
+def _check_kind(reader: "_Reader", scalar: bool) -> None:
+    """A policy's file does not pass for a reward model's, nor the other way round."""
+    raw = reader.raw
+    named = raw.get("architectures")
+    is_scalar = isinstance(named, list) and REWARD_MODELS.get(str(raw.get("model_type"))) in named
+    if is_scalar and not scalar:
+        reader.wrong(
+            "architectures", "a model that writes; a scalar reward model is read by `rmr1 eval --judge scalar`"
+        )
+    if scalar and not is_scalar:
+        reader.wrong("architectures", f"one of {', '.join(REWARD_MODELS.values())}")
+    labels = raw.get("id2label")
+    if scalar and (len(labels) if isinstance(labels, dict) else raw.get("num_labels", 1)) != 1:
+        reader.wrong("id2label" if isinstance(labels, dict) else "num_labels", "one label")
 
 
 def _parse_window(reader: "_Reader", layers: int) -> tuple[int | None, int | None]:
@@ -315,25 +341,25 @@ class _Reader:
     def integer(self, name: str, default: int | None = None) -> int:
         value = self.raw.get(name, default)
         value = default if value is None else value
-        if isinstance(value, int) and not isinstance(value, bool):
+        if isinstance(value, int) and not isinstance(value, bool) and abs(value) <= MOST:
             return value
         self.wrong(name, "a whole number")
         return 1
 
-    def positive_int(self, name: str, default: int | None = None) -> int:
+    def positive_int(self, name: str, default: int | None = None, most: int = MOST) -> int:
         value = self.integer(name, default)
-        if value > 0:
+        if 0 < value <= most:
             return value
-        self.wrong(name, "a whole number above 0")
+        self.wrong(name, f"a whole number from 1 to {most}")
         return 1
 
     def positive_float(self, name: str, default: float | None = None) -> float:
         value = self.raw.get(name)
         if value is None and default is not None:
             return float(default)
-        if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf:
+        if isinstance(value, int | float) and not isinstance(value, bool) and 1e-18 < value < 1e18:
             return float(value)
-        self.wrong(name, "a number above 0")
+        self.wrong(name, "a number above 0 and below 1e18")
         return 1.0
 
     def boolean(self, name: str, default: bool) -> bool:

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from rmr1_jax.data.strangers import own_file
 from rmr1_jax.errors import InputError
 from rmr1_jax.mesh import single_device_mesh, weight_sharding
 from rmr1_jax.model.config import QwenConfig, config_to_hf
@@ -53,6 +54,7 @@ class Weight(NamedTuple):
 TABLE = (
     Weight("model.embed_tokens.weight", "embed", "V,D"),
     Weight("lm_head.weight", "head", "V,D"),
+    Weight("score.weight", "score", "O,D"),
     Weight("model.norm.weight", "final_norm", "D"),
     Weight("model.layers.{l}.input_layernorm.weight", "layers.attn_norm", "D"),
     Weight("model.layers.{l}.self_attn.q_proj.weight", "layers.q", "NH,D"),
@@ -160,6 +162,8 @@ def copy_side_files(source: str | Path, target: str | Path) -> list[str]:
     """Copies the tokenizer's files, the chat template and the generation config; returns the names that were there."""
     source, target = Path(source), Path(target)
     names = [name for name in SIDE_FILES if (source / name).is_file()]
+    for name in names:
+        own_file(source / name)  # a link to a private file must not go where an export goes
     if source.resolve() == target.resolve():
         return names
     target.mkdir(parents=True, exist_ok=True)

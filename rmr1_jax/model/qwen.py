@@ -32,7 +32,7 @@ Remat = Literal["none", "dots", "full", "offload"]
 
 def param_dims(config: QwenConfig) -> Params:
     """The tree of dimension letters: L layers, D width, N and K query and key-value heads, H head size, F MLP width,
-    V vocabulary."""
+    V vocabulary, O the one score of a scalar reward model."""
     layers = {
         "attn_norm": "LD",
         "q": "LDNH",
@@ -49,6 +49,8 @@ def param_dims(config: QwenConfig) -> Params:
     if config.qk_norm:
         layers |= {"q_norm": "LH", "k_norm": "LH"}
     dims = {"embed": "VD", "final_norm": "D", "layers": layers}
+    if config.scalar:
+        return dims | {"score": "OD"}
     return dims if config.tie_word_embeddings else dims | {"head": "DV"}
 
 
@@ -259,4 +261,5 @@ def _sizes(config: QwenConfig) -> dict[str, int]:
         "H": config.head_dim,
         "F": config.intermediate_size,
         "V": config.vocab_size,
+        "O": 1,
     }

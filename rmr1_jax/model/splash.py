@@ -48,7 +48,7 @@ def splash_attend(
         block_q=block,
         block_kv=block,
         block_kv_compute=min(block, 512),
-        block_q_dkv=block,
+        block_q_dkv=min(block, 512),  # with 1,024 rows the blocks of 3,072 keys overflow VMEM at a head size of 64
         block_kv_dkv=next(b for b in KEY_BLOCKS if T % b == 0),
         block_kv_dkv_compute=min(block, 512),
         use_fused_bwd_kernel=True,

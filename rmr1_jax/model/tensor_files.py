@@ -5,6 +5,7 @@ not through the library, says how many bytes are missing, and reads rows of a te
 as memory for as long as it is open. No pickle is ever opened. Next: `hf.py`, which says what the tensors mean.
 """
 
+import itertools
 import json
 import math
 import os
@@ -17,11 +18,14 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from rmr1_jax.data.strangers import own_file, parse_json, read_object
 from rmr1_jax.errors import InputError
 
 DTYPES = {"F32": jnp.dtype(jnp.float32), "BF16": jnp.dtype(jnp.bfloat16), "F16": jnp.dtype(jnp.float16)}
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+MAX_FILE_BYTES = 2**50
+MAX_HEADER_BYTES = 16 * 2**20  # the format allows 100 MB; the header of a whole 72B in one file has 0.2
+MAX_DIMS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +41,8 @@ class StoredTensor:
         """Rows `first` to `first + count`, each of `row_shape`: [count, *row_shape] in the stored dtype."""
         row_bytes = math.prod(row_shape) * self.dtype.itemsize
         data = np.fromfile(self.file, np.uint8, count * row_bytes, offset=self.offset + first * row_bytes)
+        if data.size != count * row_bytes:
+            raise InputError(f"{self.file}: changed while it was read: {self.file.stat().st_size} bytes are left of it")
         return data.view(self.dtype).reshape(count, *row_shape)
 
 
@@ -45,10 +51,10 @@ def find_tensors(model_dir: Path) -> dict[str, StoredTensor]:
 
     Only headers are read. Raises InputError for a file that is absent, cut short, or not safetensors.
     """
-    if (model_dir / SINGLE).exists():
+    if (model_dir / SINGLE).exists() or (model_dir / SINGLE).is_symlink():
         return read_header(model_dir / SINGLE)
     index = model_dir / INDEX
-    if not index.exists():
+    if not index.exists() and not index.is_symlink():
         suffixes = (".safetensors", ".bin", ".pt", ".pth")
         found = sorted(path.name for path in model_dir.glob("*") if path.suffix in suffixes)
         pickled = any(not name.endswith(".safetensors") for name in found)
@@ -64,14 +70,15 @@ def find_tensors(model_dir: Path) -> dict[str, StoredTensor]:
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
     """The tensors of one safetensors file. Raises InputError with the bytes expected and found, and what it is."""
-    actual = path.stat().st_size
+    actual = own_file(path, most=MAX_FILE_BYTES).stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         raw = file.read(length) if length <= min(MAX_HEADER_BYTES, actual) else b""
     try:
-        header = {name: entry for name, entry in json.loads(raw).items() if name != "__metadata__"}
+        header = {name: entry for name, entry in parse_json(raw).items() if name != "__metadata__"}
         entries = [
-            (name, e["dtype"], tuple(map(int, e["shape"])), *map(int, e["data_offsets"])) for name, e in header.items()
+            (name, e["dtype"], _sizes(e["shape"], MAX_DIMS), *_sizes(e["data_offsets"], 2, 2))
+            for name, e in header.items()
         ]
     except (ValueError, KeyError, TypeError, AttributeError):
         raise InputError(f"{path}: {_nature(path)}; expected a safetensors file. Download it again.") from None
@@ -81,7 +88,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         raise InputError(f"{path}: {kind}: expected {expected} bytes, got {actual}. Download it again.")
     stored = {}
     for name, code, shape, start, end in entries:
-        if code not in DTYPES:
+        if code not in tuple(DTYPES):
             raise InputError(f"{path}: tensor {name} is stored as {code}; expected one of {', '.join(DTYPES)}.")
         size = math.prod(shape) * DTYPES[code].itemsize
         if start < 0 or end - start != size:
@@ -89,7 +96,21 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
                 f"{path}: tensor {name} {list(shape)} needs {size} bytes, its header gives {start}..{end}."
             )
         stored[name] = StoredTensor(file=path, dtype=DTYPES[code], shape=shape, offset=8 + length + start)
+    # One tensor after the other, without gaps: bytes that two tensors share are not what either was saved as.
+    spans = sorted((start, end, name) for name, *_, start, end in entries)
+    for (_, before, _), (start, _, name) in itertools.pairwise([(0, 0, ""), *spans]):
+        if start != before:
+            raise InputError(f"{path}: tensor {name} begins at {start}, but the one before it ends at {before}.")
     return stored
+
+
+def _sizes(values: Any, most: int, least: int = 0) -> tuple[int, ...]:
+    """A list of whole numbers that a file can hold, as it must be; ValueError for anything else."""
+    if not isinstance(values, list) or not least <= len(values) <= most:
+        raise ValueError
+    if not all(type(value) is int and abs(value) <= MAX_FILE_BYTES for value in values):
+        raise ValueError
+    return tuple(values)
 
 
 def write_tensors(
@@ -120,12 +141,13 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 def _read_index(index: Path) -> dict[str, str]:
     """Tensor name -> file name, every file a plain name that exists beside the index."""
     try:
-        weight_map = dict(json.loads(index.read_bytes())["weight_map"])
-    except (ValueError, KeyError, TypeError):
+        weight_map = read_object(index, most=4 * MAX_HEADER_BYTES)["weight_map"]
+        names = sorted({str(name) for name in weight_map.values()})
+    except (ValueError, KeyError, AttributeError):
+        own_file(index)
         raise InputError(f"{index}: {_nature(index)}; expected JSON with a weight_map of tensor to file.") from None
-    names = sorted(set(map(str, weight_map.values())))
     # Anything but a plain name could reach outside the model directory.
-    foreign = [name for name in names if not re.fullmatch(r"\w[\w.-]*\.safetensors", name)]
+    foreign = [name for name in names if not re.fullmatch(r"\w[\w.-]{0,200}\.safetensors", name)]
     if foreign:
         raise InputError(f"{index}: file names {foreign[:5]}; expected plain .safetensors names in the same directory.")
     absent = [name for name in names if not (index.parent / name).is_file()]

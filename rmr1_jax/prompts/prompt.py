@@ -10,6 +10,7 @@ Next: `prompts/cor.py` for the prompts by name, `prompts/recover.py` for a publi
 from __future__ import annotations
 
 import difflib
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from pathlib import Path
 import yaml
 
 from rmr1_jax.errors import InputError
+from rmr1_jax.prompts.harmless import frame_delimiters, harmless_text
 
 Messages = list[dict[str, str]]  # what a chat template takes: [{"role": ..., "content": ...}, ...]
 
@@ -44,6 +46,9 @@ class Prompt:
     `single_turn` is the text before the question, between question and answer A, between the answers, and after answer
     B; `multi_turn` the text before conversation A, between the conversations, and after conversation B. `note` says
     where the prompt comes from; it is kept in the prompt's file and never shown to the judge.
+
+    `harmless` says whether client and chatbots are untrusted: their texts are then rendered by `harmless_text`. It is
+    no part of the prompt's file; without it they stand to the letter, as in the published prompts and rows.
     """
 
     name: str
@@ -51,16 +56,25 @@ class Prompt:
     single_turn: tuple[str, str, str, str]
     multi_turn: tuple[str, str, str]
     note: str = ""
+    harmless: bool = False
 
     def render(self, question: str, response_a: str, response_b: str) -> Messages:
         """The messages that ask for a verdict on two answers to one question."""
-        return self._messages(join_frame(self.single_turn, (question, response_a, response_b)))
+        parts = [question, response_a, response_b]
+        if self.harmless:
+            own = frame_delimiters(self.single_turn)
+            parts = [harmless_text(part, own) for part in parts]
+        return self._messages(join_frame(self.single_turn, parts))
 
     def render_conversations(
         self, conversation_a: Sequence[tuple[str, str]], conversation_b: Sequence[tuple[str, str]]
     ) -> Messages:
         """The messages that ask for a verdict on two conversations of (role, content), each shown whole."""
-        parts = (conversation_text(conversation_a, "A"), conversation_text(conversation_b, "B"))
+        sides = [(conversation_a, "A"), (conversation_b, "B")]
+        if self.harmless:
+            show = functools.partial(harmless_text, delimiters=frame_delimiters(self.multi_turn), in_conversation=True)
+            sides = [([(role, show(content)) for role, content in messages], side) for messages, side in sides]
+        parts = [conversation_text(messages, side) for messages, side in sides]
         return self._messages(join_frame(self.multi_turn, parts))
 
     @property
