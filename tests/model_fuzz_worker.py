@@ -22,8 +22,9 @@ import numpy as np
 from mutate import ELSE, mutate_bytes, mutate_json
 
 from rmr1_jax.errors import InputError
-from rmr1_jax.model.config import SHAPE_FIELDS, QwenConfig, rope_inverse_frequencies
+from rmr1_jax.model.config import SHAPE_FIELDS, QwenConfig
 from rmr1_jax.model.hf import save_params
+from rmr1_jax.model.rope import rope_inverse_frequencies
 from rmr1_jax.policy import fresh_policy, load
 from rmr1_jax.world import world_texts
 from rmr1_jax.world_tokenizer import train_tokenizer

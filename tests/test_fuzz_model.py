@@ -13,8 +13,9 @@ import pytest
 from rmr1_jax.data.strangers import own_file, parse_json, read_object
 from rmr1_jax.data.tokens import Tokenizer
 from rmr1_jax.errors import InputError
-from rmr1_jax.model.config import MOST_LAYERS, config_to_hf, parse_config, read_config, rope_inverse_frequencies
+from rmr1_jax.model.config import MOST_LAYERS, config_to_hf, parse_config, read_config
 from rmr1_jax.model.hf import copy_side_files, load_params, save_params
+from rmr1_jax.model.rope import rope_inverse_frequencies
 from rmr1_jax.model.tensor_files import MAX_HEADER_BYTES, find_tensors, read_header
 from rmr1_jax.world_tokenizer import CHAT_TEMPLATE
 

@@ -8,7 +8,8 @@ from transformers import AutoConfig, Qwen2Config, Qwen3Config
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 
 from rmr1_jax.errors import InputError
-from rmr1_jax.model.config import config_to_hf, parse_config, read_config, rope_inverse_frequencies
+from rmr1_jax.model.config import config_to_hf, parse_config, read_config
+from rmr1_jax.model.rope import rope_inverse_frequencies
 
 BASE = {
     "model_type": "qwen2",

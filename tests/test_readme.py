@@ -182,7 +182,17 @@ def settings(tmp_path, monkeypatch) -> dict:
     for stage in ("sft", "grpo"):
         module = importlib.import_module(f"rmr1_jax.train.{stage}")
         monkeypatch.setattr(module, stage, lambda config: seen.update({config.out: config}))
-    commands = (cli.Quickstart, cli.Plan, cli.JudgePairs, cli.Data, cli.Eval, cli.Score, cli.Compare, cli.Export, cli.Report)
+    commands = (
+        cli.Quickstart,
+        cli.Plan,
+        cli.JudgePairs,
+        cli.Data,
+        cli.Eval,
+        cli.Score,
+        cli.Compare,
+        cli.Export,
+        cli.Report,
+    )
     for command in commands:
         monkeypatch.setattr(command, "run", lambda self: None)
     return seen

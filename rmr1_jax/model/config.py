@@ -7,15 +7,14 @@ a single array exists. Read `qwen.py` next for what the numbers shape, `hf.py` f
 """
 
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-
 from rmr1_jax.data.strangers import read_object
 from rmr1_jax.errors import InputError
+from rmr1_jax.model.fields import FieldReader, short
+from rmr1_jax.model.rope import ROPE_FIELDS, RopeScaling, parse_rope
 
 SHAPE_FIELDS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 # fmt: off
@@ -25,7 +24,6 @@ READ_FIELDS = frozenset(SHAPE_FIELDS) | {
     "layer_types", "architectures", "num_labels", "id2label",
 }
 MOST_LAYERS = 1000  # names and checks are made layer by layer, so a number out of a stranger's file is bounded first
-MOST = 2**31 - 1  # of any other whole number: positions and sizes are int32
 REWARD_MODELS = {"qwen2": "Qwen2ForSequenceClassification", "qwen3": "Qwen3ForSequenceClassification"}
 # These would change the computation, so only the value that changes nothing is taken. Qwen2 has its q, k, v biases
 # whatever its file says; in Qwen3 the field would add a bias on o too, which no released Qwen3 has.
@@ -39,32 +37,7 @@ IGNORED_FIELDS = frozenset({
     "output_hidden_states", "pad_token_id", "problem_type", "return_dict", "tokenizer_class", "torch_dtype",
     "transformers_version", "unsloth_fixed", "unsloth_version", "use_cache",
 })
-ROPE_FIELDS = {
-    "default": frozenset(),
-    "linear": frozenset({"factor"}),
-    "yarn": frozenset({
-        "factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor", "mscale",
-        "mscale_all_dim", "truncate",
-    }),
-}
 # fmt: on
-
-
-@dataclass(frozen=True, kw_only=True)
-class RopeScaling:
-    """How rotary frequencies are stretched beyond the trained length. All but `kind` and `factor` are yarn's.
-
-    Units: `original_max_position_embeddings` in tokens; `beta_fast` and `beta_slow` in turns over that length.
-    `attention_factor` is already resolved (1 for linear), so nothing downstream needs yarn's `mscale` rules.
-    """
-
-    kind: Literal["linear", "yarn"]
-    factor: float
-    original_max_position_embeddings: int = 0
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    attention_factor: float = 1.0
-    truncate: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +83,7 @@ def parse_config(raw: dict[str, Any], source: str, *, scalar: bool = False) -> Q
     Absent optional fields take the defaults of the Transformers classes Qwen2Config and Qwen3Config. `source` names the
     file in errors. Raises one InputError that lists every field that is missing, wrong, or unknown.
     """
-    reader = _Reader(raw)
+    reader = FieldReader(raw)
     model_type = raw.get("model_type")
     if model_type not in ("qwen2", "qwen3"):
         reader.wrong("model_type", 'one of "qwen2", "qwen3"')
@@ -129,7 +102,7 @@ def parse_config(raw: dict[str, Any], source: str, *, scalar: bool = False) -> Q
     if head_dim % 2:
         reader.problems.append(f"head_dim: got {head_dim}, expected an even number (rotary angles turn pairs)")
     max_positions = reader.positive_int("max_position_embeddings", default=32768)
-    rope_theta, rope_scaling = _parse_rope(reader, max_positions)
+    rope_theta, rope_scaling = parse_rope(reader, max_positions)
     window, first_windowed = _parse_window(reader, layers)
     config = QwenConfig(
         model_type=model_type,
@@ -196,43 +169,7 @@ def config_to_hf(config: QwenConfig, dtype: str) -> dict[str, Any]:
     return out
 
 
-def rope_inverse_frequencies(config: QwenConfig) -> tuple[np.ndarray, float]:
-    """Rotary frequencies in radians a position, float32 [H/2], and the factor on cosine and sine.
-
-    Computed in float32 step by step as Transformers does, so that long positions see the same angles. Linear: the
-    frequencies divided by the factor. Yarn (Peng et al. 2023, arXiv:2309.00071, section 3.2): fast pairs keep their
-    frequency, slow pairs are divided by the factor, with a linear ramp between.
-    """
-    exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
-    periods = np.power(np.float32(config.rope_theta), exponents)  # [H/2], tokens per radian
-    rope = config.rope_scaling
-    if rope is None:
-        return np.float32(1) / periods, 1.0
-    factor = np.float32(rope.factor)
-    if rope.kind == "linear":
-        return np.float32(1) / periods / factor, 1.0
-    low, high = _yarn_ramp(config, rope)
-    ramp = np.clip((np.arange(config.head_dim // 2, dtype=np.float32) - np.float32(low)) / np.float32(high - low), 0, 1)
-    keep = np.float32(1) - ramp
-    frequencies = np.float32(1) / (factor * periods) * (np.float32(1) - keep) + np.float32(1) / periods * keep
-    return frequencies.astype(np.float32), rope.attention_factor
-
-
-def _yarn_ramp(config: QwenConfig, rope: RopeScaling) -> tuple[float, float]:
-    """The pair indices between which yarn goes from keeping a frequency to dividing it."""
-
-    def pair_with_turns(turns: float) -> float:
-        length = rope.original_max_position_embeddings
-        return config.head_dim * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(config.rope_theta))
-
-    low, high = pair_with_turns(rope.beta_fast), pair_with_turns(rope.beta_slow)
-    if rope.truncate:
-        low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, config.head_dim - 1)
-    return low, high + 0.001 if low == high else high
-
-
-def _check_unknown_and_fixed(reader: "_Reader") -> None:
+def _check_unknown_and_fixed(reader: FieldReader) -> None:
     raw = reader.raw
     fixed = FIXED_FIELDS | {"attention_bias": ATTENTION_BIAS.get(str(raw.get("model_type")), False)}
     for name, value in fixed.items():
@@ -240,10 +177,10 @@ def _check_unknown_and_fixed(reader: "_Reader") -> None:
             reader.wrong(name, json.dumps(value))
     for name in sorted(raw.keys() - READ_FIELDS - IGNORED_FIELDS - fixed.keys()):
         if raw[name] is not None:
-            reader.problems.append(f"{name}: unknown field (got {_short(raw[name])}); remove it if it changes nothing")
+            reader.problems.append(f"{name}: unknown field (got {short(raw[name])}); remove it if it changes nothing")
 
 
-def _check_kind(reader: "_Reader", scalar: bool) -> None:
+def _check_kind(reader: FieldReader, scalar: bool) -> None:
     """A policy's file does not pass for a reward model's, nor the other way round."""
     raw = reader.raw
     named = raw.get("architectures")
@@ -259,7 +196,7 @@ def _check_kind(reader: "_Reader", scalar: bool) -> None:
         reader.wrong("id2label" if isinstance(labels, dict) else "num_labels", "one label")
 
 
-def _parse_window(reader: "_Reader", layers: int) -> tuple[int | None, int | None]:
+def _parse_window(reader: FieldReader, layers: int) -> tuple[int | None, int | None]:
     """(window, first windowed layer); both None where no layer has a window."""
     kinds = reader.raw.get("layer_types")
     if not reader.boolean("use_sliding_window", default=False):
@@ -272,104 +209,3 @@ def _parse_window(reader: "_Reader", layers: int) -> tuple[int | None, int | Non
     if kinds is not None and kinds != ["full_attention"] * full + ["sliding_attention"] * (layers - full):
         reader.wrong("layer_types", f'"full_attention" for {full} layers, then "sliding_attention"')
     return window, first
-
-
-def _parse_rope(reader: "_Reader", max_positions: int) -> tuple[float, RopeScaling | None]:
-    """Rope theta and scaling from any spelling: `type` or `rope_type`, in `rope_scaling` or in `rope_parameters`."""
-    raw, problems = reader.raw, reader.problems
-    given = {name: raw[name] for name in ("rope_scaling", "rope_parameters") if raw.get(name)}
-    for name, value in given.items():
-        if not isinstance(value, dict):
-            reader.wrong(name, "an object")
-            return 1e4, None
-    if len(given) == 2 and given["rope_scaling"] != given["rope_parameters"]:
-        problems.append("rope_scaling and rope_parameters: both given and different; keep one")
-    where, fields = next(iter(given.items()), ("rope_parameters", {}))
-    rope = _Reader(fields, where + ".", problems)
-    theta = rope.positive_float("rope_theta", default=reader.positive_float("rope_theta", default=1e4))
-    if None not in (raw.get("rope_theta"), fields.get("rope_theta")) and raw["rope_theta"] != fields["rope_theta"]:
-        problems.append(f"rope_theta: {raw['rope_theta']} here, {fields['rope_theta']} in {where}; keep one")
-    if theta <= 1:
-        problems.append(f"rope_theta: got {theta}, expected a number above 1 (usually 10000 or 1000000)")
-    kinds = [fields[name] for name in ("rope_type", "type") if fields.get(name) is not None] or ["default"]
-    if str(kinds[0]) not in ROPE_FIELDS or kinds[-1] != kinds[0]:
-        problems.append(f"{where}.rope_type: got {_short(kinds)}, expected one of {', '.join(sorted(ROPE_FIELDS))}")
-        return theta, None
-    for name in sorted(fields.keys() - ROPE_FIELDS[kinds[0]] - {"rope_type", "type", "rope_theta"}):
-        problems.append(f"{where}.{name}: unknown field for rope type {kinds[0]} (got {_short(fields[name])})")
-    return theta, _parse_scaling(rope, kinds[0], max_positions)
-
-
-def _parse_scaling(rope: "_Reader", kind: str, max_positions: int) -> RopeScaling | None:
-    if kind == "default":
-        return None
-    if kind == "linear":
-        return RopeScaling(kind="linear", factor=rope.positive_float("factor"))
-    original = rope.positive_int("original_max_position_embeddings", default=max_positions)
-    factor = rope.positive_float("factor", default=max_positions / original if "factor" in rope.raw else None)
-    mscales = [rope.positive_float(name, default=0.0) for name in ("mscale", "mscale_all_dim")]
-    inferred = _yarn_attention(factor, *mscales) if all(mscales) else _yarn_attention(factor, 1.0, 0.0)
-    return RopeScaling(
-        kind="yarn",
-        factor=factor,
-        original_max_position_embeddings=original,
-        beta_fast=rope.positive_float("beta_fast", default=32.0),
-        beta_slow=rope.positive_float("beta_slow", default=1.0),
-        attention_factor=rope.positive_float("attention_factor", default=inferred),
-        truncate=rope.boolean("truncate", default=True),
-    )
-
-
-def _yarn_attention(factor: float, mscale: float, mscale_all_dim: float) -> float:
-    """Yarn's temperature on cosine and sine, 0.1 ln(factor) + 1 (equation 22), or DeepSeek's ratio of two such."""
-    if factor <= 1:
-        return 1.0
-    return (0.1 * mscale * math.log(factor) + 1.0) / (0.1 * mscale_all_dim * math.log(factor) + 1.0)
-
-
-class _Reader:
-    """Reads typed fields, noting what is wrong instead of raising, so that one error can name everything."""
-
-    def __init__(self, raw: dict[str, Any], prefix: str = "", problems: list[str] | None = None):
-        self.raw, self.prefix = raw, prefix
-        self.problems: list[str] = [] if problems is None else problems
-
-    def wrong(self, name: str, expected: str) -> None:
-        got = f"got {_short(self.raw[name])}" if name in self.raw else "missing"
-        self.problems.append(f"{self.prefix}{name}: {got}, expected {expected}")
-
-    def integer(self, name: str, default: int | None = None) -> int:
-        value = self.raw.get(name, default)
-        value = default if value is None else value
-        if isinstance(value, int) and not isinstance(value, bool) and abs(value) <= MOST:
-            return value
-        self.wrong(name, "a whole number")
-        return 1
-
-    def positive_int(self, name: str, default: int | None = None, most: int = MOST) -> int:
-        value = self.integer(name, default)
-        if 0 < value <= most:
-            return value
-        self.wrong(name, f"a whole number from 1 to {most}")
-        return 1
-
-    def positive_float(self, name: str, default: float | None = None) -> float:
-        value = self.raw.get(name)
-        if value is None and default is not None:
-            return float(default)
-        if isinstance(value, int | float) and not isinstance(value, bool) and 1e-18 < value < 1e18:
-            return float(value)
-        self.wrong(name, "a number above 0 and below 1e18")
-        return 1.0
-
-    def boolean(self, name: str, default: bool) -> bool:
-        value = self.raw.get(name)
-        if value is None or isinstance(value, bool):
-            return default if value is None else value
-        self.wrong(name, "true or false")
-        return default
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value, default=repr)
-    return text if len(text) <= 80 else text[:77] + "..."

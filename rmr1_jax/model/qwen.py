@@ -21,7 +21,8 @@ from jax.sharding import Mesh
 from rmr1_jax.errors import InputError
 from rmr1_jax.mesh import constrain, constrain_weight, single_device_mesh, weight_sharding
 from rmr1_jax.model.attention import ATTENTION, Implementation, attend
-from rmr1_jax.model.config import QwenConfig, rope_inverse_frequencies
+from rmr1_jax.model.config import QwenConfig
+from rmr1_jax.model.rope import rope_inverse_frequencies
 
 Params = dict[str, Any]
 LAYER_INPUT = "layer_input"
