@@ -21,6 +21,7 @@ import jax
 import numpy as np
 
 from rmr1_jax.errors import InputError, RunError
+from rmr1_jax.processes_pulse import Pulse
 
 T = TypeVar("T")
 
@@ -45,11 +46,15 @@ def together() -> Iterator[None]:
     On a TPU pod and under Slurm they find each other; elsewhere RMR1_COORDINATOR=host:port, RMR1_PROCESSES=n and
     RMR1_PROCESS=i say it. Without any of these, and with RMR1_PROCESSES=1, there is one process and nothing is started.
 
+    A process that falls silent for RMR1_LOST_TIMEOUT seconds (default 60) is named by the others, which end with 42.
+
     Raises:
         InputError: what the environment says cannot be.
         RunError: not all processes are there within RMR1_START_TIMEOUT seconds (default 300); names those missing.
     """
     timeout = _positive(os.environ, "RMR1_START_TIMEOUT", 300)
+    silence = _positive(os.environ, "RMR1_LOST_TIMEOUT", 60)
+    pulse = None
     place = None if jax.distributed.is_initialized() else find_place(os.environ, timeout)
     if place and place.count > 1:
         roll_call(place.coordinator, place.count, place.index, timeout)
@@ -59,14 +64,29 @@ def together() -> Iterator[None]:
             cluster_detection_method="deactivate",
             initialization_timeout=timeout,
         )
+        pulse = Pulse(_store(), index=place.index, count=place.count, host=socket.gethostname(), timeout=silence)
+        pulse.start()
     try:
         yield
     except (Exception, KeyboardInterrupt, SystemExit) as e:
+        if pulse and isinstance(e, jax.errors.JaxRuntimeError):
+            pulse.others_may_be_lost()
         if jax.distributed.is_initialized():
             # JAX would wait for the others at the exit, and they may be waiting for this one in the middle of a step.
-            code = 2 if isinstance(e, InputError) else 130 if isinstance(e, KeyboardInterrupt) else 1
+            code = exit_code(e)
+            if pulse:
+                pulse.end(code)
             atexit.register(_leave, code)
         raise
+    if pulse:
+        pulse.end(0)
+
+
+def exit_code(error: BaseException) -> int:
+    """What a process ends with that this ended: see `cli.py`."""
+    if isinstance(error, SystemExit) and isinstance(error.code, int):
+        return error.code
+    return 2 if isinstance(error, InputError) else 130 if isinstance(error, KeyboardInterrupt) else 1
 
 
 def first() -> bool:
@@ -80,6 +100,42 @@ def wait(name: str) -> None:
         from jax.experimental import multihost_utils
 
         multihost_utils.sync_global_devices(name)
+
+
+def any_of(flag: bool) -> bool:
+    """Whether it is so for any process; the same answer on all, which must all ask."""
+    if jax.process_count() == 1:
+        return flag
+    from jax.experimental.multihost_utils import process_allgather
+
+    return bool(process_allgather(np.asarray([flag])).any())
+
+
+def posts() -> bool:
+    """Whether there are other processes to leave notes for."""
+    return _store() is not None
+
+
+def post(name: str) -> None:
+    """Leave a note for the other processes, which may read it at any time with `posted`."""
+    if store := _store():
+        with suppress(jax.errors.JaxRuntimeError):  # the first process is gone, and with it the store
+            store.key_value_set(name, "1", allow_overwrite=True)
+
+
+def posted(name: str) -> bool:
+    """Whether any process has left this note."""
+    store = _store()
+    with suppress(jax.errors.JaxRuntimeError):  # it is not there
+        return bool(store and store.key_value_try_get(name))
+    return False
+
+
+def _store():
+    """The key-value store that JAX's coordination service has; None in one process. JAX has no public name for it."""
+    from jax._src.distributed import global_state
+
+    return global_state.client
 
 
 def gather(value: T) -> list[T]:

@@ -27,7 +27,7 @@ from rmr1_jax.policy import load
 from rmr1_jax.sampler.config import Sample, SampleStats, SamplingConfig
 from rmr1_jax.train import grpo as stage
 from rmr1_jax.train import rollout
-from rmr1_jax.train.grpo import GrpoConfig, grpo, grpo_micro_loss, read_prompts, verdict_reward
+from rmr1_jax.train.grpo import GrpoConfig, grpo, grpo_micro_loss, read_prompts
 from rmr1_jax.train.losses import PolicyLossConfig
 from rmr1_jax.train.metrics import read_metrics
 from rmr1_jax.train.optim import OptimConfig
@@ -216,7 +216,7 @@ def test_a_killed_run_ends_as_an_uninterrupted_one(model, policy, whole, tmp_pat
 def test_the_first_update_of_several_has_ratio_one(policy, tmp_path, monkeypatch):
     """`old_logp` is of the weights that sampled: they are those of the first of two updates, not of the second."""
     updates = []
-    monkeypatch.setattr(stage, "check_finite", lambda row, step, what: updates.append(dict(row)))
+    monkeypatch.setattr(stage, "check_finite", lambda row, *_, **__: updates.append(dict(row)) or True)
     config = small_grpo(out=str(tmp_path), steps=2, **RECIPES["tis, mini-batches"])
     run("grpo", config, policy)
     first, second = updates[::2], updates[1::2]
@@ -262,11 +262,6 @@ def test_a_reward_and_a_loss_of_one_s_own(policy, tmp_path):
     same = grpo(dataclasses.replace(config, out=str(out)), **given)
     assert_same(same.params, policy.params)  # ours has nothing to learn here, and no decay is set
     assert read_metrics(out)[0]["trained_tokens"] == 0
-
-
-def test_the_published_reward():
-    prompt = RlPrompt("a", np.zeros(1, np.int32), "B")
-    assert [verdict_reward(f"<answer>[[{side}]]</answer>", prompt) for side in "AB"] == [-1.0, 1.0]
 
 
 # ---- rollouts

@@ -13,7 +13,8 @@ PACKAGE = Path(__file__).resolve().parents[1] / "rmr1_jax"
 # belongs to the unit `x`, whose modules may import each other.
 LAYERS = (
     ("errors",),
-    ("config", "mesh", "processes"),
+    ("config", "mesh", "processes", "files"),
+    ("preemption",),
     ("prompts",),
     ("data",),
     ("model",),

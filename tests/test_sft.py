@@ -24,9 +24,10 @@ from rmr1_jax.data.pipeline import sft_batches
 from rmr1_jax.errors import InputError, RunError
 from rmr1_jax.mesh import MeshConfig, make_mesh
 from rmr1_jax.policy import load
-from rmr1_jax.train.checkpoint import Checkpointer, restore_params, start_run
+from rmr1_jax.train.checkpoint import Checkpointer, restore_params
 from rmr1_jax.train.metrics import MetricsLog, read_metrics
 from rmr1_jax.train.optim import OptimConfig, init_state, lr_schedule, make_optimizer
+from rmr1_jax.train.run_directory import start_run
 from rmr1_jax.train.sft import sft, sft_micro_loss, to_micro_batches
 
 

@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -137,6 +138,8 @@ def _run_and_die(stage: str, model: str, config: str, step: str) -> None:
     def write_and_die(self, metrics):
         write(self, metrics)
         if metrics["step"] == int(step):
+            while not all(p.name.isdigit() for p in self.path.parent.glob("checkpoints/*")):
+                time.sleep(0.01)  # a save is under way
             os.kill(os.getpid(), signal.SIGKILL)
 
     MetricsLog.write = write_and_die

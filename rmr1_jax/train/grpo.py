@@ -23,16 +23,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from rmr1_jax.data.published import read_published
+from rmr1_jax.data.pipeline import View, lengths_of
+from rmr1_jax.data.store import open_examples
 from rmr1_jax.errors import InputError
 from rmr1_jax.mesh import MeshConfig, check_micro_rows, make_mesh, own_rows, place_rows, sampling_mesh
 from rmr1_jax.model import qwen
 from rmr1_jax.model.attention import Implementation
 from rmr1_jax.policy import DTYPES, Policy, load
+from rmr1_jax.preemption import Preempted
 from rmr1_jax.prompts.trace import STRUCTURES
-from rmr1_jax.prompts.verdict import training_reward
 from rmr1_jax.sampler.config import SamplingConfig
-from rmr1_jax.train.checkpoint import Checkpointer, start_run
+from rmr1_jax.train.checkpoint import BestConfig
+from rmr1_jax.train.health import CollapseWatch, OnNonfinite, check_finite
 from rmr1_jax.train.logprobs import forward_options, row_logprobs
 from rmr1_jax.train.losses import (
     AggregationKind,
@@ -45,7 +47,6 @@ from rmr1_jax.train.metrics import MetricsLog, progress, say
 from rmr1_jax.train.optim import (
     Memory,
     OptimConfig,
-    check_finite,
     compile_update,
     in_memory,
     init_state,
@@ -53,7 +54,9 @@ from rmr1_jax.train.optim import (
     make_optimizer,
     master_weights,
 )
-from rmr1_jax.train.rollout import Group, Reward, RlPrompt, mini_batch, roll_out, rollout_metrics
+from rmr1_jax.train.rewards import RewardKind, make_reward
+from rmr1_jax.train.rollout import Group, Reward, RlPrompt, facts_of, mini_batch, roll_out, rollout_metrics
+from rmr1_jax.train.run_directory import data_digest, kept_safe, same_data, save_model, start_run
 from rmr1_jax.train.throughput import mfu, throughput, train_flops
 
 
@@ -61,14 +64,15 @@ from rmr1_jax.train.throughput import mfu, throughput, train_flops
 class GrpoConfig:
     """A GRPO run; the defaults are RM-R1's 7B Instruct recipe. Lengths are in tokens.
 
-    model: the policy to start from and, frozen, the reference. data: published rows (`winner` = model_a | model_b).
-    prompts_per_step: P, prompts in a rollout batch; sampling.n: R. mini_batch_prompts: prompts an update; there are
-    prompts_per_step / mini_batch_prompts updates a step. row_length, micro_rows: the shape of a packed micro-batch.
-    dynamic_sampling: rounds of sampling at most, to fill a batch with groups of mixed rewards (DAPO); 1 is off.
-    structure: what a complete trace is for the metric `valid` (`Prompt.structure`). max_segments: sequences in a packed
-    row at most. reference_memory: where the reference's weights lie between their uses. sampling_tensor: the tensor
-    axis of sampling, which stays within a process; default the mesh's. sampling.slots and sampling.cache_gib are of all
-    processes together.
+    model: the policy to start from and, frozen, the reference. data: a prepared set (`rmr1 data prepare`), or rows with
+    `winner` = model_a | model_b. prompts_per_step: P, prompts in a rollout batch; sampling.n: R. mini_batch_prompts:
+    prompts an update; there are prompts_per_step / mini_batch_prompts updates a step. row_length, micro_rows: the shape
+    of a packed micro-batch. dynamic_sampling: rounds of sampling at most, to fill a batch with groups of mixed rewards
+    (DAPO); 1 is off. reward: verdict, or cold_start, which pays for the form as well. structure: what a complete trace
+    is, for that and for the metric `valid` (`Prompt.structure`). max_segments: sequences in a packed row at most.
+    reference_memory: where the reference's weights lie between their uses. sampling_tensor: the tensor axis of
+    sampling, which stays within a process; default the mesh's. sampling.slots and sampling.cache_gib are of all
+    processes together. The last five: as in `SftConfig`.
     """
 
     model: str = ""
@@ -88,6 +92,7 @@ class GrpoConfig:
     dynamic_sampling: int = 1
     max_segments: int = 64
     optimizer: OptimConfig = OptimConfig(lr=1e-6, schedule="constant", warmup_ratio=0.0, b2=0.999, weight_decay=0.01)
+    reward: RewardKind = "verdict"
     structure: str = "cor"
     dtype: str = "bfloat16"
     remat: qwen.Remat = "full"
@@ -95,14 +100,19 @@ class GrpoConfig:
     reference_memory: Memory = "device"
     mesh: MeshConfig = MeshConfig()
     sampling_tensor: int | None = None
+    on_nonfinite: OnNonfinite = "stop"
     save_every: int = 10
+    save_minutes: float | None = None
     keep: int = 2
+    best: BestConfig | None = None
 
     def __post_init__(self):
         counts = ("steps", "prompts_per_step", "mini_batch_prompts", "max_prompt_length", "row_length", "micro_rows")
         for name in (*counts, "dynamic_sampling", "max_segments", "sampling_tensor", "save_every", "keep"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise InputError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.save_minutes is not None and not self.save_minutes > 0:
+            raise InputError(f"save_minutes={self.save_minutes} must be above 0")
         if self.seed < 0:
             raise InputError(f"seed={self.seed} must be at least 0")
         if self.prompts_per_step % self.mini_batch_prompts:
@@ -125,17 +135,12 @@ class GrpoConfig:
         return self.prompts_per_step // self.mini_batch_prompts
 
 
-def verdict_reward(text: str, prompt: RlPrompt) -> float:
-    """The published reward: +1 for the right verdict at the end, else -1."""
-    return training_reward(text, prompt.better)
-
-
 def grpo(
     config: GrpoConfig,
     *,
     policy: Policy | None = None,
     prompts: Sequence[RlPrompt] | None = None,
-    reward: Reward = verdict_reward,
+    reward: Reward | None = None,
     loss: PolicyLoss = policy_loss,
     on_rollout: Callable[[int, list[Group]], None] | None = None,
 ) -> Policy:
@@ -143,74 +148,83 @@ def grpo(
 
     Args:
         policy, prompts: used in place of `config.model` and `config.data` where given.
-        reward, loss: see the module's docstring. on_rollout: called with the step and its groups, to look at them; on
-            every process with all groups.
+        reward, loss: see the module's docstring; by default the reward that the config names, and GRPO's loss.
+        on_rollout: called with the step and its groups, to look at them; on every process with all groups.
 
     Raises:
-        InputError: something in the config or the data. RunError: the loss is no longer finite.
+        InputError: something in the config or the data. RunError: the loss is no longer finite, a checkpoint cannot be
+        written or none is sound. Preempted: on SIGTERM, when the state is on the disk.
     """
     out = Path(config.out)
     start_run(config, out)
-    given = policy is not None
+    given, reward = policy is not None, reward or make_reward(config.reward, config.structure)
     policy = policy or load(config.model, config.dtype, make_mesh(config.mesh), master_dtype="float32")
-    prompts = list(prompts) if prompts is not None else read_prompts(config.data, policy)
+    prompts = prompts if prompts is not None else read_prompts(config.data, policy)
     prompts = _short_enough(prompts, config.max_prompt_length)
     _check_devices(config, policy.mesh)
     steps = config.steps or max(1, len(prompts) // config.prompts_per_step)
-    with jax.set_mesh(policy.mesh):
+    with jax.set_mesh(policy.mesh), kept_safe(config, out) as (checkpoints, preemption):
         trainer = _Trainer(config, policy, loss, steps * config.updates_per_step, keep=given)
-        checkpoints = Checkpointer(out, keep=config.keep)
-        restored = checkpoints.restore(trainer.state)
-        consumed = 0
-        if restored:
-            trainer.state, consumed = restored[0], restored[1]["prompts_consumed"]
+        cursor = {"prompts_consumed": 0, "skipped": 0, "data": data_digest(prompts)}
+        if restored := checkpoints.restore(trainer.state):
+            trainer.state, cursor = restored[0], same_data(restored[1], cursor)
+        trainer.skipped = cursor["skipped"]
         start = int(trainer.state.step) // config.updates_per_step
-        log = MetricsLog(out, next_step=start)
+        log, watch = MetricsLog(out, next_step=start), CollapseWatch()
         bar = progress(start, steps, "grpo")
         saving = 0.0
         for step in bar:
+            checkpoints.check()
             began = time.perf_counter()
-            groups, drawn, facts = roll_out(config, policy, trainer.state.params, prompts, consumed, step, reward)
-            consumed += drawn
+            consumed = cursor["prompts_consumed"]
+            try:
+                groups, drawn, facts = roll_out(
+                    config, policy, trainer.state.params, prompts, consumed, step, reward, preemption.interruptible
+                )
+                if preemption.reached():
+                    raise Preempted
+            except Preempted:
+                preemption.reached()  # all are here
+                checkpoints.save(trainer.state, cursor)  # what goes on from it makes the same rollout again
+                raise
             rolled = time.perf_counter()
             if on_rollout:
                 on_rollout(step, groups)
             row = trainer.train(groups, step)
+            cursor |= {"prompts_consumed": consumed + drawn, "skipped": trainer.skipped}
             seconds = time.perf_counter() - began
             row |= rollout_metrics(groups, config.structure) | facts
             row |= {"seconds": seconds, "rollout_seconds": rolled - began, "checkpoint_seconds": saving}
             tokens = facts["prompt_tokens"] + facts["new_tokens"]
-            row |= {"prompts_consumed": consumed} | throughput(tokens, seconds, policy.mesh)
+            row |= {k: cursor[k] for k in ("prompts_consumed", "skipped")} | throughput(tokens, seconds, policy.mesh)
             log.write({"step": step, "stage": "grpo"} | row)
+            watch.look(row, step)
             bar.set_postfix(reward=f"{row['reward']:.3f}", length=f"{row['response_length']:.0f}", refresh=False)
-            saving = 0.0
-            if (step + 1) % config.save_every == 0 or step + 1 == steps:
-                saving = checkpoints.save(trainer.state, {"prompts_consumed": consumed})
-        checkpoints.close()
+            saving, stopping = 0.0, preemption.reached()
+            if checkpoints.due(step + 1) or stopping or step + 1 == steps:
+                saving = checkpoints.save(trainer.state, cursor, row)
+            if stopping:
+                raise Preempted
     trained = policy.with_params(trainer.state.params)
-    trained.save(out / "model")
+    save_model(trained, out / "model")
     return trained
 
 
-def read_prompts(path: str | Path, policy: Policy) -> list[RlPrompt]:
-    """Published RLVR rows as prompts.
+def read_prompts(path: str | Path, policy: Policy) -> Sequence[RlPrompt]:
+    """Published RLVR rows, or a prepared set of them, as prompts.
 
     Raises:
-        InputError: a row holds a trace and not a side.
+        InputError: a row holds a trace and does not say which side is better.
     """
-    prompts = []
-    for row in read_published(path):
-        if row.better is None:
-            raise InputError(f"{path}: row {row.id} has a trace as its winner; GRPO needs model_a or model_b")
-        prompts.append(RlPrompt(row.id, np.asarray(policy.tokenizer.render(row.messages), np.int32), row.better, row))
-    return prompts
+    examples = open_examples(path, "grpo", policy.tokenizer)
+    return View(examples, np.arange(len(examples)), lambda x: RlPrompt(x.id, x.tokens, x.better, x))
 
 
 class _Trainer:
     """The device side of a step: the state, and the two compiled programs that read and write it."""
 
     def __init__(self, config: GrpoConfig, policy: Policy, loss: PolicyLoss, updates: int, *, keep: bool):
-        self.config, self.model, self.mesh = config, policy.config, policy.mesh
+        self.config, self.model, self.mesh, self.out = config, policy.config, policy.mesh, Path(config.out)
         self.reference = None
         if config.loss.kl_coef:
             # In the dtype of the products, to which its weights would be cast anyway.
@@ -228,27 +242,34 @@ class _Trainer:
         micro_loss = functools.partial(grpo_micro_loss, policy.config, config, loss, **forward)
         self._update = compile_update(self.state, loss=micro_loss, optimizer=optimizer, clip=config.optimizer.clip)
         self._logprobs = jax.jit(functools.partial(batch_logprobs, policy.config, **forward))
+        self.skipped = 0  # updates that were not finite
 
     def train(self, groups: list[Group], step: int) -> dict[str, float]:
-        """All updates of one rollout batch. The metrics are means over its updates; `trained_tokens` is their sum, and
-        what ends in `_max` their largest."""
+        """All updates of one rollout batch. The metrics are means over its updates, without those that were skipped
+        where there are others; `trained_tokens` is their sum, and what ends in `_max` their largest."""
         began = time.perf_counter()
         batches = self._prepare(groups)
         prepared = time.perf_counter()
-        rows = []
+        rows, skipped = [], []
         flops = 0.0
-        for batch, count, lengths in batches:
+        for update, (batch, count, lengths) in enumerate(batches):
             self.state, metrics = self._update(self.state, batch, count)
             whole = {k: metrics.pop(k) for k in ("loss", "grad_norm")}  # no sums over tokens, as the others are
             row = {k: float(v) for k, v in jax.device_get(whole | mean_metrics(metrics)).items()}
-            check_finite(row, step, f"update {len(rows)} of the prompts {[g.prompt.id for g in groups][:8]}...")
+            mini = groups[update * self.config.mini_batch_prompts :][: self.config.mini_batch_prompts]
+            what = f"update {update} of the prompts {[g.prompt.id for g in mini][:8]}..."
+            members, then = functools.partial(facts_of, mini), self.config.on_nonfinite
+            applied = check_finite(row, step, what, directory=self.out, state=self.state, batch=members, then=then)
             positions = count * self.config.micro_rows * self.config.row_length
-            rows.append(row | {"packed": sum(lengths) / positions})
+            (rows if applied else skipped).append(row | {"packed": sum(lengths) / positions})
             flops += train_flops(self.model, lengths)
         seconds = time.perf_counter() - prepared
-        trained_tokens = sum(r.pop("tokens") for r in rows)
+        self.skipped += len(skipped)
+        trained_tokens = sum(r["tokens"] for r in rows)
+        rows = [{k: v for k, v in r.items() if k != "tokens"} for r in rows or skipped]
         joined = {k: float((max if k.endswith("_max") else np.mean)([r[k] for r in rows])) for k in rows[0]}
-        joined |= {"lr": float(self.schedule(int(self.state.step) - 1)), "trained_tokens": trained_tokens}
+        lr = float(self.schedule(int(self.state.step) - 1 - self.skipped))
+        joined |= {"lr": lr, "trained_tokens": trained_tokens}
         joined |= {"reference_seconds": prepared - began, "update_seconds": seconds}
         return joined | mfu(flops, seconds, self.mesh)
 
@@ -317,11 +338,11 @@ def _check_devices(config: GrpoConfig, mesh: Mesh) -> None:
         raise InputError(f"prompts_per_step={config.prompts_per_step} must be at least {n}, one for each process")
 
 
-def _short_enough(prompts: list[RlPrompt], limit: int) -> list[RlPrompt]:
+def _short_enough(prompts: Sequence[RlPrompt], limit: int) -> Sequence[RlPrompt]:
     """Longer prompts are dropped and counted aloud, as in the paper; never cut."""
-    kept = [p for p in prompts if len(p.tokens) <= limit]
-    if len(kept) < len(prompts):
-        say(f"dropped {len(prompts) - len(kept)} of {len(prompts)} prompts longer than {limit} tokens")
-    if not kept:
+    fits = lengths_of(prompts) <= limit
+    if not fits.all():
+        say(f"dropped {(~fits).sum()} of {len(prompts)} prompts longer than {limit} tokens")
+    if not fits.any():
         raise InputError(f"no prompt is at most max_prompt_length={limit} tokens; raise it, or check the data")
-    return kept
+    return View(prompts, fits.nonzero()[0])

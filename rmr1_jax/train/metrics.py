@@ -12,6 +12,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from rmr1_jax.errors import InputError
+from rmr1_jax.files import write_whole, writing
 from rmr1_jax.processes import first
 
 
@@ -23,17 +24,21 @@ class MetricsLog:
         self.path = directory / "metrics.jsonl"
         if first() and self.path.exists():
             kept = [line for line in _whole_lines(self.path) if json.loads(line)["step"] < next_step]
-            partial = self.path.with_suffix(".tmp")
-            partial.write_text("".join(kept), encoding="utf-8")
-            partial.replace(self.path)
+            write_whole(self.path, "".join(kept))
 
     def write(self, metrics: Mapping[str, float | int | str]) -> None:
-        """Append one step. Numbers that are not finite are written as null: JSON has no NaN."""
+        """Append one step. Numbers that are not finite are written as null: JSON has no NaN.
+
+        Raises:
+            RunError: the file system refuses; a line that is half written is dropped when the run goes on.
+        """
         if not first():
             return
         row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        line = (json.dumps(row) + "\n").encode()
+        then = "the last checkpoint stands; mend it and run the same command again"
+        with writing(self.path, len(line), then), self.path.open("ab") as file:
+            file.write(line)
 
 
 def progress(start: int, total: int, name: str) -> tqdm:

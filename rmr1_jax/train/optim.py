@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from rmr1_jax.errors import InputError, RunError
+from rmr1_jax.errors import InputError
 from rmr1_jax.train.losses import add_metrics
 
 Memory = Literal["device", "host"]
@@ -163,7 +163,8 @@ def update(
 
     Returns:
         The next state, and the metrics: the losses' sums, `loss`, and `grad_norm` before clipping. Where the loss or
-        the norm is not finite the weights are left as they were, so nothing broken can be saved.
+        the norm is not finite the weights and moments are left as they were, so nothing broken can be saved; only the
+        step is counted.
     """
     value_and_grad = jax.value_and_grad(loss, has_aux=True)
 
@@ -184,20 +185,6 @@ def update(
     finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
     scale = jnp.minimum(1.0, clip / jnp.maximum(norm, 1e-12))
     updates, opt_state = optimizer.update(jax.tree.map(lambda g: g * scale, grads), state.opt_state, state.params)
-    new = TrainState(optax.apply_updates(state.params, updates), opt_state, state.step + 1)
-    state = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
-    return state, metrics | {"grad_norm": norm}
-
-
-def check_finite(metrics: dict[str, float], step: int, batch: str) -> None:
-    """Stop a run whose numbers went wrong, before anything is saved.
-
-    Raises:
-        RunError: names the step and the batch.
-    """
-    wrong = {k: v for k, v in metrics.items() if k in ("loss", "grad_norm") and not abs(v) < float("inf")}
-    if wrong:
-        raise RunError(
-            f"step {step}: {', '.join(f'{k} is {v}' for k, v in wrong.items())} on {batch}. Nothing of this step was "
-            "kept and the last checkpoint stands; lower the learning rate, or look at these rows"
-        )
+    new = (optax.apply_updates(state.params, updates), opt_state)
+    kept = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, (state.params, state.opt_state))
+    return TrainState(*kept, state.step + 1), metrics | {"grad_norm": norm}

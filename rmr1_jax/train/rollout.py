@@ -11,6 +11,7 @@ import dataclasses
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -20,7 +21,8 @@ from jax.sharding import Mesh
 from rmr1_jax.data.pipeline import assemble, pack, renumber
 from rmr1_jax.mesh import local_mesh, sampling_mesh
 from rmr1_jax.policy import DTYPES, Policy
-from rmr1_jax.processes import all_shares, first, gather, own_share
+from rmr1_jax.preemption import Preempted
+from rmr1_jax.processes import all_shares, any_of, first, gather, own_share
 from rmr1_jax.prompts.trace import parse_trace
 from rmr1_jax.prompts.verdict import eval_verdict
 from rmr1_jax.sampler.config import Sample, SampleStats, SamplingConfig
@@ -42,6 +44,7 @@ class RlPrompt:
     meta: Any = None
 
 
+Interruptible = Callable[[], AbstractContextManager[None]]
 # reward(text of a completion, the prompt it answers) -> a finite number.
 Reward = Callable[[str, RlPrompt], float]
 
@@ -91,11 +94,13 @@ def roll_out(
     consumed: int,
     step: int,
     reward: Reward,
+    interruptible: Interruptible = nullcontext,
 ) -> tuple[list[Group], int, dict[str, float]]:
     """One rollout batch from the current weights: its groups, the number of prompts it consumed, and counts.
 
     With dynamic sampling, rounds go on until there are `prompts_per_step` mixed groups or the rounds are used up; then
-    other groups fill the rest, so that the batch has its size.
+    other groups fill the rest, so that the batch has its size. interruptible: a context for what may be cut off with
+    `Preempted`; then it is raised on all processes.
     """
     began = time.perf_counter()
     mesh = sampling_mesh(policy.mesh, config.sampling_tensor)
@@ -109,7 +114,9 @@ def roll_out(
         chosen = next_prompts(prompts, P, consumed + round_number * P, config.seed)
         seed = int(np.random.SeedSequence([config.seed, step, round_number]).generate_state(1)[0])
         sampling = dataclasses.replace(config.sampling, seed=seed)
-        groups, stats = _sample_groups(config, policy, weights, chosen, sampling, local_mesh(mesh), reward)
+        groups, stats = _sample_groups(
+            config, policy, weights, chosen, sampling, local_mesh(mesh), reward, interruptible
+        )
         if config.dynamic_sampling == 1:
             mixed = groups  # every group, in order
         else:
@@ -133,9 +140,11 @@ def _sample_groups(
     sampling: SamplingConfig,
     mesh: Mesh,
     reward: Reward,
+    interruptible: Interruptible,
 ) -> tuple[list[Group], list[SampleStats]]:
     """The groups of all `prompts`, in order, on every process; each samples and scores its share of them on `mesh`, its
     own devices. And what it took each of them."""
+    scored = None
     mine = own_share(prompts)
     processes = jax.process_count()
     sampling = dataclasses.replace(
@@ -145,11 +154,13 @@ def _sample_groups(
     )
     watched = first() and sys.stderr.isatty()
     # Out of the context of all processes' mesh: what one does by itself, a reward in JAX included, is none of theirs.
-    with jax.set_mesh(mesh):
+    with suppress(Preempted), jax.set_mesh(mesh), interruptible():
         token_ids = [p.tokens for p in mine]
         stops = policy.tokenizer.stop_ids
         samples, stats = generate(policy.config, weights, token_ids, sampling, stops, mesh=mesh, bar=watched)
         scored = score(mine, samples, policy.tokenizer.decode, reward, normalize_std=config.normalize_std)
+    if any_of(scored is None):
+        raise Preempted
     # A prompt's `meta` may be anything and is everywhere already.
     results = all_shares([(g.samples, g.texts, g.rewards, g.advantages) for g in scored])
     return [Group(p, *result) for p, result in zip(prompts, results, strict=True)], gather(stats)
@@ -187,6 +198,20 @@ def rollout_metrics(groups: Sequence[Group], structure: str) -> dict[str, float]
         "truncated": float(np.mean([s.finish_reason == "length" for s in samples])),
         "mixed_groups": float(np.mean([g.mixed for g in groups])),
     }
+
+
+def facts_of(groups: Sequence[Group]) -> list[dict[str, Any]]:
+    """Ids, lengths, rewards and advantages, for somebody who looks for what went wrong with an update."""
+    return [
+        {
+            "id": g.prompt.id,
+            "prompt_length": len(g.prompt.tokens),
+            "lengths": [len(s.token_ids) for s in g.samples],
+            "rewards": g.rewards.tolist(),
+            "advantages": g.advantages.tolist(),
+        }
+        for g in groups
+    ]
 
 
 def mini_batch(

@@ -17,8 +17,8 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from rmr1_jax.data.pipeline import Batch, sft_batches
-from rmr1_jax.data.published import read_published
+from rmr1_jax.data.pipeline import Batch, View, lengths_of, sft_batches
+from rmr1_jax.data.store import open_examples
 from rmr1_jax.data.tokens import Example
 from rmr1_jax.errors import InputError
 from rmr1_jax.mesh import MeshConfig, check_micro_rows, make_mesh, own_rows, place_rows
@@ -26,19 +26,21 @@ from rmr1_jax.model import qwen
 from rmr1_jax.model.attention import Implementation
 from rmr1_jax.model.config import QwenConfig
 from rmr1_jax.policy import DTYPES, Policy, load
-from rmr1_jax.train.checkpoint import Checkpointer, start_run
+from rmr1_jax.preemption import Preempted
+from rmr1_jax.train.checkpoint import BestConfig
+from rmr1_jax.train.health import OnNonfinite, check_finite
 from rmr1_jax.train.logprobs import forward_options, row_logprobs
 from rmr1_jax.train.losses import sft_loss
 from rmr1_jax.train.metrics import MetricsLog, progress, say
 from rmr1_jax.train.optim import (
     OptimConfig,
-    check_finite,
     compile_update,
     init_state,
     lr_schedule,
     make_optimizer,
     master_weights,
 )
+from rmr1_jax.train.run_directory import data_digest, kept_safe, same_data, save_model, start_run
 from rmr1_jax.train.throughput import mfu, throughput, train_flops
 
 
@@ -46,9 +48,11 @@ from rmr1_jax.train.throughput import mfu, throughput, train_flops
 class SftConfig:
     """A distillation run. Lengths are in tokens, batches in packed rows.
 
-    model: a Hugging Face directory or hub id. data: published rows (`context_messages`, `winner` = the trace), JSONL
-    or parquet. out: the run directory. micro_rows: rows that are on the device at once; a step accumulates
-    rows_per_step / micro_rows of them.
+    model: a Hugging Face directory or hub id. data: a prepared set (`rmr1 data prepare`), or rows (`context_messages`,
+    `winner` = the trace), JSONL or parquet. out: the run directory. micro_rows: rows that are on the device at once; a
+    step accumulates rows_per_step / micro_rows of them. on_nonfinite: what becomes of an update whose loss or
+    gradient is not finite: the run stops, or it is skipped and counted. save_every, save_minutes: a checkpoint after so
+    many steps, and so long after the last one; keep: the newest that stay, and beside them the `best` one by a metric.
     """
 
     model: str = ""
@@ -66,13 +70,18 @@ class SftConfig:
     remat: qwen.Remat = "full"
     attention: Implementation = "auto"
     mesh: MeshConfig = MeshConfig()
+    on_nonfinite: OnNonfinite = "stop"
     save_every: int = 100
+    save_minutes: float | None = None
     keep: int = 2
+    best: BestConfig | None = None
 
     def __post_init__(self):
         for name in ("epochs", "max_steps", "row_length", "rows_per_step", "micro_rows", "save_every", "keep"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise InputError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.save_minutes is not None and not self.save_minutes > 0:
+            raise InputError(f"save_minutes={self.save_minutes} must be above 0")
         if self.seed < 0:
             raise InputError(f"seed={self.seed} must be at least 0")
         if self.rows_per_step % self.micro_rows:
@@ -90,14 +99,15 @@ def sft(config: SftConfig, *, policy: Policy | None = None, examples: Sequence[E
         policy, examples: used in place of `config.model` and `config.data` where given.
 
     Raises:
-        InputError: something in the config or the data. RunError: the loss is no longer finite.
+        InputError: something in the config or the data. RunError: the loss is no longer finite, a checkpoint cannot be
+        written or none is sound. Preempted: on SIGTERM, when the state is on the disk.
     """
     out = Path(config.out)
     start_run(config, out)
     given = policy is not None
     policy = policy or load(config.model, config.dtype, make_mesh(config.mesh), master_dtype="float32")
     if examples is None:
-        examples = [policy.tokenizer.example(r.id, r.messages, r.trace) for r in read_published(config.data)]
+        examples = open_examples(config.data, "sft", policy.tokenizer)
     examples = fitting(examples, config.row_length, config.on_too_long)
     check_micro_rows(policy.mesh, config.micro_rows)
     batching = {"row_length": config.row_length, "batch_rows": config.rows_per_step, "seed": config.seed}
@@ -106,13 +116,13 @@ def sft(config: SftConfig, *, policy: Policy | None = None, examples: Sequence[E
     batches_of = functools.partial(sft_batches, examples, epochs=config.epochs, **batching)
     _, total = batches_of()
     total = min(total, config.max_steps or total)
-    with jax.set_mesh(policy.mesh):
+    with jax.set_mesh(policy.mesh), kept_safe(config, out) as (checkpoints, preemption):
         params = master_weights(policy.params, keep=given)
         optimizer = make_optimizer(config.optimizer, total)
         state = init_state(params, optimizer, config.optimizer.memory)
-        checkpoints = Checkpointer(out, keep=config.keep)
-        restored = checkpoints.restore(state)
-        state = restored[0] if restored else state
+        cursor = {"skipped": 0, "data": data_digest(examples)}
+        if restored := checkpoints.restore(state):
+            state, cursor = restored[0], same_data(restored[1], cursor)
         start = int(state.step)
         loss = functools.partial(sft_micro_loss, policy.config, **forward_options(config, policy.mesh))
         step = compile_update(state, loss=loss, optimizer=optimizer, clip=config.optimizer.clip)
@@ -121,26 +131,32 @@ def sft(config: SftConfig, *, policy: Policy | None = None, examples: Sequence[E
         bar = progress(start, total, "sft")
         saving = 0.0
         for i in bar:
+            checkpoints.check()
             began = time.perf_counter()
             batch = next(batches)
             micro, facts = to_micro_batches(batch, config.micro_rows, policy.mesh)
             ready = time.perf_counter()
             state, metrics = step(state, micro, len(micro["tokens"]))
             row = {k: float(v) for k, v in jax.device_get(metrics).items()}
-            check_finite(row, i, f"batch {i} of the data order (seed {config.seed})")
             done = time.perf_counter()
-            row |= {"lr": float(schedule(i)), "seconds": done - began}
+            lr = float(schedule(i - cursor["skipped"]))
+            what = f"batch {i} of the data order (seed {config.seed})"
+            members = functools.partial(members_of, examples, batch)
+            if not check_finite(row, i, what, directory=out, state=state, batch=members, then=config.on_nonfinite):
+                cursor["skipped"] += 1
+            row |= {"lr": lr, "skipped": cursor["skipped"], "seconds": done - began}
             row |= {"data_seconds": ready - began, "update_seconds": done - ready, "checkpoint_seconds": saving}
             row |= throughput(facts["tokens"], done - began, policy.mesh)
             row |= mfu(train_flops(policy.config, batch.lengths), done - began, policy.mesh)
             log.write({"step": i, "stage": "sft"} | row | facts)
             bar.set_postfix(loss=f"{row['loss']:.3f}", tok_s=f"{row['tokens_per_second']:.0f}", refresh=False)
-            saving = 0.0
-            if (i + 1) % config.save_every == 0 or i + 1 == total:
-                saving = checkpoints.save(state, {"next_batch": i + 1})
-        checkpoints.close()
+            saving, stopping = 0.0, preemption.reached()
+            if checkpoints.due(i + 1) or stopping or i + 1 == total:
+                saving = checkpoints.save(state, cursor, row)
+            if stopping:
+                raise Preempted
     trained = policy.with_params(state.params)
-    trained.save(out / "model")
+    save_model(trained, out / "model")
     return trained
 
 
@@ -165,11 +181,17 @@ def to_micro_batches(batch: Batch, micro_rows: int, mesh: Mesh) -> tuple[dict[st
     return place_rows(mesh, "ABT", micro, micro_rows), facts
 
 
-def fitting(examples: Sequence[Example], row_length: int, on_too_long: str) -> list[Example]:
+def members_of(examples: Sequence[Example], batch: Batch) -> list[dict[str, Any]]:
+    """Id, tokens and trained tokens of every example in a batch."""
+    members = [examples[i] for i in batch.items]
+    return [{"id": x.id, "length": len(x), "trained": int(x.trained[1:].sum())} for x in members]
+
+
+def fitting(examples: Sequence[Example], row_length: int, on_too_long: str) -> Sequence[Example]:
     """The examples that fit in a row; the others are dropped and counted aloud, where `on_too_long` is drop."""
     if on_too_long == "error":
-        return list(examples)  # sft_batches names them
-    kept = [x for x in examples if len(x) <= row_length]
-    if len(kept) < len(examples):
-        say(f"dropped {len(examples) - len(kept)} of {len(examples)} examples longer than {row_length} tokens")
-    return kept
+        return examples  # sft_batches names them
+    fits = lengths_of(examples) <= row_length
+    if not fits.all():
+        say(f"dropped {(~fits).sum()} of {len(examples)} examples longer than {row_length} tokens")
+    return View(examples, fits.nonzero()[0])
