@@ -1,0 +1,114 @@
+"""The manifest of a checkpoint: what it is of, and size and SHA-256 of every file in it, in `manifest.json`.
+
+Orbax restores a flipped bit without a word. The manifest is written last, so a directory that has none is not complete;
+it seals itself with a SHA-256 of its own text, so damage to it is found as well. Next: `checkpoint.py`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from rmr1_jax.files import write_whole
+
+NAME = "manifest.json"
+THREADS = 4  # hashing releases the interpreter's lock; more would take the step's cores
+
+
+class Damage(ValueError):
+    """A checkpoint is not what its manifest says. The message names the file, and what was expected and found."""
+
+
+def write_manifest(directory: Path, about: Mapping[str, Any]) -> None:
+    """Hash every file under `directory`, and write the manifest there. about: anything as JSON; kept beside."""
+    names = sorted(str(p.relative_to(directory)) for p in directory.rglob("*") if p.is_file() and p.name != NAME)
+    files = dict(zip(names, _each(_read_through, [directory / name for name in names]), strict=True))
+    write_whole(directory / NAME, _sealed({"about": dict(about), "files": files}))
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """{"about", "files"} of a checkpoint.
+
+    Raises:
+        Damage: there is no manifest, or it is not as it was written.
+    """
+    try:
+        text = (directory / NAME).read_text(encoding="utf-8")
+        manifest = json.loads(text)
+        seal = manifest.pop("sha256")
+        whole = _sealed(manifest) == text
+    except FileNotFoundError:
+        raise Damage(f"{NAME}: expected, not there") from None
+    except (OSError, ValueError, AttributeError, KeyError, TypeError) as e:
+        raise Damage(f"{NAME}: cannot be read ({e})") from e
+    if not whole:
+        raise Damage(f"{NAME}: expected the text of sha256 {seal}, found another")
+    return manifest
+
+
+def check_files(directory: Path, files: Mapping[str, Any], names: Iterable[str] | None = None) -> list[str]:
+    """What is wrong with the files (all, or those of `names`): one line each, with what was expected and found."""
+    names = list(files if names is None else names)
+    return [line for line in _each(lambda name: _difference(directory / name, name, files[name]), names) if line]
+
+
+def verify(directory: Path) -> dict[str, Any]:
+    """Read everything and compare; returns the manifest.
+
+    Raises:
+        Damage: names every file that is not as it was written.
+    """
+    manifest = read_manifest(directory)
+    if wrong := check_files(directory, manifest["files"]):
+        raise Damage("; ".join(wrong))
+    return manifest
+
+
+def to_disk(directory: Path) -> None:
+    """The names in a directory, after a rename in it."""
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _sealed(manifest: Mapping[str, Any]) -> str:
+    """The one text of a manifest: nothing in it may differ without being found."""
+    text = json.dumps({**manifest, "sha256": ""}, indent=1)
+    return json.dumps({**manifest, "sha256": hashlib.sha256(text.encode()).hexdigest()}, indent=1) + "\n"
+
+
+def _each(function, items: list) -> list:
+    with ThreadPoolExecutor(THREADS) as pool:
+        return list(pool.map(function, items))
+
+
+def _read_through(path: Path) -> dict[str, Any]:
+    """Size and hash of a file that was just written; on the disk, and out of the memory that would hide its loss."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        size = file.tell()
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    return {"bytes": size, "sha256": digest}
+
+
+def _difference(path: Path, name: str, expected: Mapping[str, Any]) -> str | None:
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size != expected["bytes"]:
+                return f"{name}: expected {expected['bytes']} bytes, found {size}"
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as e:
+        return f"{name}: expected {expected['bytes']} bytes, found none ({e.strerror})"
+    if digest != expected["sha256"]:
+        return f"{name}: expected sha256 {expected['sha256']}, found {digest}"
+    return None
