@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from rmr1_jax.errors import RunError
 
@@ -49,3 +51,24 @@ def write_whole(path: Path, text: str | Iterable[str]) -> None:
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
+
+
+def to_disk(path: Path) -> None:
+    """A file's bytes, or the names in a directory after a rename in it: on the disk on return."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def hash_written(path: Path) -> dict[str, Any]:
+    """{"bytes", "sha256"} of a file that was just written; on the disk, and out of the memory that would hide its loss
+    from who reads it again."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        size = file.tell()
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    return {"bytes": size, "sha256": digest}

@@ -10,21 +10,21 @@ Next: `judge_result.py` for what comes out; `judge_file.py`, which judges files 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rmr1_jax.data.preferences import PreferencePair, render_pair
 from rmr1_jax.errors import InputError, RunError
 from rmr1_jax.judge_result import (
-    RULES,
+    AnyJudge,
     Judgement,
-    as_pair,
-    in_order,
+    check_rule,
     judgement_of,
     nothing_to_judge,
     prompt_line,
     settle,
+    temperature_for,
     unasked,
 )
 from rmr1_jax.prompts.cor import Prompt, get_prompt
@@ -38,7 +38,7 @@ __all__ = ["LONGEST", "Judge", "Judgement", "settle"]
 LONGEST = 8192  # new tokens, the published response length
 
 
-class Judge:
+class Judge(AnyJudge):
     """Asks `policy` for a trace on two answers and reads its verdict.
 
     Args:
@@ -71,8 +71,6 @@ class Judge:
         harmless: bool = True,
         slots: int = 64,
     ):
-        if rule not in RULES:
-            raise InputError(f"rule={rule!r} is not known; give one of {', '.join(RULES)}")
         positions = policy.config.max_position_embeddings
         positions = min(positions, policy.config.sliding_window or positions)
         self.max_new_tokens = min(LONGEST, positions // 2) if max_new_tokens is None else max_new_tokens
@@ -85,7 +83,7 @@ class Judge:
             raise InputError(f"max_prompt_tokens={max_prompt_tokens} must be at least 1")
         self.max_prompt_tokens = min(positions - self.max_new_tokens, max_prompt_tokens or positions)
         self.prompt = dataclasses.replace(get_prompt(prompt), harmless=harmless)
-        self.policy, self.rule = policy, rule
+        self.policy, self.rule = policy, check_rule(rule)
         self.temperature, self.slots = temperature, slots
 
     def compare(
@@ -99,28 +97,6 @@ class Judge:
     ) -> Judgement:
         """Which of two answers to a question is better; see `compare_many`."""
         return self.compare_many([(question, response_a, response_b)], votes, both_orders, seed)[0]
-
-    def compare_many(
-        self,
-        pairs: Sequence[PreferencePair | tuple[str, str, str]],
-        votes: int = 1,
-        both_orders: bool = False,
-        seed: int = 0,
-        *,
-        on_done: Callable[[int], None] | None = None,
-    ) -> list[Judgement]:
-        """A judgement of each pair, in order.
-
-        Args:
-            pairs: `PreferencePair`s, or (question, response_a, response_b).
-            votes: texts for each order. The majority of the valid verdicts wins; equally many are a tie.
-            both_orders: ask about (A, B) and about (B, A). Both orders must name the same winner, else it is a tie; an
-                order that has none (its votes are split, or none is valid) leaves it to the other.
-            seed: of the sampling. A text depends on the seed, its prompt and its number, not on the other pairs.
-            on_done: called with 1 for each pair that is finished (a progress bar).
-        """
-        shown = [as_pair(pair, number) for number, pair in enumerate(pairs)]
-        return in_order(self.stream(shown, votes, both_orders, seed), on_done)
 
     def stream(
         self, pairs: Sequence[PreferencePair], votes: int = 1, both_orders: bool = False, seed: int = 0
@@ -149,7 +125,7 @@ class Judge:
             left[place] -= 1
             if not left[place]:
                 yield asked[place], judgement_of(texts[place], tokens[place], self.rule)
-                texts[place] = tokens[place] = []  # handed over: memory is for what is in flight
+                texts[place], tokens[place] = [], []  # handed over: memory is for what is in flight
 
     def _samples(self, prompts: list[list[int]], sampling: SamplingConfig) -> Iterator[tuple[int, int, Sample]]:
         from jax.errors import JaxRuntimeError
@@ -181,13 +157,7 @@ class Judge:
         }
 
     def _sampling(self, votes: int, seed: int) -> SamplingConfig:
-        if votes < 1:
-            raise InputError(f"votes={votes} must be at least 1")
-        if votes > 1 and self.temperature == 0:
-            raise InputError(
-                f"votes={votes} with temperature=0 would count one text {votes} times; raise it or drop it"
-            )
-        temperature = float(votes > 1) if self.temperature is None else float(self.temperature)
+        temperature = temperature_for(votes, self.temperature)
         return SamplingConfig(
             n=votes, max_new_tokens=self.max_new_tokens, temperature=temperature, seed=seed, slots=self.slots
         )

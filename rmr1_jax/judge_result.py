@@ -67,6 +67,52 @@ class AnyJudge(Protocol):
     def settings(self, votes: int = 1, both_orders: bool = False, seed: int = 0) -> dict[str, Any]:
         """All that decides a verdict beside the weights and the pairs, as plain values."""
 
+    def compare_many(
+        self,
+        pairs: Sequence[PreferencePair | tuple[str, str, str]],
+        votes: int = 1,
+        both_orders: bool = False,
+        seed: int = 0,
+        *,
+        on_done: Callable[[int], None] | None = None,
+    ) -> list[Judgement]:
+        """A judgement of each pair, in order.
+
+        Args:
+            pairs: `PreferencePair`s, or (question, response_a, response_b).
+            votes: texts for each order. The majority of the valid verdicts wins; equally many are a tie.
+            both_orders: ask about (A, B) and about (B, A). Both orders must name the same winner, else it is a tie; an
+                order that has none (its votes are split, or none is valid) leaves it to the other.
+            seed: of the sampling. A text depends on the seed, its prompt and its number, not on the other pairs.
+            on_done: called with 1 for each pair that is finished (a progress bar).
+        """
+        shown = [as_pair(pair, number) for number, pair in enumerate(pairs)]
+        return in_order(self.stream(shown, votes, both_orders, seed), on_done)
+
+
+def temperature_for(votes: int, temperature: float | None) -> float:
+    """The temperature of so many votes where `temperature` is what was asked for: by default 0 for one, 1 for several.
+
+    Raises:
+        InputError: less than one vote, or several of one and the same text.
+    """
+    if votes < 1:
+        raise InputError(f"votes={votes} must be at least 1")
+    if votes > 1 and temperature == 0:
+        raise InputError(f"votes={votes} with temperature=0 would count one text {votes} times; raise it or drop it")
+    return float(votes > 1) if temperature is None else float(temperature)
+
+
+def check_rule(rule: str) -> str:
+    """`rule`, if it is the name of one.
+
+    Raises:
+        InputError: it is not.
+    """
+    if rule not in RULES:
+        raise InputError(f"rule={rule!r} is not known; give one of {', '.join(RULES)}")
+    return rule
+
 
 def judgement_of(texts: Sequence[Sequence[str]], tokens: Sequence[Sequence[int]], rule: str) -> Judgement:
     """From the texts by order, (A, B) and then (B, A) where it was asked for, and their lengths in tokens."""

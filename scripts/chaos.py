@@ -4,7 +4,7 @@ scripts/chaos --kills 100 --terms 40 --damages 200 --disk 20 --pairs 2 --cost 20
 
 Leaves OUT/chaos.json, the logs of all processes, and prints a table; exits with 1 where anything did not hold. A disk
 is filled up in a small tmpfs, which takes root (or `unshare -rm`); without it these faults are skipped, and it says so.
-Next: `chaos_faults.py`, the faults; `chaos_world.py`, the runs.
+Next: `chaos_faults.py` and `chaos_damage.py`, the faults; `chaos_world.py`, the runs.
 """
 
 from __future__ import annotations
@@ -39,10 +39,14 @@ def main(
     """Do the faults, and report.
 
     Args:
-        kills: SIGKILLs at random moments of SFT and GRPO runs. terms: SIGTERMs spread over the phases.
-        damages: of checkpoint files. disk: how often the disk is full. pairs: times that one of two processes is
-            killed, and one is told to stop. cost: stretches of 50 steps to measure what saving costs.
-        seed: of the moments. out: the directory to work in; what is there is removed.
+        kills: SIGKILLs at random moments of SFT and GRPO runs.
+        terms: SIGTERMs spread over the phases.
+        damages: of checkpoint files.
+        disk: times that the disk is full.
+        pairs: times that one of two processes is killed, and that one is told to stop.
+        cost: stretches of 50 steps to measure what saving costs.
+        seed: of the moments.
+        out: the directory to work in; what is there is removed.
     """
     out = out.absolute()
     if (out / "chaos.json").exists() or not out.exists():
@@ -54,6 +58,7 @@ def main(
     (out / "chaos.json").write_text("[]\n")
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(out / "compiled"))
     import chaos_cost
+    import chaos_damage
     import chaos_faults
     from chaos_world import Child, make_world
 
@@ -65,7 +70,8 @@ def main(
             continue
         began = time.monotonic()
         with tempfile.TemporaryDirectory(prefix=f"{name}-", dir=out) as work:
-            results = getattr(chaos_cost if name == "cost" else chaos_faults, name)(out, Path(work), count, seed)
+            module = {"cost": chaos_cost, "damages": chaos_damage}.get(name, chaos_faults)
+            results = getattr(module, name)(out, Path(work), count, seed)
         for result in results:
             found.append(result | {"seconds": round(time.monotonic() - began, 1)})
             print(line(found[-1]), flush=True)

@@ -14,9 +14,7 @@ Next: `data/pipeline.py`, which packs the examples; `data/prepare.py`, which wri
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,7 +25,7 @@ from rmr1_jax.data.pair import PreferencePair, render_pair
 from rmr1_jax.data.published import PublishedRow, read_published
 from rmr1_jax.data.tokens import Example, Tokenizer
 from rmr1_jax.errors import InputError, RunError
-from rmr1_jax.files import refusal
+from rmr1_jax.files import hash_written, refusal, to_disk
 from rmr1_jax.prompts.prompt import Prompt
 from rmr1_jax.prompts.verdict import strict_verdict
 
@@ -242,29 +240,15 @@ class RowsWriter:
 
 def facts_of_files(directory: Path) -> dict[str, dict[str, Any]]:
     """Size and hash of every file in the directory, by its path there; all of them are on the disk on return."""
-    return {str(file.relative_to(directory)): _facts(file) for file in sorted(directory.rglob("*")) if file.is_file()}
-
-
-def _facts(file: Path) -> dict[str, Any]:
-    with file.open("rb") as opened:
-        digest = hashlib.file_digest(opened, "sha256").hexdigest()
-        os.fsync(opened.fileno())
-        return {"bytes": file.stat().st_size, "sha256": digest}
+    files = sorted(path for path in directory.rglob("*") if path.is_file())
+    return {str(path.relative_to(directory)): hash_written(path) for path in files}
 
 
 def publish(partial: Path, out: Path) -> None:
     """Give the directory its name; all of it is on the disk before."""
     for path in (partial / MANIFEST, *(p for p in partial.rglob("*") if p.is_dir()), partial):
-        _sync(path)
+        to_disk(path)
     if out.is_dir():
         out.rmdir()
     partial.rename(out)
-    _sync(out.parent)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    to_disk(out.parent)

@@ -9,21 +9,21 @@ Next: `data/endpoint.py`, which asks; `judge_result.py`, which reads the texts.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from rmr1_jax.data.endpoint import Answer, Endpoint, Request
 from rmr1_jax.data.pair import PreferencePair, render_pair
-from rmr1_jax.errors import InputError, RunError
+from rmr1_jax.errors import RunError
 from rmr1_jax.judge_result import (
-    RULES,
+    AnyJudge,
     Judgement,
-    as_pair,
-    in_order,
+    check_rule,
     judgement_of,
     nothing_to_judge,
     prompt_line,
+    temperature_for,
     unasked,
 )
 from rmr1_jax.prompts.cor import get_prompt
@@ -33,7 +33,7 @@ from rmr1_jax.prompts.prompt import Prompt
 _TOO_LONG = ("context_length_exceeded", "context length", "context window", "too long", "too many tokens")
 
 
-class EndpointJudge:
+class EndpointJudge(AnyJudge):
     """Asks `endpoint` for a trace on two answers and reads its verdict; see `judge.Judge` for prompt and rule.
 
     temperature: default 0 for one vote, 1.0 for several. The endpoint's own setting is not used. harmless: what clients
@@ -55,24 +55,9 @@ class EndpointJudge:
         temperature: float | None = None,
         harmless: bool = True,
     ):
-        if rule not in RULES:
-            raise InputError(f"rule={rule!r} is not known; give one of {', '.join(RULES)}")
         self.prompt = dataclasses.replace(get_prompt(prompt), harmless=harmless)
-        self.endpoint, self.rule, self.temperature = endpoint, rule, temperature
+        self.endpoint, self.rule, self.temperature = endpoint, check_rule(rule), temperature
         self._endpoints: dict[tuple[float, int | None], Endpoint] = {}
-
-    def compare_many(
-        self,
-        pairs: Sequence[PreferencePair | tuple[str, str, str]],
-        votes: int = 1,
-        both_orders: bool = False,
-        seed: int = 0,
-        *,
-        on_done: Callable[[int], None] | None = None,
-    ) -> list[Judgement]:
-        """A judgement of each pair, in order; the arguments are those of `judge.Judge.compare_many`."""
-        shown = [as_pair(pair, number) for number, pair in enumerate(pairs)]
-        return in_order(self.stream(shown, votes, both_orders, seed), on_done)
 
     def stream(
         self, pairs: Sequence[PreferencePair], votes: int = 1, both_orders: bool = False, seed: int = 0
@@ -125,11 +110,7 @@ class EndpointJudge:
 
     def _sampling(self, votes: int, seed: int) -> Endpoint:
         """The endpoint with this call's temperature, and with a seed where there is something to draw."""
-        if votes < 1:
-            raise InputError(f"votes={votes} must be at least 1")
-        if votes > 1 and self.temperature == 0:
-            raise InputError(f"votes={votes} with temperature=0 would count one text {votes} times; raise it")
-        temperature = float(votes > 1) if self.temperature is None else float(self.temperature)
+        temperature = temperature_for(votes, self.temperature)
         drawn = seed if temperature else None
         if (temperature, drawn) not in self._endpoints:  # one for all batches: it knows whether it ever answered
             config = dataclasses.replace(self.endpoint.config, temperature=temperature, seed=drawn)

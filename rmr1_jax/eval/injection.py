@@ -17,11 +17,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rmr1_jax.data.appending import write_whole
 from rmr1_jax.errors import InputError
 from rmr1_jax.eval.injection_cases import FAMILIES, PERSUASION, STRUCTURE, Attack, attacks
 from rmr1_jax.eval.logs import JUDGEMENTS, read_judgements
 from rmr1_jax.eval.stats import wilson_interval
+from rmr1_jax.files import write_whole
 from rmr1_jax.judge_file import judge_file, judgement_row
 from rmr1_jax.judge_result import AnyJudge
 

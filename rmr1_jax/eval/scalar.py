@@ -15,7 +15,7 @@ import dataclasses
 import functools
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from rmr1_jax.data.pair import Message, PreferencePair
 from rmr1_jax.data.tokens import Tokenizer
 from rmr1_jax.errors import InputError, RunError
 from rmr1_jax.eval.last_token import batches, last_states
-from rmr1_jax.judge_result import Judgement, as_pair, count_votes, in_order, nothing_to_judge, unasked
+from rmr1_jax.judge_result import AnyJudge, Judgement, count_votes, nothing_to_judge, unasked
 from rmr1_jax.mesh import rows_divisor, single_device_mesh
 from rmr1_jax.model import hf, qwen
 from rmr1_jax.model.config import QwenConfig, read_config
@@ -95,7 +95,7 @@ def load_scalar(model: str | Path, dtype: str = "bfloat16", mesh: Mesh | None = 
     )
 
 
-class ScalarJudge:
+class ScalarJudge(AnyJudge):
     """Scores both answers; the larger score wins, equal ones are a tie. It has neither votes nor an order.
 
     batch_tokens: positions that are computed at a time. It bounds memory.
@@ -107,19 +107,6 @@ class ScalarJudge:
         if batch_tokens < 1:
             raise InputError(f"batch_tokens={batch_tokens} must be at least 1")
         self.model, self.batch_tokens = model, batch_tokens
-
-    def compare_many(
-        self,
-        pairs: Sequence[PreferencePair | tuple[str, str, str]],
-        votes: int = 1,
-        both_orders: bool = False,
-        seed: int = 0,
-        *,
-        on_done: Callable[[int], None] | None = None,
-    ) -> list[Judgement]:
-        """A judgement of each pair, in order. `votes`, `both_orders`: as they are; `seed` changes nothing."""
-        shown = [as_pair(pair, number) for number, pair in enumerate(pairs)]
-        return in_order(self.stream(shown, votes, both_orders, seed), on_done)
 
     def stream(
         self, pairs: Sequence[PreferencePair], votes: int = 1, both_orders: bool = False, seed: int = 0

@@ -25,7 +25,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from rmr1_jax.errors import InputError, RunError
-from rmr1_jax.files import refusal, writing
+from rmr1_jax.files import refusal, to_disk, writing
 from rmr1_jax.processes import any_of, first, gather, own_share
 from rmr1_jax.train import manifest
 from rmr1_jax.train.manifest import Damage
@@ -185,7 +185,7 @@ class Checkpointer:
         if (target := self.root / str(step)).exists():  # a damaged one, or it would not be saved again
             _remove(target)
         path.rename(target)
-        manifest.to_disk(self.root)
+        to_disk(self.root)
         self._forget(step)
 
     def _forget(self, newest: int) -> None:

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from rmr1_jax.files import write_whole
+from rmr1_jax.files import hash_written, write_whole
 
 NAME = "manifest.json"
 THREADS = 4  # hashing releases the interpreter's lock; more would take the step's cores
@@ -27,7 +27,7 @@ class Damage(ValueError):
 def write_manifest(directory: Path, about: Mapping[str, Any]) -> None:
     """Hash every file under `directory`, and write the manifest there. about: anything as JSON; kept beside."""
     names = sorted(str(p.relative_to(directory)) for p in directory.rglob("*") if p.is_file() and p.name != NAME)
-    files = dict(zip(names, _each(_read_through, [directory / name for name in names]), strict=True))
+    files = dict(zip(names, _each(hash_written, [directory / name for name in names]), strict=True))
     write_whole(directory / NAME, _sealed({"about": dict(about), "files": files}))
 
 
@@ -69,15 +69,6 @@ def verify(directory: Path) -> dict[str, Any]:
     return manifest
 
 
-def to_disk(directory: Path) -> None:
-    """The names in a directory, after a rename in it."""
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def _sealed(manifest: Mapping[str, Any]) -> str:
     """The one text of a manifest: nothing in it may differ without being found."""
     text = json.dumps({**manifest, "sha256": ""}, indent=1)
@@ -87,17 +78,6 @@ def _sealed(manifest: Mapping[str, Any]) -> str:
 def _each(function, items: list) -> list:
     with ThreadPoolExecutor(THREADS) as pool:
         return list(pool.map(function, items))
-
-
-def _read_through(path: Path) -> dict[str, Any]:
-    """Size and hash of a file that was just written; on the disk, and out of the memory that would hide its loss."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        size = file.tell()
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    return {"bytes": size, "sha256": digest}
 
 
 def _difference(path: Path, name: str, expected: Mapping[str, Any]) -> str | None:
