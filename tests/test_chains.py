@@ -1,5 +1,6 @@
 """`rmr1 data chains` as a process of its own, killed and interrupted, on an endpoint that errs, delays and drops."""
 
+import functools
 import json
 import os
 import re
@@ -64,7 +65,10 @@ class Watch:
 def start(config) -> subprocess.Popen:
     command = [sys.executable, "-m", "rmr1_jax", "data", "chains", str(config)]
     environment = {**os.environ, "OPENAI_API_KEY": KEY}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    # What a shell starts in the background hears no SIGINT, nor do its children: the tests may be such.
+    heard = functools.partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    return subprocess.Popen(command, env=environment, preexec_fn=heard, **output)
 
 
 def configured(path, pairs, out, url):

@@ -81,8 +81,13 @@ def test_the_stage_is_read_from_the_keys(config, tmp_path):
 
 
 def test_every_recipe_is_recognised():
-    for path in Path(__file__).resolve().parents[1].glob("configs/*.yaml"):
-        assert isinstance(read_run(path, ()), GrpoConfig if "grpo" in path.stem else SftConfig), path
+    stages = {"sft": SftConfig, "grpo": GrpoConfig}
+    configs = Path(__file__).resolve().parents[1] / "configs"
+    commands = {path: path.read_text().split()[2] for path in configs.glob("*.yaml")}  # "# rmr1 grpo configs/..."
+    recipes = {path: command for path, command in commands.items() if command in stages}
+    assert len(recipes) > 20
+    for path, command in recipes.items():
+        assert isinstance(read_run(path, ()), stages[command]), path
 
 
 @pytest.mark.parametrize(

@@ -122,7 +122,9 @@ def test_the_sky_task():
     assert (ROOT / task["envs"]["CONFIG"]).is_file() and "/runs" in task["file_mounts"]
 
 
-@pytest.mark.parametrize("end", ["exit 0", "exit 1", "exit 2", "exit 42", "exit 134", "sleep 1; kill -USR1 $PPID; sleep 1"])
+@pytest.mark.parametrize(
+    "end", ["exit 0", "exit 1", "exit 2", "exit 42", "exit 134", "sleep 1; kill -USR1 $PPID; sleep 1"]
+)
 def test_slurm_requeues_what_a_restart_mends(tmp_path, end):
     """The last one is Slurm itself, before the time limit."""
     calls = tmp_path / "calls"
