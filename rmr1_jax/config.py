@@ -63,6 +63,18 @@ def build_config(cls: type[C], tree: Mapping[str, Any], *, source: str) -> C:
         raise InputError(f"{source}: " + "; ".join(lines)) from e
 
 
+def check_least(config: Any, least: int, *names: str) -> None:
+    """Fields that must not be below a number; None is no number.
+
+    Raises:
+        InputError: names the first that is, with its value.
+    """
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and value < least:
+            raise InputError(f"{name}={value} must be at least {least}")
+
+
 def dump_config(config: Any) -> str:
     """The resolved config as YAML; `build_config` reads it back."""
     return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)

@@ -30,7 +30,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from rmr1_jax.config import config_differences
+from rmr1_jax.config import check_least, config_differences
 from rmr1_jax.data.hub import commit_of, locate
 from rmr1_jax.data.mixture_source import DROPPED, SourceConfig, SourceReport, read_source
 from rmr1_jax.data.overlap import Benchmark, Hasher, OverlapConfig, question_words, read_benchmark
@@ -58,8 +58,7 @@ class MixtureConfig:
         twice = [name for name, count in Counter(source.name for source in self.sources).items() if count > 1]
         if twice:
             raise InputError(f"sources: two are named {', '.join(twice)}; give each a `name` of its own")
-        if self.seed < 0:
-            raise InputError(f"seed={self.seed} must be at least 0")
+        check_least(self, 0, "seed")
         if self.on_bad_row not in ("error", "quarantine"):
             raise InputError(f"on_bad_row={self.on_bad_row!r} must be error or quarantine")
 

@@ -32,6 +32,7 @@ from typing import IO, Any, Literal
 import numpy as np
 from tqdm import tqdm
 
+from rmr1_jax.config import check_least
 from rmr1_jax.data import store
 from rmr1_jax.data.appending import alone
 from rmr1_jax.data.containers import read_rows
@@ -75,11 +76,8 @@ class PrepareConfig:
     workers: int | None = None
 
     def __post_init__(self):
-        for name in ("max_length", "limit", "workers"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise InputError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.seed < 0:
-            raise InputError(f"seed={self.seed} must be at least 0")
+        check_least(self, 1, "max_length", "limit", "workers")
+        check_least(self, 0, "seed")
         if not self.data:
             raise InputError("data names no rows; give a file, a folder or a hub id")
         if self.prompt is not None and not isinstance(self.data, str):

@@ -25,6 +25,7 @@ from typing import Any, Protocol
 
 from tqdm import tqdm
 
+from rmr1_jax.config import check_least
 from rmr1_jax.data.appending import alone, append_rows, files_digest, take_up
 from rmr1_jax.data.containers import source_files
 from rmr1_jax.data.endpoint import Answer, EndpointConfig, Request
@@ -94,10 +95,7 @@ class ChainsConfig:
     def __post_init__(self):
         if (self.teacher is None) == (self.policy is None):
             raise InputError("one of teacher (an endpoint) and policy (a model of ours) must be given, and not both")
-        for name in ("tries", "budget_requests", "budget_tokens"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InputError(f"{name}={value} must be at least 1")
+        check_least(self, 1, "tries", "budget_requests", "budget_tokens")
         if self.tries > 1 and (self.teacher or self.policy).temperature == 0:
             raise InputError(f"tries={self.tries} with temperature=0 would ask for one text {self.tries} times")
         if self.on_bad_row not in ("error", "quarantine"):

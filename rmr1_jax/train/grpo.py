@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from rmr1_jax.config import check_least
 from rmr1_jax.data.pipeline import View, lengths_of
 from rmr1_jax.data.store import open_examples
 from rmr1_jax.errors import InputError
@@ -108,13 +109,10 @@ class GrpoConfig:
 
     def __post_init__(self):
         counts = ("steps", "prompts_per_step", "mini_batch_prompts", "max_prompt_length", "row_length", "micro_rows")
-        for name in (*counts, "dynamic_sampling", "max_segments", "sampling_tensor", "save_every", "keep"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise InputError(f"{name}={getattr(self, name)} must be at least 1")
+        check_least(self, 1, *counts, "dynamic_sampling", "max_segments", "sampling_tensor", "save_every", "keep")
+        check_least(self, 0, "seed")
         if self.save_minutes is not None and not self.save_minutes > 0:
             raise InputError(f"save_minutes={self.save_minutes} must be above 0")
-        if self.seed < 0:
-            raise InputError(f"seed={self.seed} must be at least 0")
         if self.prompts_per_step % self.mini_batch_prompts:
             raise InputError(
                 f"prompts_per_step={self.prompts_per_step} must be a multiple of "

@@ -17,6 +17,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from rmr1_jax.config import check_least
 from rmr1_jax.data.pipeline import Batch, View, lengths_of, sft_batches
 from rmr1_jax.data.store import open_examples
 from rmr1_jax.data.tokens import Example
@@ -77,13 +78,11 @@ class SftConfig:
     best: BestConfig | None = None
 
     def __post_init__(self):
-        for name in ("epochs", "max_steps", "row_length", "rows_per_step", "micro_rows", "save_every", "keep"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise InputError(f"{name}={getattr(self, name)} must be at least 1")
+        counts = ("epochs", "max_steps", "row_length", "rows_per_step", "micro_rows", "save_every", "keep")
+        check_least(self, 1, *counts)
+        check_least(self, 0, "seed")
         if self.save_minutes is not None and not self.save_minutes > 0:
             raise InputError(f"save_minutes={self.save_minutes} must be above 0")
-        if self.seed < 0:
-            raise InputError(f"seed={self.seed} must be at least 0")
         if self.rows_per_step % self.micro_rows:
             raise InputError(f"rows_per_step={self.rows_per_step} must be a multiple of micro_rows={self.micro_rows}")
         if self.on_too_long not in ("error", "drop"):
