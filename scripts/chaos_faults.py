@@ -68,7 +68,7 @@ def moment(rng: random.Random, phase: str, run: Path, child: Child) -> None:
         "export": lambda: [*run.glob("*model*")],
         "judging": lambda: lines(run / "verdicts.jsonl") > 0,
     }[phase]
-    longest = {"start": STARTING, "step": 0.5, "save": 0.2, "export": 0.05, "judging": 0.5}[phase]
+    longest = {"start": STARTING, "step": 0.5, "save": 0.2, "export": 0.05, "judging": 0.05}[phase]
     for _ in pauses(120, 0.001):
         if seen() or not child.alive():
             break
@@ -110,8 +110,10 @@ def terms(root: Path, work: Path, count: int, seed: int) -> list[dict]:
     cases = [(s, p) for p in ("step", "save", "start", "export") for s in CONFIGS] + [("judge", "judging")]
     rows: dict[str, dict] = {}
     slowest: collections.Counter = collections.Counter()
-    for number in range(count):
-        stage, phase = cases[number % len(cases)]
+    number = done = 0
+    while done < count:
+        stage, phase = cases[done % len(cases)]
+        number += 1
         name = f"SIGTERM, {stage}: {phase}"
         row = rows.setdefault(name, {"fault": name, "done": 0, "failures": [], "notes": {}})
         run, log = work / f"{number}", root / f"terms-{number}.log"
@@ -119,6 +121,9 @@ def terms(root: Path, work: Path, count: int, seed: int) -> list[dict]:
         reference(root, stage)
         child = rmr1(command(root, stage, run), log)
         moment(rng, phase, run, child)
+        if not child.alive() and child.wait() == 0:
+            continue  # it had ended: no signal reached it
+        done += 1
         sent = time.monotonic()
         child.send(signal.SIGTERM)
         code = child.wait()

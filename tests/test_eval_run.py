@@ -203,7 +203,7 @@ def test_killed_at_ten_random_moments_the_files_are_those_of_a_run_that_was_not(
     data = sample(benchmark)
     total = len(list(load(benchmark, data)))
     left = kill_again_and_again(10, benchmark, data, tmp_path / "killed", total, seconds=0.003)
-    assert left == sorted(left) and len(set(left)) > 5 and left[-1] < total
+    assert left == sorted(left) and len({rows for rows in left if rows < total}) > 5  # the last may have been ready
     finish(benchmark, data, tmp_path / "killed")
     evaluate(benchmark, ScriptedJudge(), data, tmp_path / "whole", name="scripted", batch_size=16)
     assert files_of(tmp_path / "killed") == files_of(tmp_path / "whole")

@@ -400,7 +400,7 @@ def run_prepare(config, directory: Path, *limit: str, **process) -> subprocess.P
 
 @pytest.mark.slow
 def test_a_killed_run_leaves_nothing_that_passes_for_a_set(tmp_path, world_tokenizer):
-    data = write_rows(tmp_path / "rows.jsonl", rows(1500, words=200))
+    data = write_rows(tmp_path / "rows.jsonl", rows(8000, words=200))
     out, partial = tmp_path / "out", tmp_path / "out.partial"
     config = config_of(model=str(world_tokenizer), data=str(data), out=str(out), workers=2)
     process = run_prepare(config, tmp_path)

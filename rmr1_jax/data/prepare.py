@@ -99,12 +99,12 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
             writing it. RunError: the disk is full, or a worker was killed. Nothing is left behind either way.
     """
     out = Path(config.out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"{out} is there already; remove it, or give another out")
-    tokenizer = Tokenizer(locate(config.model, kind="model", patterns=TOKENIZER_FILES))
     partial, lock = (out.with_name(out.name + end) for end in (".partial", ".lock"))
     with alone(lock):
         try:
+            if out.exists() and (not out.is_dir() or any(out.iterdir())):
+                raise InputError(f"{out} is there already; remove it, or give another out")
+            tokenizer = Tokenizer(locate(config.model, kind="model", patterns=TOKENIZER_FILES))
             with writing(out, then="make room, then run the same command again"):
                 shutil.rmtree(partial, ignore_errors=True)  # what a killed run left
                 (partial / store.ROWS).mkdir(parents=True)
