@@ -145,10 +145,11 @@ class JudgePairs:
     """JSONL for rows that cannot be read, with the reasons; without it, such a row is an error."""
 
     def run(self) -> None:
+        from rmr1_jax.data.appending import files_digest, model_digest
         from rmr1_jax.data.containers import source_files
         from rmr1_jax.data.preferences import ReadReport, read_pairs
         from rmr1_jax.judge import Judge
-        from rmr1_jax.judge_file import files_digest, judge_file
+        from rmr1_jax.judge_file import judge_file
         from rmr1_jax.policy import load
         from rmr1_jax.prompts.cor import get_prompt
 
@@ -170,7 +171,7 @@ class JudgePairs:
             temperature=self.temperature,
         )
         directory = policy.tokenizer.directory
-        weights = files_digest([*sorted(directory.glob("*.safetensors")), *sorted(directory.glob("*.json"))])
+        weights = model_digest(directory)
         summary = judge_file(
             judge,
             read_pairs(self.input, **reading),

@@ -143,9 +143,9 @@ def make_judge(command: Eval) -> tuple[AnyJudge, str, dict[str, Any]]:
     judge, directory = made(command)
     if directory is None:
         return judge, name, {}
-    from rmr1_jax.data.appending import files_digest
+    from rmr1_jax.data.appending import model_digest
 
-    weights = files_digest([*sorted(directory.glob("*.safetensors")), *sorted(directory.glob("*.json"))])
+    weights = model_digest(directory)
     return judge, name, {"model": f"{name} (sha256 {weights})", "dtype": command.dtype}
 
 

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from rmr1_jax.data.appending import alone, append_rows, files_digest, take_up
+from rmr1_jax.data.appending import alone, append_rows, take_up
 from rmr1_jax.data.preferences import PreferencePair
 from rmr1_jax.errors import InputError
 from rmr1_jax.files import write_whole
@@ -33,7 +33,6 @@ from rmr1_jax.judge_result import STATUSES, AnyJudge, Judgement
 __all__ = [
     "Outcome",
     "Summary",
-    "files_digest",
     "judge_file",
     "judgement_row",
     "put_in_order",

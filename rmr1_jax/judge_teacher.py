@@ -12,7 +12,7 @@ import itertools
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from rmr1_jax.data.appending import files_digest
+from rmr1_jax.data.appending import model_digest
 from rmr1_jax.data.endpoint import Answer, Request
 from rmr1_jax.data.teacher import PolicyConfig
 from rmr1_jax.judge import Judge
@@ -32,7 +32,7 @@ class PolicyTeacher:
     def settings(self) -> dict[str, Any]:
         """All that decides an answer, as plain values."""
         directory = self.policy.tokenizer.directory
-        weights = files_digest([*sorted(directory.glob("*.safetensors")), *sorted(directory.glob("*.json"))])
+        weights = model_digest(directory)
         told = {name: getattr(self.config, name) for name in ("dtype", "temperature", "seed")}
         return {"model": f"{directory.name} (sha256 {weights})", "max_new_tokens": self._judge.max_new_tokens, **told}
 

@@ -7,10 +7,11 @@ import os
 import pytest
 from policies import ScriptedPolicy, answer, prefers, says
 
+from rmr1_jax.data.appending import files_digest
 from rmr1_jax.data.preferences import PreferencePair
 from rmr1_jax.errors import InputError, RunError
 from rmr1_jax.judge import Judge
-from rmr1_jax.judge_file import Summary, files_digest, judge_file, judgement_row, put_in_order
+from rmr1_jax.judge_file import Summary, judge_file, judgement_row, put_in_order
 from rmr1_jax.judge_result import Judgement
 from rmr1_jax.prompts.trace import Trace
 

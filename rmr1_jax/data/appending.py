@@ -112,6 +112,11 @@ def files_digest(files: Iterable[Path]) -> str:
     return digest.hexdigest()[:16]
 
 
+def model_digest(directory: Path) -> str:
+    """`files_digest` of a model directory: its weights, config and tokenizer."""
+    return files_digest([*sorted(directory.glob("*.safetensors")), *sorted(directory.glob("*.json"))])
+
+
 def _has_a_line(path: Path) -> bool:
     with path.open("rb") as file:
         return file.readline().endswith(b"\n")
