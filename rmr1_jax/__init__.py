@@ -13,13 +13,20 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from rmr1_jax.judge import Judge, Judgement
+    from rmr1_jax.judge.judge import Judge
+    from rmr1_jax.judge.judgement import Judgement
     from rmr1_jax.policy import Completion, Policy, load
 
 __all__ = ["Completion", "Judge", "Judgement", "Policy", "load"]
 
 _HOMES = MappingProxyType(
-    {"Completion": "policy", "Judge": "judge", "Judgement": "judge", "Policy": "policy", "load": "policy"}
+    {
+        "Completion": "policy",
+        "Judge": "judge.judge",
+        "Judgement": "judge.judgement",
+        "Policy": "policy",
+        "load": "policy",
+    }
 )
 
 

@@ -2,6 +2,6 @@
 
 import sys
 
-from rmr1_jax.cli import main
+from rmr1_jax.cli.main import main
 
 sys.exit(main())

@@ -15,18 +15,20 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from rmr1_jax.data.hub import locate
-from rmr1_jax.data.tokens import Tokenizer
+from rmr1_jax.distributed.exchange import first, wait
+from rmr1_jax.distributed.mesh import single_device_mesh
 from rmr1_jax.errors import InputError
-from rmr1_jax.mesh import single_device_mesh
+from rmr1_jax.files.hub import locate
 from rmr1_jax.model import hf, qwen
 from rmr1_jax.model.config import QwenConfig, read_config
-from rmr1_jax.processes import first, wait
-from rmr1_jax.sampler.config import Sample, SampleStats, SamplingConfig
+from rmr1_jax.model.tokenizer import Tokenizer
 from rmr1_jax.sampler.engine import engine_for, generate
-from rmr1_jax.sampler.programs import Weights, sampling_weights
+from rmr1_jax.sampler.sample import Sample, SampleStats, SamplingConfig
+from rmr1_jax.sampler.weights import Weights, sampling_weights
 
 MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.jinja")  # of a hub repository
+
+
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 

@@ -76,12 +76,12 @@ class Sample(Comparison):
         """Warm up, sample, and leave the weights in `model_dir` for the peers."""
         import jax
 
-        from rmr1_jax.mesh import single_device_mesh
+        from rmr1_jax.distributed.mesh import single_device_mesh
         from rmr1_jax.model.hf import save_params
         from rmr1_jax.model.qwen import init_params
-        from rmr1_jax.sampler.config import SamplingConfig
         from rmr1_jax.sampler.engine import Engine
-        from rmr1_jax.sampler.programs import sampling_weights
+        from rmr1_jax.sampler.sample import SamplingConfig
+        from rmr1_jax.sampler.weights import sampling_weights
 
         config = model_config(self, self.prompt_length[1] + self.max_new)
         work, mesh = self.workload(), single_device_mesh()
@@ -163,13 +163,14 @@ class Steps(Shape):
         import jax
         import numpy as np
 
-        from rmr1_jax.mesh import single_device_mesh
+        from rmr1_jax.distributed.mesh import single_device_mesh
         from rmr1_jax.model.qwen import init_params
         from rmr1_jax.sampler import programs
-        from rmr1_jax.sampler.config import SamplingConfig
         from rmr1_jax.sampler.engine import Engine
-        from rmr1_jax.sampler.run import make_controls, to_slots
-        from rmr1_jax.sampler.schedule import Bank
+        from rmr1_jax.sampler.programs import make_controls, to_slots
+        from rmr1_jax.sampler.sample import SamplingConfig
+        from rmr1_jax.sampler.slots import Bank
+        from rmr1_jax.sampler.weights import sampling_weights
 
         config, mesh = model_config(self, self.prompt_length[1] + self.max_new), single_device_mesh()
         sampling = SamplingConfig(max_new_tokens=self.max_new, slots=self.slots)
@@ -179,7 +180,7 @@ class Steps(Shape):
             bank.admit(number, np.zeros(self.prompt_length[1], np.int32), number, 1)
         bank.seat(1)
         with jax.set_mesh(mesh):
-            weights = programs.sampling_weights(config, init_params(config, jax.random.key(0), mesh=mesh))
+            weights = sampling_weights(config, init_params(config, jax.random.key(0), mesh=mesh))
             for width in engine.shapes.widths:
                 cache, seconds = engine.empty_cache(width), []
                 for _ in range(6):

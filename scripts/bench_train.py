@@ -54,7 +54,7 @@ class Train(Comparison):
         import jax
         import numpy as np
 
-        from rmr1_jax.mesh import single_device_mesh
+        from rmr1_jax.distributed.mesh import single_device_mesh
         from rmr1_jax.model.hf import save_params
         from rmr1_jax.model.qwen import init_params
         from rmr1_jax.train.optim import OptimConfig, compile_update, init_state, make_optimizer

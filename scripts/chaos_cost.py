@@ -30,15 +30,16 @@ def cost(root: Path, work: Path, count: int, seed: int) -> list[dict]:
 def _measure(work: Path, count: int, seed: int, report: Path) -> int:
     import jax
 
-    from rmr1_jax import world
-    from rmr1_jax.data.pipeline import sft_batches
+    from rmr1_jax.data.packing import sft_batches
     from rmr1_jax.policy import fresh_policy
-    from rmr1_jax.quickstart import MODEL, SFT, sft_examples
+    from rmr1_jax.quickstart import world
+    from rmr1_jax.quickstart.quickstart import MODEL, SFT, sft_examples
+    from rmr1_jax.quickstart.tokenizer import train_tokenizer
     from rmr1_jax.train.checkpoint import Checkpointer
     from rmr1_jax.train.logprobs import forward_options
+    from rmr1_jax.train.micro_batches import to_micro_batches
     from rmr1_jax.train.optim import compile_update, init_state, make_optimizer, master_weights
-    from rmr1_jax.train.sft import sft_micro_loss, to_micro_batches
-    from rmr1_jax.world_tokenizer import train_tokenizer
+    from rmr1_jax.train.sft import sft_micro_loss
 
     policy = fresh_policy(MODEL, train_tokenizer(world.world_texts(seed=0), work / "tokenizer"), seed=seed)
     examples = sft_examples(policy, world.make_items(3000, split="sft", seed=seed), seed)

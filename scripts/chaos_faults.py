@@ -20,7 +20,7 @@ from typing import Any
 
 from chaos_world import CONFIGS, Child, command, differences, lines, pauses, rmr1, unsound
 
-from rmr1_jax.preemption import PREEMPTED
+from rmr1_jax.distributed.preemption import PREEMPTED
 
 STARTING = 4.0  # seconds in which a process loads, restores and compiles, about
 

@@ -21,16 +21,16 @@ import grain  # noqa: F401  (this and what follows it: imported once, here, and 
 import transformers
 import yaml
 
-from rmr1_jax import cli
-from rmr1_jax.data.preferences import render_pair
+from rmr1_jax.cli import main as cli
 from rmr1_jax.model.config import QwenConfig
+from rmr1_jax.pairs.pair import render_pair
 from rmr1_jax.policy import fresh_policy
-from rmr1_jax.prompts.cor import save_prompt
-from rmr1_jax.train import grpo, manifest, sft  # noqa: F401
+from rmr1_jax.prompts.prompt import save_prompt
+from rmr1_jax.quickstart.tokenizer import train_tokenizer
+from rmr1_jax.quickstart.world import make_items, oracle_trace, to_pair, world_prompt, world_texts
+from rmr1_jax.train import manifest
 from rmr1_jax.train.checkpoint import steps_of
 from rmr1_jax.train.metrics import read_metrics
-from rmr1_jax.world import make_items, oracle_trace, to_pair, world_prompt, world_texts
-from rmr1_jax.world_tokenizer import train_tokenizer
 
 transformers.AutoTokenizer  # noqa: B018  (it is imported when it is named)
 MODEL = QwenConfig(

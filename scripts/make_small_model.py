@@ -7,10 +7,10 @@ from pathlib import Path
 
 import tyro
 
-from rmr1_jax.data.published import read_published
 from rmr1_jax.model.config import QwenConfig
+from rmr1_jax.pairs.training_sets import read_published
 from rmr1_jax.policy import fresh_policy
-from rmr1_jax.world_tokenizer import train_tokenizer
+from rmr1_jax.quickstart.tokenizer import train_tokenizer
 
 
 def main(

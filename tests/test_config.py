@@ -8,8 +8,7 @@ import yaml
 
 from rmr1_jax.config import build_config, config_differences, dump_config, load_config
 from rmr1_jax.errors import InputError
-from rmr1_jax.train.grpo import GrpoConfig
-from rmr1_jax.train.sft import SftConfig
+from rmr1_jax.train.config import GrpoConfig, SftConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -10,12 +10,11 @@ import pytest
 import yaml
 
 from rmr1_jax.config import config_differences, load_config
-from rmr1_jax.data.mixture import MixtureConfig
+from rmr1_jax.data.chains.chains import ChainsConfig
+from rmr1_jax.data.mix.mixture import MixtureConfig
 from rmr1_jax.data.prepare import PrepareConfig
-from rmr1_jax.data.teacher import ChainsConfig
 from rmr1_jax.prompts.cor import get_prompt
-from rmr1_jax.train.grpo import GrpoConfig
-from rmr1_jax.train.sft import SftConfig
+from rmr1_jax.train.config import GrpoConfig, SftConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = {"sft": SftConfig, "grpo": GrpoConfig}

@@ -8,7 +8,7 @@ import pytest
 from chat_server import KEY, ChatServer, Reply
 
 from rmr1_jax.config import build_config
-from rmr1_jax.data.endpoint import IN_A_ROW, Answer, Endpoint, EndpointConfig, Request
+from rmr1_jax.endpoint import IN_A_ROW, Answer, Endpoint, EndpointConfig, Request
 from rmr1_jax.errors import InputError, RunError
 
 

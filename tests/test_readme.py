@@ -14,18 +14,24 @@ import jax.numpy as jnp
 import pytest
 from policies import ScriptedPolicy, prefers
 
-from rmr1_jax import cli, quickstart, world
-from rmr1_jax.judge import Judge
-from rmr1_jax.judge_file import judge_file
-from rmr1_jax.prompts.cor import save_prompt
+from rmr1_jax.cli import main as cli
+from rmr1_jax.cli.data import Data
+from rmr1_jax.cli.eval import Compare, Eval, Score
+from rmr1_jax.cli.judge import JudgePairs
+from rmr1_jax.cli.train import Export, Plan
+from rmr1_jax.data.examples import sft_example
+from rmr1_jax.judge.file import judge_file
+from rmr1_jax.judge.judge import Judge
+from rmr1_jax.prompts.prompt import save_prompt
 from rmr1_jax.prompts.verdict import strict_verdict
-from rmr1_jax.report_runs import STAGES
-from rmr1_jax.sampler.config import SamplingConfig
-from rmr1_jax.train.grpo import GrpoConfig
+from rmr1_jax.quickstart import quickstart, world
+from rmr1_jax.quickstart.cases import REASONING
+from rmr1_jax.report.training import STAGES
+from rmr1_jax.sampler.sample import SamplingConfig
+from rmr1_jax.train.config import GrpoConfig, SftConfig
 from rmr1_jax.train.losses import PolicyLossConfig, policy_loss
 from rmr1_jax.train.metrics import read_metrics
-from rmr1_jax.train.sft import SftConfig, sft
-from rmr1_jax.world_cases import REASONING
+from rmr1_jax.train.sft import sft
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -138,7 +144,7 @@ def test_keys_of_sft_metrics(tiny_policy, tmp_path, monkeypatch):
         return lambda state, batch, count: (state._replace(step=state.step + 1), metrics)
 
     monkeypatch.setattr(importlib.import_module("rmr1_jax.train.sft"), "compile_update", instead_of_compiling)
-    row = tiny_policy.tokenizer.example("0", [{"role": "user", "content": "Reverse a b c."}], "c b a")
+    row = sft_example(tiny_policy.tokenizer, "0", [{"role": "user", "content": "Reverse a b c."}], "c b a")
     config = SftConfig(out=str(tmp_path), row_length=64, rows_per_step=1, micro_rows=1, dtype="float32", remat="none")
     sft(config, policy=tiny_policy, examples=[row])
     assert documented("metrics.jsonl", "of SFT") == set(read_metrics(tmp_path)[0])
@@ -184,13 +190,13 @@ def settings(tmp_path, monkeypatch) -> dict:
         monkeypatch.setattr(module, stage, lambda config: seen.update({config.out: config}))
     commands = (
         cli.Quickstart,
-        cli.Plan,
-        cli.JudgePairs,
-        cli.Data,
-        cli.Eval,
-        cli.Score,
-        cli.Compare,
-        cli.Export,
+        Plan,
+        JudgePairs,
+        Data,
+        Eval,
+        Score,
+        Compare,
+        Export,
         cli.Report,
     )
     for command in commands:
@@ -243,7 +249,7 @@ def test_the_judge_s_options_are_all_there():
     shown = set(re.findall(r"--[a-z-]+", table)) | {
         word for _, *words in command_lines() if words[0] == "judge" for word in words if word.startswith("--")
     }
-    assert shown == {f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(cli.JudgePairs)}
+    assert shown == {f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(JudgePairs)}
 
 
 # ---- paths and links

@@ -55,7 +55,7 @@ def start_up(args: argparse.Namespace) -> str:
     """Joins the other hosts as a run does (`rmr1_jax/processes.py`), before anything asks for devices."""
     import jax
 
-    from rmr1_jax.processes import together
+    from rmr1_jax.distributed.join import together
 
     if args.platform == "cpu":
         jax.config.update("jax_platforms", "cpu")

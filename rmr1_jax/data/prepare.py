@@ -34,17 +34,17 @@ from tqdm import tqdm
 
 from rmr1_jax.config import check_least
 from rmr1_jax.data import store
-from rmr1_jax.data.appending import alone
-from rmr1_jax.data.containers import read_rows
-from rmr1_jax.data.hub import locate
-from rmr1_jax.data.preferences import PreferencePair, read_pairs
-from rmr1_jax.data.published import PublishedRow, read_published
-from rmr1_jax.data.rows import ReadReport, Row
-from rmr1_jax.data.store import make_example
-from rmr1_jax.data.tally import Tally
-from rmr1_jax.data.tokens import TOKENIZER_FILES, Example, Tokenizer
+from rmr1_jax.data.examples import Example, make_example
+from rmr1_jax.data.store import Tally
 from rmr1_jax.errors import InputError, RunError
-from rmr1_jax.files import writing
+from rmr1_jax.files.append import alone
+from rmr1_jax.files.hub import locate
+from rmr1_jax.files.write import writing
+from rmr1_jax.model.tokenizer import TOKENIZER_FILES, Tokenizer
+from rmr1_jax.pairs.pair import PreferencePair
+from rmr1_jax.pairs.read import read_pairs
+from rmr1_jax.pairs.rows import ReadReport, Row, read_rows
+from rmr1_jax.pairs.training_sets import PublishedRow, read_published
 from rmr1_jax.prompts.cor import get_prompt
 from rmr1_jax.prompts.prompt import Prompt
 

@@ -10,18 +10,20 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from rmr1_jax.data.containers import read_rows
-from rmr1_jax.data.hub import locate
-from rmr1_jax.data.preferences import read_pairs
-from rmr1_jax.data.published import read_published
-from rmr1_jax.data.rows import Row
-from rmr1_jax.data.store import PreparedExamples, is_prepared, make_example, read_manifest, refuse_other_tokenizer
-from rmr1_jax.data.tokens import TOKENIZER_FILES, Example, Tokenizer
+from rmr1_jax.data.examples import Example, make_example
+from rmr1_jax.data.store import PreparedExamples, is_prepared, read_manifest, refuse_other_tokenizer
 from rmr1_jax.errors import InputError
+from rmr1_jax.files.hub import locate
+from rmr1_jax.model.tokenizer import TOKENIZER_FILES, Tokenizer
+from rmr1_jax.pairs.read import read_pairs
+from rmr1_jax.pairs.rows import Row, read_rows
+from rmr1_jax.pairs.training_sets import read_published
 from rmr1_jax.prompts.cor import get_prompt
 
 # Colours by (trained, number of the token is odd): neighbours differ, so that the cuts between tokens show.
 _COLOURS = {(False, 0): "\x1b[2m", (False, 1): "\x1b[90m", (True, 0): "\x1b[30;42m", (True, 1): "\x1b[30;102m"}
+
+
 _UNSEEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff]")
 
 

@@ -15,23 +15,30 @@ from __future__ import annotations
 
 import contextlib
 import json
+from array import array
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from rmr1_jax.data.pair import PreferencePair, render_pair
-from rmr1_jax.data.published import PublishedRow, read_published
-from rmr1_jax.data.tokens import Example, Tokenizer
+from rmr1_jax.data.examples import Example, make_example
 from rmr1_jax.errors import InputError, RunError
-from rmr1_jax.files import hash_written, refusal, to_disk
-from rmr1_jax.prompts.prompt import Prompt
-from rmr1_jax.prompts.verdict import strict_verdict
+from rmr1_jax.files.write import hash_written, refusal, to_disk
+from rmr1_jax.model.tokenizer import Tokenizer
+from rmr1_jax.pairs.training_sets import read_published
 
 FORMAT = 1  # of the directory; another number is another layout
+
+
 MANIFEST, LENGTHS, REJECTS, ROWS = "prepared.json", "lengths.npy", "rejects.jsonl", "rows"
+
+
 ROWS_PER_FILE = 2_000  # a file's writer holds a kilobyte or two a row
+
+
 WRITE_AT_ONCE = 512
 
 
@@ -153,47 +160,6 @@ def refuse_other_tokenizer(examples: PreparedExamples, tokenizer: Tokenizer) -> 
         )
 
 
-def make_example(
-    tokenizer: Tokenizer,
-    row: PublishedRow | PreferencePair,
-    stage: str | None,
-    target: str = "trace",
-    prompt: Prompt | None = None,
-) -> Example:
-    """A row as it is trained on.
-
-    Args:
-        row: a rendered row, or a pair that is rendered with `prompt`. stage: "grpo": the prompt, and which side is
-            better; "sft": the prompt and what is learnt; None: the prompt as it is, to look at. target: what SFT
-            learns, the row's "trace", or the right "verdict" alone (the baseline without reasoning).
-
-    Raises:
-        InputError: the row does not have what the stage and target need, or the template refuses it.
-    """
-    pair = isinstance(row, PreferencePair)
-    source = str(row.meta.get("source") or "") if pair else row.source
-    better = row.better
-    if (stage == "grpo" or (stage, target) == ("sft", "verdict")) and better is None:
-        what = "no better side" if pair else "a trace as its winner and no field `better`"
-        raise InputError(f"row {row.id} has {what}; {stage} needs to know the better one (winner model_a or model_b)")
-    if pair and row.meta.get("both_empty"):
-        raise InputError(f"row {row.id}: both answers are empty, there is nothing to judge")
-    messages = render_pair(prompt, row) if pair else row.messages
-    try:
-        if stage != "sft":
-            tokens = np.asarray(tokenizer.render(messages), np.int32)
-            return Example(row.id, tokens, np.zeros(len(tokens), bool), source, better)
-        trace = f"<answer>[[{better}]]</answer>" if target == "verdict" else row.trace
-        if trace is None:
-            raise InputError(
-                "its winner is a side, and SFT learns a trace; give rows with traces, or prepare with target=verdict"
-            )
-        example = tokenizer.example(row.id, messages, trace)
-    except InputError as e:
-        raise InputError(f"row {row.id}: {e}") from e
-    return Example(row.id, example.tokens, example.trained, source, better or strict_verdict(trace))
-
-
 class RowsWriter:
     """Appends examples to the TFDS data set in a directory. The ordinary TFDS writer would hold a gigabyte in memory
     and then ask for TensorFlow; the sequential one writes each row as it comes."""
@@ -252,3 +218,44 @@ def publish(partial: Path, out: Path) -> None:
         out.rmdir()
     partial.rename(out)
     to_disk(out.parent)
+
+
+BINS = 30  # of a histogram, about
+
+
+@dataclass
+class Tally:
+    """What is counted while the rows pass: lengths (4 bytes each), and sums."""
+
+    tokens: array = field(default_factory=lambda: array("i"))
+    prompts: array = field(default_factory=lambda: array("i"))
+    sources: Counter = field(default_factory=Counter)
+    better: Counter = field(default_factory=Counter)
+    drops: Counter = field(default_factory=Counter)
+
+    def add(self, example: Example) -> None:
+        self.tokens.append(len(example))
+        self.prompts.append(len(example) - int(example.trained.sum()))
+        self.sources[example.source] += 1
+        self.better[example.better or "unknown"] += 1
+
+    def summary(self) -> dict[str, Any]:
+        tokens, prompts = np.asarray(self.tokens), np.asarray(self.prompts)
+        kinds = {"tokens": tokens, "prompt": prompts, "trained": tokens - prompts}
+        return {
+            "sources": dict(self.sources.most_common()),
+            "better": dict(sorted(self.better.items())),
+            "lengths": {name: _histogram(values) for name, values in kinds.items() if values.any()},
+        }
+
+
+def _histogram(values: np.ndarray) -> dict[str, Any]:
+    """Counts between round edges, and what one asks first: sum, mean, percentiles, the longest."""
+    width = max(1, -(-int(values.max()) // BINS))
+    step = 10 ** (len(str(width)) - 1)
+    width = -(-width // step) * step  # one digit and zeros
+    edges = np.arange(0, int(values.max()) + width + 1, width)
+    counts, _ = np.histogram(values, edges)
+    p50, p99 = np.percentile(values, [50, 99])
+    facts = {"sum": int(values.sum()), "mean": float(values.mean()), "p50": float(p50), "p99": float(p99)}
+    return {"edges": edges.tolist(), "counts": counts.tolist(), **facts, "max": int(values.max())}

@@ -15,15 +15,15 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rmr1_jax.data.containers import read_rows
-from rmr1_jax.data.rows import BadRow, describe
 from rmr1_jax.errors import InputError
-from rmr1_jax.eval.items import Items, place_of, statistics
 from rmr1_jax.eval.logs import JUDGEMENTS
-from rmr1_jax.eval.stats import bootstrap_interval, cohen_kappa, mcnemar, score
+from rmr1_jax.eval.scores import Items, bootstrap_interval, cohen_kappa, mcnemar, place_of, score, statistics
 from rmr1_jax.eval.summary import percent, percents
+from rmr1_jax.pairs.rows import BadRow, describe, read_rows
 
 _CLASSES = ("A", "B", None)
+
+
 _OTHER = {"A": "B", "B": "A", None: None}
 
 

@@ -22,22 +22,27 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from rmr1_jax.data.appending import append_rows, take_up
-from rmr1_jax.data.pair import PreferencePair, render_pair
-from rmr1_jax.data.strangers import read_object
-from rmr1_jax.eval.last_token import batches, last_states
+from rmr1_jax.distributed.mesh import rows_divisor
 from rmr1_jax.eval.lenses import BUDGETS, FORCED, as_first_shown, longest_text
 from rmr1_jax.eval.logs import JUDGEMENTS, conversations, read_judgements
-from rmr1_jax.judge import Judge
-from rmr1_jax.judge_result import RULES
-from rmr1_jax.mesh import rows_divisor
+from rmr1_jax.files.append import append_rows, take_up
+from rmr1_jax.files.untrusted import read_object
+from rmr1_jax.judge.judge import Judge
+from rmr1_jax.judge.judgement import RULES
+from rmr1_jax.judge.scalar import batches, last_states
 from rmr1_jax.model import qwen
 from rmr1_jax.model.config import QwenConfig
+from rmr1_jax.model.tokenizer import completion_text
+from rmr1_jax.pairs.pair import PreferencePair, render_pair
 from rmr1_jax.policy import DTYPES
 from rmr1_jax.prompts.trace import after_thinking
 
 ENDING = "\n<answer>[["
+
+
 CLOSE = "\n</think>\n"  # where a thought is open
+
+
 _BATCH = 64  # judgements that are written at a time
 
 
@@ -99,7 +104,9 @@ def _questions(
     pair = PreferencePair.from_preference(row["id"], chosen, rejected, chosen_in_b=row["better"] == "B")
     for order, texts in enumerate(row["texts"]):
         prompt = tokenizer.render(render_pair(judge.prompt, pair.swapped() if order else pair))
-        opening = judge.text_of(prompt, [])  # a thought that the template opened stands in the text and in the prompt
+        opening = completion_text(
+            tokenizer, prompt, []
+        )  # a thought that the template opened stands in the text and in the prompt
         for vote, text in enumerate(texts):
             written = tokenizer.encode(text.removeprefix(opening))
             for budget in budgets:

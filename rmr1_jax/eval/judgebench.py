@@ -14,20 +14,31 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from rmr1_jax.data.containers import read_rows
-from rmr1_jax.data.pair import PreferencePair
-from rmr1_jax.data.rows import Row, describe, keep_good
 from rmr1_jax.errors import InputError
 from rmr1_jax.eval.logs import OURS, ArrayFiles, Judged, extras, log_files, with_meta, with_ours
-from rmr1_jax.judge_result import count_votes, settle
+from rmr1_jax.judge.judgement import count_votes, settle
+from rmr1_jax.pairs.pair import PreferencePair
+from rmr1_jax.pairs.rows import Row, describe, keep_good, read_rows
 from rmr1_jax.prompts.trace import parse_trace
 
 NAME = "judgebench"
+
+
 LOG = "JudgeBench/dataset=judgebench,response_model={answers},judge_name=rmr1,judge_model={model}.jsonl"
+
+
 SCORE = "JudgeBench/score.json"
+
+
 SOURCES = ("mmlu-pro", "livebench-reasoning", "livebench-math", "livecodebench")  # how a pair's `source` begins
+
+
 _BETTER = MappingProxyType({"A>B": "A", "B>A": "B"})
+
+
 _DECISION = MappingProxyType({"A": "A>B", "B": "B>A", None: None})
+
+
 _SWAP = MappingProxyType({"A": "B", "B": "A", None: None})
 
 

@@ -13,15 +13,19 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from rmr1_jax.data.containers import read_rows
-from rmr1_jax.data.rows import BadRow
-from rmr1_jax.eval.items import Items, Place, Statistic
-from rmr1_jax.eval.stats import score
-from rmr1_jax.judge_result import RULES, settle
+from rmr1_jax.eval.scores import Items, Place, Statistic, score
+from rmr1_jax.judge.judgement import RULES, settle
+from rmr1_jax.pairs.rows import BadRow, read_rows
 
 BUDGETS = (512, 1024, 2048, 4096, 8192)  # tokens, as the paper plots
+
+
 FORCED = "forced.jsonl"
+
+
 Cut = Callable[[str, int], str]  # (text, tokens) -> its first tokens
+
+
 Forced = Mapping[str, Mapping[str, list[list[str | None]]]]  # id -> budget -> verdicts by order and vote
 
 

@@ -17,20 +17,29 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from rmr1_jax.data.containers import read_rows, source_files
-from rmr1_jax.data.pair import ROLES, PreferencePair
-from rmr1_jax.data.rows import BadRow, Row, describe
 from rmr1_jax.errors import InputError
-from rmr1_jax.files import writing
-from rmr1_jax.judge_result import STATUSES, count_votes
+from rmr1_jax.files.write import writing
+from rmr1_jax.judge.judgement import STATUSES, count_votes
+from rmr1_jax.pairs.pair import ROLES, PreferencePair
+from rmr1_jax.pairs.rows import BadRow, Row, describe, read_rows, source_files
 from rmr1_jax.prompts.trace import parse_trace
 from rmr1_jax.prompts.verdict import eval_verdict
 
 JUDGEMENTS = "judgements.jsonl"
+
+
 FLAG = "Is_Chosen_Answer_Shuffled_toPositionB"
+
+
 OURS = "rmr1"  # the key of what our entries say beyond the published format
+
+
 EXTRAS = ("winner", "status", "votes", "kind", "texts", "verdicts", "tokens", "scores", "note")
+
+
 _OTHER = {"A": "B", "B": "A"}
+
+
 # The form of a judgement's fields, of which a file by someone else may have any other.
 _META = {
     "rewardbench": {"subset": str},
@@ -38,15 +47,23 @@ _META = {
     "rm-bench": {"item": str, "domain": str, "chosen_style": int, "rejected_style": int},
     "rmb": {"category": str, "item": str},
 }
+
+
 _TYPE = {str: "a text", int: "a whole number"}
+
+
 _BY_ORDER = {
     "texts": (str, "texts"),
     "verdicts": (str | None, "'A', 'B' or null"),
     "tokens": (int, "whole numbers"),
 }
+
+
 _KNOWN = {"winner": (None, "A", "B"), "status": STATUSES, "kind": (None, "reasoning", "chat")}
 
 Conversation = list[tuple[str, str]]  # (role, content)
+
+
 Judged = dict[str, Any]  # a row of judgements.jsonl
 
 

@@ -13,10 +13,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from rmr1_jax.data.containers import source_files
-from rmr1_jax.data.pair import PreferencePair
-from rmr1_jax.data.preferences import LegacyFlags, read_pairs
-from rmr1_jax.data.rows import Row
 from rmr1_jax.errors import InputError
 from rmr1_jax.eval.logs import (
     FLAG,
@@ -33,10 +29,20 @@ from rmr1_jax.eval.logs import (
     shown_text,
     with_meta,
 )
+from rmr1_jax.pairs.benchmarks import LegacyFlags
+from rmr1_jax.pairs.pair import PreferencePair
+from rmr1_jax.pairs.read import read_pairs
+from rmr1_jax.pairs.rows import Row, source_files
 
 NAME = "rewardbench"
+
+
 LOG = "reward_bench/log_result/logs.json"
+
+
 SCORE = "reward_bench/score_result/main_score.json"
+
+
 SUBSETS = "reward_bench/score_result/each_small_section_score.json"
 
 SECTIONS: Mapping[str, Mapping[str, int]] = MappingProxyType(
@@ -74,6 +80,8 @@ SECTIONS: Mapping[str, Mapping[str, int]] = MappingProxyType(
         },
     }
 )
+
+
 _SECTION_OF = MappingProxyType({subset: name for name, subsets in SECTIONS.items() for subset in subsets})
 
 

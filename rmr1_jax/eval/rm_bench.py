@@ -16,10 +16,6 @@ from typing import Any
 
 import numpy as np
 
-from rmr1_jax.data.benchmarks import STYLES
-from rmr1_jax.data.pair import PreferencePair
-from rmr1_jax.data.preferences import LegacyFlags, read_pairs
-from rmr1_jax.data.rows import Row, describe
 from rmr1_jax.errors import InputError
 from rmr1_jax.eval.logs import (
     FLAG,
@@ -33,12 +29,26 @@ from rmr1_jax.eval.logs import (
     shown_text,
     with_meta,
 )
+from rmr1_jax.pairs.benchmarks import STYLES, LegacyFlags
+from rmr1_jax.pairs.pair import PreferencePair
+from rmr1_jax.pairs.read import read_pairs
+from rmr1_jax.pairs.rows import Row, describe
 
 NAME = "rm-bench"
+
+
 LOG = "RM-Bench/total_dataset_{file}_{model}.json"
+
+
 SCORE = "RM-Bench/final_result.json"
+
+
 DOMAINS = ("chat", "math", "code", "safety")
+
+
 _LOG_NAME = re.compile(r"total_dataset_([123])_.*\.json")
+
+
 _CELLS = [(i, j) for i in range(STYLES) for j in range(STYLES)]
 
 

@@ -14,10 +14,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from rmr1_jax.data.containers import source_files
-from rmr1_jax.data.pair import PreferencePair
-from rmr1_jax.data.preferences import LegacyFlags, read_pairs
-from rmr1_jax.data.rows import Row
 from rmr1_jax.errors import InputError
 from rmr1_jax.eval.logs import (
     FLAG,
@@ -34,10 +30,20 @@ from rmr1_jax.eval.logs import (
     shown_text,
     with_meta,
 )
+from rmr1_jax.pairs.benchmarks import LegacyFlags
+from rmr1_jax.pairs.pair import PreferencePair
+from rmr1_jax.pairs.read import read_pairs
+from rmr1_jax.pairs.rows import Row, source_files
 
 NAME = "rmb"
+
+
 SCORE = "RMB/META_RESULT.json"
+
+
 _SET_SCORE = "RMB/{folder}/score_result/Final_score.json"
+
+
 # As META_RESULT.json names and orders them -> the first two parts of a category's path.
 SETS = MappingProxyType(
     {
@@ -47,6 +53,8 @@ SETS = MappingProxyType(
         "BoN Harmlessness": ("BoN_set", "Harmlessness"),
     }
 )
+
+
 _LOG_NAMES = MappingProxyType({"Pairwise_set": "logs.json", "BoN_set": "raw_logs.json"})
 
 

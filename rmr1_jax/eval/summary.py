@@ -20,16 +20,26 @@ from typing import Any
 
 import numpy as np
 
-from rmr1_jax.data.strangers import read_object
 from rmr1_jax.errors import InputError
-from rmr1_jax.eval.items import DOMAINS, Items, Statistic, place_of, statistics
 from rmr1_jax.eval.lenses import Budgets, Cut, Forced, Orders, Votes, read_forced
 from rmr1_jax.eval.logs import JUDGEMENTS, read_judgements
-from rmr1_jax.eval.stats import bootstrap_interval, score, wilson_interval
-from rmr1_jax.files import write_whole
-from rmr1_jax.judge_result import RULES
+from rmr1_jax.eval.scores import (
+    DOMAINS,
+    Items,
+    Statistic,
+    bootstrap_interval,
+    place_of,
+    score,
+    statistics,
+    wilson_interval,
+)
+from rmr1_jax.files.untrusted import read_object
+from rmr1_jax.files.write import write_whole
+from rmr1_jax.judge.judgement import RULES
 
 ANSWER_EDGES = (500, 1000, 2000, 4000, 8000)  # characters, both answers together
+
+
 TRACE_EDGES = (256, 512, 1024, 2048, 4096)  # tokens of a text
 
 
@@ -187,7 +197,11 @@ def _bins(what: str, edges: tuple[int, ...], unit: str) -> tuple[str, ...]:
 
 
 ANSWER_BINS = _bins("answers", ANSWER_EDGES, "characters")
+
+
 TRACE_BINS = _bins("trace", TRACE_EDGES, "tokens")
+
+
 LONGER, SHORTER = "better answer is the longer one", "better answer is the shorter one"
 
 

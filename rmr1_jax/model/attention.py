@@ -9,14 +9,22 @@ two places: a prompt that a group of samples shares, and each sample's own token
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import Mesh
+from jax.experimental.pallas.ops.tpu.splash_attention import (
+    BlockSizes,
+    CausalMask,
+    MultiHeadMask,
+    SegmentIds,
+    make_splash_mha_single_device,
+)
+from jax.sharding import Mesh, PartitionSpec
 
-from rmr1_jax.model.splash import splash_attend
+from rmr1_jax.distributed.mesh import activation_spec
+from rmr1_jax.errors import InputError
 
 # auto: see `choose`. interpret: the splash kernel in Pallas' interpreter, for tests.
 Implementation = Literal["auto", "xla", "splash", "interpret"]
@@ -26,7 +34,11 @@ MASKED = -1e30
 
 # Queries in a block, and the most blocks of a row (they are unrolled, so compile time grows with their number).
 QUERY_BLOCK = 128
+
+
 MAX_BLOCKS = 16
+
+
 ATTENTION = "attention"  # the name under which a remat policy finds what attention's backward pass needs
 
 
@@ -171,95 +183,62 @@ def _side_by_side(x: jax.Array) -> jax.Array:
     return x.reshape(*x.shape[:2], -1, x.shape[-1])
 
 
-def attend_chunk(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array) -> jax.Array:
-    """A chunk of a prompt against the prompt's keys so far, its own among them.
-
-    Args:
-        q: [P, T, N, H]. k: [P, K, H, S], v: [P, K, S, H], column s holds position s. positions: [P, T] int32 of the
-            queries.
-
-    Returns:
-        [P, T, N, H] in q's dtype; scores and softmax in float32.
-    """
-    P, T, N, H = q.shape
-    K, _, S = k.shape[1:]
-    visible = jnp.arange(S) <= positions[:, :, None]
-    grouped = (q * H**-0.5).reshape(P, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
-    return _attend_masked(grouped, k.swapaxes(2, 3), v, visible).transpose(0, 3, 1, 2, 4).reshape(P, T, N, H)
-
-
-class Members(NamedTuple):
-    """Which slots hold samples of which prompt. table: [E, R] a prompt's slots (any number where there are fewer);
-    entry, rank: [B] where a slot stands in the table. int32."""
-
-    table: jax.Array
-    entry: jax.Array
-    rank: jax.Array
-
-
-def attend_slots(
-    q: jax.Array,
-    prompt_k: jax.Array,
-    prompt_v: jax.Array,
-    prompt_visible: jax.Array,
-    own_k: jax.Array,
-    own_v: jax.Array,
-    own_visible: jax.Array,
-    members: Members,
-) -> jax.Array:
-    """One decode step for B slots, each over its prompt and its own tokens. A prompt's keys are read once for all of
-    its slots: their queries are brought to the prompt, not the prompt to them.
-
-    Args:
-        q: [B, N, H]. prompt_k: [E, K, H, S], prompt_v: [E, K, S, H]; prompt_visible: [E, S] bool. own_k: [B, K, H, W],
-            own_v: [B, K, W, H]; own_visible: [B, W] bool, at least one column a slot. See `cache.py` for the layout.
-
-    Returns:
-        [B, N, H] in q's dtype.
-    """
-    B, N, H = q.shape
-    E, K = prompt_k.shape[:2]
-    R, G = members.table.shape[1], N // K
-    q = (q * H**-0.5).reshape(B, K, G, H)
-    asked = q[members.table].transpose(0, 2, 1, 3, 4).reshape(E, K, R * G, H)
-    theirs = _partial(asked, prompt_k, prompt_v, prompt_visible)
-    theirs = [x.reshape(E, K, R, G, -1)[members.entry, :, members.rank] for x in theirs]
-    own = _partial(q, own_k, own_v, own_visible)
-    return _merge(theirs, own).reshape(B, N, H).astype(q.dtype)
-
-
-def _partial(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array) -> list[jax.Array]:
-    """Attention over some of the keys, to be merged with the rest: the highest score [B, K, Q, 1], the sum of the
-    exponentials [B, K, Q, 1] and the weighted values [B, K, Q, H], all float32.
-
-    q: [B, K, Q, H]. k: [B, K, H, S]. v: [B, K, S, H]. visible: [B, S] bool.
-    """
-    scores = jnp.einsum("BKQH,BKHS->BKQS", q, k, preferred_element_type=jnp.float32)
-    scores = jnp.where(visible[:, None, None], scores, MASKED)
-    highest = jnp.max(scores, axis=-1, keepdims=True)
-    weights = jnp.exp(scores - highest)
-    values = jnp.einsum("BKQS,BKSH->BKQH", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
-    return [highest, jnp.sum(weights, axis=-1, keepdims=True), values]
-
-
-def _merge(a: list[jax.Array], b: list[jax.Array]) -> jax.Array:
-    """The attention over the keys of both parts. A part without a visible key has the highest score MASKED and so no
-    weight beside one that has."""
-    highest = jnp.maximum(a[0], b[0])
-    of_a, of_b = jnp.exp(a[0] - highest), jnp.exp(b[0] - highest)
-    return (a[2] * of_a + b[2] * of_b) / (a[1] * of_a + b[1] * of_b)
-
-
 def _visible(q_pos: jax.Array, q_seg: jax.Array, k_pos: jax.Array, k_seg: jax.Array) -> jax.Array:
     """[B, T, S] bool."""
     same = q_seg[:, :, None] == k_seg[:, None, :]
     return same & (k_pos[:, None, :] <= q_pos[:, :, None]) & (k_seg[:, None, :] != 0)
 
 
-def _attend_masked(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array) -> jax.Array:
-    """q: [B, K, G, T, H]; k, v: [B, K, S, H]; visible: [B, T, S] -> [B, K, G, T, H]."""
-    B, K, G, T, H = q.shape
-    scores = jnp.einsum("BKTH,BKSH->BKTS", q.reshape(B, K, G * T, H), k, preferred_element_type=jnp.float32)
-    scores = jnp.where(visible[:, None, None], scores.reshape(B, K, G, T, -1), MASKED)
-    probs = jax.nn.softmax(scores, axis=-1).astype(q.dtype).reshape(B, K, G * T, -1)
-    return jnp.einsum("BKTS,BKSH->BKTH", probs, v).reshape(q.shape)
+# Rows of a block, the largest that divides the row length; a TPU's lane holds 128. The fused backward pass makes a
+# gradient of all queries for every block of keys before it adds them up: larger blocks of keys, less memory.
+BLOCKS = (1024, 512, 256, 128)
+
+
+KEY_BLOCKS = (3072, 2048, *BLOCKS)
+
+
+def splash_attend(
+    q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array, *, interpret: bool = False
+) -> jax.Array:
+    """Causal self-attention within segments; the tokens of a segment must lie in the order of their positions.
+
+    Args:
+        q: [B, T, N, H], scaled. k, v: [B, T, K, H], N a multiple of K. segment_ids: [B, T] int32.
+
+    Returns:
+        [B, T, N, H] in q's dtype. What padding (segment 0) gets means nothing: it sees the padding before it.
+
+    Raises:
+        InputError: T is not a multiple of 128.
+    """
+    T = q.shape[1]
+    if T % BLOCKS[-1]:
+        longer = -(-T // BLOCKS[-1]) * BLOCKS[-1]
+        raise InputError(f"row_length={T}: TPU attention takes multiples of {BLOCKS[-1]}; try {longer}")
+    block = next(b for b in BLOCKS if T % b == 0)
+    sizes = BlockSizes(
+        block_q=block,
+        block_kv=block,
+        block_kv_compute=min(block, 512),
+        block_q_dkv=min(block, 512),  # with 1,024 rows the blocks of 3,072 keys overflow VMEM at a head size of 64
+        block_kv_dkv=next(b for b in KEY_BLOCKS if T % b == 0),
+        block_kv_dkv_compute=min(block, 512),
+        use_fused_bwd_kernel=True,
+    )
+
+    def local(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array) -> jax.Array:
+        mask = MultiHeadMask([CausalMask((T, T))] * q.shape[2])
+        kernel = make_splash_mha_single_device(mask, block_sizes=sizes, interpret=interpret)
+        heads_first = (x.swapaxes(1, 2) for x in (q, k, v))
+        out = jax.vmap(lambda q, k, v, s: kernel(q, k, v, segment_ids=SegmentIds(s, s)))(*heads_first, segment_ids)
+        return out.swapaxes(1, 2)
+
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return local(q, k, v, segment_ids)
+    # A kernel is a black box to the compiler: rows and heads are dealt out by hand. Heads as the keys' divide.
+    heads = activation_spec(mesh, "BTKH", k.shape)
+    mapped = jax.shard_map(
+        local, in_specs=(heads, heads, heads, PartitionSpec(heads[0])), out_specs=heads, check_vma=False
+    )
+    return mapped(q, k, v, segment_ids)

@@ -7,28 +7,174 @@ a single array exists. Read `qwen.py` next for what the numbers shape, `hf.py` f
 """
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from rmr1_jax.data.strangers import read_object
 from rmr1_jax.errors import InputError
-from rmr1_jax.model.fields import FieldReader, short
-from rmr1_jax.model.rope import ROPE_FIELDS, RopeScaling, parse_rope
+from rmr1_jax.files.untrusted import read_object
+
+MOST = 2**31 - 1  # of any other whole number: positions and sizes are int32
+
+
+class FieldReader:
+    """Reads typed fields, noting what is wrong instead of raising, so that one error can name everything."""
+
+    def __init__(self, raw: dict[str, Any], prefix: str = "", problems: list[str] | None = None):
+        self.raw, self.prefix = raw, prefix
+        self.problems: list[str] = [] if problems is None else problems
+
+    def wrong(self, name: str, expected: str) -> None:
+        got = f"got {short(self.raw[name])}" if name in self.raw else "missing"
+        self.problems.append(f"{self.prefix}{name}: {got}, expected {expected}")
+
+    def integer(self, name: str, default: int | None = None) -> int:
+        value = self.raw.get(name, default)
+        value = default if value is None else value
+        if isinstance(value, int) and not isinstance(value, bool) and abs(value) <= MOST:
+            return value
+        self.wrong(name, "a whole number")
+        return 1
+
+    def positive_int(self, name: str, default: int | None = None, most: int = MOST) -> int:
+        value = self.integer(name, default)
+        if 0 < value <= most:
+            return value
+        self.wrong(name, f"a whole number from 1 to {most}")
+        return 1
+
+    def positive_float(self, name: str, default: float | None = None) -> float:
+        value = self.raw.get(name)
+        if value is None and default is not None:
+            return float(default)
+        if isinstance(value, int | float) and not isinstance(value, bool) and 1e-18 < value < 1e18:
+            return float(value)
+        self.wrong(name, "a number above 0 and below 1e18")
+        return 1.0
+
+    def boolean(self, name: str, default: bool) -> bool:
+        value = self.raw.get(name)
+        if value is None or isinstance(value, bool):
+            return default if value is None else value
+        self.wrong(name, "true or false")
+        return default
+
+
+def short(value: Any) -> str:
+    text = json.dumps(value, default=repr)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+# fmt: off
+ROPE_FIELDS = {
+    "default": frozenset(),
+    "linear": frozenset({"factor"}),
+    "yarn": frozenset({
+        "factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor", "mscale",
+        "mscale_all_dim", "truncate",
+    }),
+}
+
+
+# fmt: on
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """How rotary frequencies are stretched beyond the trained length. All but `kind` and `factor` are yarn's.
+
+    Units: `original_max_position_embeddings` in tokens; `beta_fast` and `beta_slow` in turns over that length.
+    `attention_factor` is already resolved (1 for linear), so nothing downstream needs yarn's `mscale` rules.
+    """
+
+    kind: Literal["linear", "yarn"]
+    factor: float
+    original_max_position_embeddings: int = 0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float = 1.0
+    truncate: bool = True
+
+
+def parse_rope(reader: FieldReader, max_positions: int) -> tuple[float, RopeScaling | None]:
+    """Rope theta and scaling from any spelling: `type` or `rope_type`, in `rope_scaling` or in `rope_parameters`."""
+    raw, problems = reader.raw, reader.problems
+    given = {name: raw[name] for name in ("rope_scaling", "rope_parameters") if raw.get(name)}
+    for name, value in given.items():
+        if not isinstance(value, dict):
+            reader.wrong(name, "an object")
+            return 1e4, None
+    if len(given) == 2 and given["rope_scaling"] != given["rope_parameters"]:
+        problems.append("rope_scaling and rope_parameters: both given and different; keep one")
+    where, fields = next(iter(given.items()), ("rope_parameters", {}))
+    rope = FieldReader(fields, where + ".", problems)
+    theta = rope.positive_float("rope_theta", default=reader.positive_float("rope_theta", default=1e4))
+    if None not in (raw.get("rope_theta"), fields.get("rope_theta")) and raw["rope_theta"] != fields["rope_theta"]:
+        problems.append(f"rope_theta: {raw['rope_theta']} here, {fields['rope_theta']} in {where}; keep one")
+    if theta <= 1:
+        problems.append(f"rope_theta: got {theta}, expected a number above 1 (usually 10000 or 1000000)")
+    kinds = [fields[name] for name in ("rope_type", "type") if fields.get(name) is not None] or ["default"]
+    if str(kinds[0]) not in ROPE_FIELDS or kinds[-1] != kinds[0]:
+        problems.append(f"{where}.rope_type: got {short(kinds)}, expected one of {', '.join(sorted(ROPE_FIELDS))}")
+        return theta, None
+    for name in sorted(fields.keys() - ROPE_FIELDS[kinds[0]] - {"rope_type", "type", "rope_theta"}):
+        problems.append(f"{where}.{name}: unknown field for rope type {kinds[0]} (got {short(fields[name])})")
+    return theta, _parse_scaling(rope, kinds[0], max_positions)
+
+
+def _parse_scaling(rope: FieldReader, kind: str, max_positions: int) -> RopeScaling | None:
+    if kind == "default":
+        return None
+    if kind == "linear":
+        return RopeScaling(kind="linear", factor=rope.positive_float("factor"))
+    original = rope.positive_int("original_max_position_embeddings", default=max_positions)
+    factor = rope.positive_float("factor", default=max_positions / original if "factor" in rope.raw else None)
+    mscales = [rope.positive_float(name, default=0.0) for name in ("mscale", "mscale_all_dim")]
+    inferred = _yarn_attention(factor, *mscales) if all(mscales) else _yarn_attention(factor, 1.0, 0.0)
+    return RopeScaling(
+        kind="yarn",
+        factor=factor,
+        original_max_position_embeddings=original,
+        beta_fast=rope.positive_float("beta_fast", default=32.0),
+        beta_slow=rope.positive_float("beta_slow", default=1.0),
+        attention_factor=rope.positive_float("attention_factor", default=inferred),
+        truncate=rope.boolean("truncate", default=True),
+    )
+
+
+def _yarn_attention(factor: float, mscale: float, mscale_all_dim: float) -> float:
+    """Yarn's temperature on cosine and sine, 0.1 ln(factor) + 1 (equation 22), or DeepSeek's ratio of two such."""
+    if factor <= 1:
+        return 1.0
+    return (0.1 * mscale * math.log(factor) + 1.0) / (0.1 * mscale_all_dim * math.log(factor) + 1.0)
+
 
 SHAPE_FIELDS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+
+
 # fmt: off
 READ_FIELDS = frozenset(SHAPE_FIELDS) | {
     "model_type", "num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings",
     "rope_theta", "rope_scaling", "rope_parameters", "use_sliding_window", "sliding_window", "max_window_layers",
     "layer_types", "architectures", "num_labels", "id2label",
 }
+
+
 MOST_LAYERS = 1000  # names and checks are made layer by layer, so a number out of a stranger's file is bounded first
+
+
 REWARD_MODELS = {"qwen2": "Qwen2ForSequenceClassification", "qwen3": "Qwen3ForSequenceClassification"}
+
+
 # These would change the computation, so only the value that changes nothing is taken. Qwen2 has its q, k, v biases
 # whatever its file says; in Qwen3 the field would add a bias on o too, which no released Qwen3 has.
 FIXED_FIELDS = {"hidden_act": "silu", "use_mrope": False, "is_encoder_decoder": False, "add_cross_attention": False}
+
+
 ATTENTION_BIAS = {"qwen2": True, "qwen3": False}
+
+
 # These describe training, bookkeeping or text generation and change no logit, so any value is taken.
 IGNORED_FIELDS = frozenset({
     "_attn_implementation", "_name_or_path", "attention_dropout", "attn_implementation",
@@ -37,6 +183,8 @@ IGNORED_FIELDS = frozenset({
     "output_hidden_states", "pad_token_id", "problem_type", "return_dict", "tokenizer_class", "torch_dtype",
     "transformers_version", "unsloth_fixed", "unsloth_version", "use_cache",
 })
+
+
 # fmt: on
 
 

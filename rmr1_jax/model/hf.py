@@ -22,15 +22,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from rmr1_jax.data.strangers import own_file
+from rmr1_jax.distributed.exchange import first
+from rmr1_jax.distributed.mesh import single_device_mesh, weight_sharding
 from rmr1_jax.errors import InputError
-from rmr1_jax.mesh import single_device_mesh, weight_sharding
+from rmr1_jax.files.untrusted import own_file
 from rmr1_jax.model.config import QwenConfig, config_to_hf
 from rmr1_jax.model.qwen import Params, param_dims, param_shapes
 from rmr1_jax.model.tensor_files import INDEX, SINGLE, StoredTensor, find_tensors, write_json, write_tensors
-from rmr1_jax.processes import first
 
 BLOCK_BYTES = 4 * 2**20  # what the host holds of a tensor at a time
+
+
 SIDE_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",

@@ -18,14 +18,18 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 
+from rmr1_jax.distributed.mesh import constrain, constrain_weight, single_device_mesh, weight_sharding
 from rmr1_jax.errors import InputError
-from rmr1_jax.mesh import constrain, constrain_weight, single_device_mesh, weight_sharding
 from rmr1_jax.model.attention import ATTENTION, Implementation, attend
 from rmr1_jax.model.config import QwenConfig
-from rmr1_jax.model.rope import rope_inverse_frequencies
+from rmr1_jax.model.rope import rope_table, rotate
 
 Params = dict[str, Any]
+
+
 LAYER_INPUT = "layer_input"
+
+
 # What the backward pass does not keep, it computes again. none: everything is kept. dots: what the large products and
 # attention gave. full: a layer's input alone. offload: the same, in the host's memory.
 Remat = Literal["none", "dots", "full", "offload"]
@@ -218,20 +222,6 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
     x32 = x.astype(jnp.float32)
     x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
     return x32.astype(x.dtype) * weight.astype(x.dtype)
-
-
-def rope_table(config: QwenConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """cos and sin, [B, T, 1, H/2] float32: bfloat16 cannot tell position 4096 from 4097."""
-    frequencies, scale = rope_inverse_frequencies(config)
-    angles = positions[..., None, None].astype(jnp.float32) * frequencies
-    return jnp.cos(angles) * scale, jnp.sin(angles) * scale
-
-
-def rotate(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotary embedding, halves layout (Hugging Face's), computed in float32. x: [B, T, N, H]."""
-    cos, sin = rope
-    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
 def _remat(layer: Callable, remat: Remat) -> Callable:

@@ -18,24 +18,32 @@ from pathlib import Path
 import yaml
 
 from rmr1_jax.errors import InputError
-from rmr1_jax.prompts.harmless import frame_delimiters, harmless_text
+from rmr1_jax.prompts.escape import frame_delimiters, harmless_text
 
 Messages = list[dict[str, str]]  # what a chat template takes: [{"role": ..., "content": ...}, ...]
 
 QUESTION = "[Client Question]\n"
+
+
 RESPONSES = (
     "\n\n[The Start of Chatbot A's Response]\n",
     "\n[The End of Chatbot A's Response]",
     "[The Start of Chatbot B's Response]\n",
     "\n[The End of Chatbot B's Response]",
 )
+
+
 CONVERSATIONS = (
     "[The Start of the Conversation between Chatbot A and the Client]\n",
     "\n[The End of the Conversation between Chatbot A and the Client]",
     "[The Start of the Conversation between Chatbot B and the Client]\n",
     "\n[The End of the Conversation between Chatbot B and the Client]",
 )
+
+
 SINGLE_PARTS = ("{question}", "{response_a}", "{response_b}")
+
+
 MULTI_PARTS = ("{conversation_a}", "{conversation_b}")
 
 

@@ -16,11 +16,23 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 PARTS = ("type", "rubric", "solution", "eval", "answer")  # in the order in which a trace has them
+
+
 HOLDERS = ("rubric", "eval")  # hold sections; all others hold text
+
+
 QUOTATIONS = ("quote_A", "summary_A", "quote_B", "summary_B")
+
+
 _TAG = re.compile(rf"<(/?)({'|'.join((*PARTS, 'justify', *QUOTATIONS))})>")
+
+
 _VERDICT = re.compile(r"\[\[([AB])\]\]")
+
+
 _OPEN_THOUGHT = re.compile(r"\s*<think>")
+
+
 _ANSWER = re.compile(r"<answer>[^<\[]{0,80}\[\[([AB])\]\]")
 
 # What a trace must have, by what its prompt asks for (`Prompt.structure`). "task" is a solution where the kind is

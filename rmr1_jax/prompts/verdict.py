@@ -21,7 +21,11 @@ from rmr1_jax.prompts.trace import after_thinking, parse_trace
 
 # One published 32B judge in twelve closes a tag too many after its answer: that leaves no doubt of what it said.
 _FINAL_ANSWER = re.compile(r"<answer>\[\[([AB])\]\]</answer>(?:\s*</(?:type|rubric|solution|eval|answer)>)*\Z")
+
+
 _ANY_ANSWER = re.compile(r"<answer>\s*\[\[([AB])\]\]")
+
+
 _OTHER = {"A": "B", "B": "A"}
 
 

@@ -13,6 +13,9 @@ Read `run.py` for what happens in a call, `schedule.py` for who sits where, `pro
 from __future__ import annotations
 
 import math
+import time
+import zlib
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
@@ -21,16 +24,164 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
+from rmr1_jax.distributed.mesh import rows_divisor
 from rmr1_jax.errors import InputError
-from rmr1_jax.mesh import rows_divisor
-from rmr1_jax.model.cache import Cache
 from rmr1_jax.model.config import QwenConfig
 from rmr1_jax.sampler import programs
-from rmr1_jax.sampler.config import Sample, SampleStats, SamplingConfig
-from rmr1_jax.sampler.programs import Weights
-from rmr1_jax.sampler.run import Run, compiled, make_controls, to_slots
-from rmr1_jax.sampler.schedule import Bank
-from rmr1_jax.sampler.shapes import CHUNKS, PREFILL_ROWS, cache_ways, plan_shapes
+from rmr1_jax.sampler.cache import Cache
+from rmr1_jax.sampler.programs import compiled, make_controls, to_slots
+from rmr1_jax.sampler.sample import Sample, SampleStats, SamplingConfig
+from rmr1_jax.sampler.shapes import CHUNKS, PREFILL_ROWS, _common_prefix, _free_gib, _pieces, plan_shapes
+from rmr1_jax.sampler.slots import Bank, Seat
+from rmr1_jax.sampler.weights import Weights
+
+
+class Run:
+    """One call of an `engine.Engine`."""
+
+    def __init__(self, engine, weights: Weights, prompts, sampling: SamplingConfig, stop_token_ids):
+        self.engine, self.weights, self.sampling = engine, weights, sampling
+        self.controls = make_controls(sampling, stop_token_ids)
+        self.stops = set(map(int, stop_token_ids))
+        self.prompts = [np.asarray(p, np.int32) for p in prompts]
+        self.hashes = [zlib.crc32(p.tobytes()) for p in self.prompts]
+        # Longest first: what is prefilled together is of like length, and memory trouble shows at once, not at the end.
+        self.queue = deque(sorted(range(len(prompts)), key=lambda i: -len(prompts[i])))
+        self.prefix = _common_prefix(self.prompts)
+        shapes = engine.shapes
+        self.size, self.width = 0, 0  # places in shapes.sizes and shapes.widths
+        self.banks = [Bank(*shapes.sizes[0]) for _ in range(shapes.banks)]
+        self.stats = SampleStats(prompt_tokens=sum(map(len, prompts)), slots=shapes.banks * shapes.slots)
+
+    def go(self) -> Iterator[Seat]:
+        """Everything from the first prefill to the last stop; yields those who finish. `seconds` counts the time that
+        passes in here, not what the caller does between."""
+        mark, before = time.perf_counter(), compiled()
+        with jax.set_mesh(self.engine.mesh):
+            self.cache = self.engine.empty_cache(self.engine.shapes.widths[0])
+        while self.queue or any(bank.live_count or bank.unseated for bank in self.banks):
+            with jax.set_mesh(self.engine.mesh):
+                self._admit()
+                self._reshape()
+                finished = self._decode()
+            self.stats.compiles = compiled() - before
+            self.stats.seconds += time.perf_counter() - mark
+            yield from finished
+            mark = time.perf_counter()
+
+    def sample(self, seat: Seat) -> Sample:
+        ids = np.concatenate(seat.tokens).tolist()
+        reason = "stop" if ids[-1] in self.stops else "length"
+        return Sample(ids, np.concatenate(seat.logp), np.concatenate(seat.sampled_logp), reason)
+
+    def _admit(self) -> None:
+        """Prompts from the queue into free entries, wherever there are slots for their samples."""
+        admitted: list[list[tuple[int, np.ndarray]]] = [[] for _ in self.banks]
+        while self.queue:
+            x = max(range(len(self.banks)), key=lambda x: self.banks[x].open_slots)
+            if self.banks[x].open_slots <= 0:
+                break
+            tokens = self.prompts[self.queue[0]]
+            entry = self.banks[x].admit(self.queue[0], tokens, self.hashes[self.queue[0]], self.sampling.n)
+            if entry is None:
+                break
+            self.queue.popleft()
+            admitted[x].append((entry, tokens))
+        if any(admitted):
+            self._prefill(admitted)
+        for bank in self.banks:
+            bank.seat(self.sampling.n)
+
+    def _prefill(self, admitted: list[list[tuple[int, np.ndarray]]]) -> None:
+        if self.prefix and not self.stats.prefill_tokens:
+            # Once, in each bank's first entry, and copied to all others: what comes later starts behind it.
+            first = self.prompts[0][: self.prefix + 1]
+            self._prefill_from(0, [[(0, first)] for _ in self.banks])
+            self.cache = programs.share_prefix(self.cache, np.int32(self.prefix))
+        self._prefill_from(self.prefix, admitted)
+
+    def _prefill_from(self, start: int, prompts: list[list[tuple[int, np.ndarray]]]) -> None:
+        """All of each bank's prompts but their last token, from position `start` on. Each prompt is cut into pieces by
+        itself, and what is computed together are pieces of one size, of whichever prompts: in every layer they are all
+        written before any is read, so that pieces of one prompt may be among them, the earlier ones first."""
+        room = self.engine.shapes.room
+        cut = [[(e, t, *piece) for e, t in bank for piece in _pieces(start, len(t) - 1, room)] for bank in prompts]
+        for size in CHUNKS:
+            banks = [[piece for piece in bank if piece[3] == size] for bank in cut]
+            while any(banks):
+                rows = PREFILL_ROWS if max(map(len, banks)) > PREFILL_ROWS // 2 else 1
+                self._prefill_pieces([bank[:rows] for bank in banks], rows, size)
+                banks = [bank[rows:] for bank in banks]
+
+    def _prefill_pieces(self, banks: list[list[tuple[int, np.ndarray, int, int]]], rows: int, size: int) -> None:
+        tokens = np.zeros((len(banks), rows, size), np.int32)
+        entries, starts = np.zeros((2, len(banks), rows), np.int32)
+        active = np.zeros((len(banks), rows), bool)
+        for x, bank in enumerate(banks):
+            for p, (entry, prompt, start, _) in enumerate(bank):
+                part = prompt[start : start + size]
+                tokens[x, p, : len(part)] = part
+                entries[x, p], starts[x, p], active[x, p] = entry, start, True
+        self.cache = programs.prefill(self.engine.config, self.weights, self.cache, tokens, entries, starts, active)
+        self.stats.prefill_tokens += tokens.size
+
+    def _reshape(self) -> None:
+        """Rings wide enough for the next dispatch; no more rows than needed once nobody waits."""
+        shapes = self.engine.shapes
+        needed = min(max(bank.oldest for bank in self.banks) + programs.STEPS, self.sampling.max_new_tokens)
+        while shapes.widths[self.width] < needed:
+            self.width += 1
+            self.cache = programs.grow(self.cache, width=shapes.widths[self.width])
+        held = sum(x.nbytes for x in jax.tree.leaves(self.cache))
+        self.stats.cache_bytes = max(self.stats.cache_bytes, held)
+        live = max(bank.live_count for bank in self.banks)
+        while live <= self._fewer:
+            self.size += 1
+            kept = [bank.compact(*shapes.sizes[self.size]) for bank in self.banks]
+            self.cache = programs.compact(self.cache, *map(np.stack, zip(*kept, strict=True)))
+
+    @property
+    def _waiting(self) -> bool:
+        return bool(self.queue) or any(bank.unseated for bank in self.banks)
+
+    @property
+    def _fewer(self) -> int:
+        """The slots of the next smaller batch; 0 where there is none to go to: samples wait for their slots, or the
+        last ones have so few tokens to go that it would not pay."""
+        sizes = self.engine.shapes.sizes[self.size + 1 :]
+        youngest = min((int(b.drawn[b.live].min()) for b in self.banks if b.live_count), default=0)
+        short = self.sampling.max_new_tokens - youngest <= 2 * programs.STEPS
+        return 0 if self._waiting or short or not sizes else sizes[0][0]
+
+    def _decode(self) -> list[Seat]:
+        config, waiting, fewer = self.engine.config, self._waiting, self._fewer
+        # Several banks wait for the last of them anyway: what one leaves early for it would spend waiting.
+        leave_at = [0 if len(self.banks) > 1 else self._leave_at(bank, waiting, fewer) for bank in self.banks]
+        slots = to_slots(self.banks, leave_at)
+        self.cache, drawn = programs.decode(config, self.weights, self.controls, self.cache, slots)
+        tokens, logp, sampled_logp, steps = jax.device_get(drawn)
+        finished = []
+        for x, bank in enumerate(self.banks):
+            finished += bank.take(
+                tokens[x], logp[x], sampled_logp[x], int(steps[x]), self.stops, self.sampling.max_new_tokens
+            )
+        new, rows = int((tokens >= 0).sum()), int(steps.max()) * tokens.shape[0] * tokens.shape[1]
+        self.stats.new_tokens += new
+        self.stats.row_steps += rows
+        if waiting:
+            self.stats.busy_new_tokens += new
+            self.stats.busy_row_steps += rows
+        self.stats.dispatches += 1
+        return finished
+
+    @staticmethod
+    def _leave_at(bank: Bank, waiting: bool, fewer: int) -> int:
+        """How few live slots end a dispatch early: a few less than now while others wait for their places, or so few
+        that they fit in the next smaller batch."""
+        live = bank.live_count
+        if waiting:
+            return max(0, live - max(1, len(bank.seats) // 16))
+        return fewer if live > fewer else 0
 
 
 class Engine:
@@ -187,13 +338,3 @@ def _check_prompts(
                 f"prompt {i} has {len(prompt)} tokens; with max_new_tokens={sampling.max_new_tokens} it is longer than "
                 f"the model's sliding window ({window}), which is not implemented; ask for fewer tokens"
             )
-
-
-def _free_gib(mesh: Mesh, config: QwenConfig) -> float | None:
-    """The largest cache for which there is room in four fifths of what is free on the devices, where they tell (a CPU
-    does not): the rest is for a step's temporaries."""
-    told = [d.memory_stats() for d in mesh.local_devices]
-    if not all(told):
-        return None
-    free = min(t["bytes_limit"] - t["bytes_in_use"] for t in told)
-    return 0.8 * free * cache_ways(config, mesh) / 2**30

@@ -12,24 +12,80 @@ splits heads over it. Arrays on the host have a leading axis X, the banks.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+import numpy as np
+from jax.sharding import PartitionSpec
 
-from rmr1_jax.mesh import constrain, local_mesh, sampling_sharding
+from rmr1_jax.distributed.mesh import constrain
+from rmr1_jax.errors import InputError
 from rmr1_jax.model import qwen
-from rmr1_jax.model.attention import Members, attend_chunk, attend_slots
-from rmr1_jax.model.cache import Cache, visible_steps, widen, write_chunk, write_step
 from rmr1_jax.model.config import QwenConfig
-from rmr1_jax.sampler.logits import draw
+from rmr1_jax.model.rope import rope_table
+from rmr1_jax.sampler.cache import (
+    Cache,
+    Members,
+    attend_chunk,
+    attend_slots,
+    visible_steps,
+    widen,
+    write_chunk,
+    write_step,
+)
+from rmr1_jax.sampler.draw import draw
+from rmr1_jax.sampler.sample import SamplingConfig
+from rmr1_jax.sampler.slots import Bank
+from rmr1_jax.sampler.weights import Weights
+
+
+def to_slots(banks: list[Bank], leave_at: list[int]) -> Slots:
+    """What the host knows of the banks' slots, as `programs.decode` takes it."""
+
+    def stacked(name: str) -> np.ndarray:
+        return np.stack([getattr(bank, name) for bank in banks])
+
+    arrays = {name: stacked(name) for name in Slots._fields if name not in ("step", "leave_at", "table")}
+    table = np.maximum(stacked("table"), 0)  # where nobody sits any slot will do: nobody reads the result
+    return Slots(
+        **arrays,
+        table=table,
+        step=np.asarray([bank.step for bank in banks], np.int32),
+        leave_at=np.asarray(leave_at, np.int32),
+    )
+
+
+def make_controls(sampling: SamplingConfig, stop_token_ids: Sequence[int]) -> Controls:
+    """The settings as `programs.decode` takes them.
+
+    Raises:
+        InputError: more than 16 stop ids.
+    """
+    if len(stop_token_ids) > STOP_ID_ROOM:
+        raise InputError(f"{len(stop_token_ids)} stop token ids given; at most {STOP_ID_ROOM} are supported")
+    stops = np.full(STOP_ID_ROOM, -1, np.int32)
+    stops[: len(stop_token_ids)] = stop_token_ids
+    return Controls(
+        seed=np.uint32(sampling.seed % 2**32),
+        temperature=np.float32(sampling.temperature),
+        top_k=np.int32(sampling.top_k or 0),
+        top_p=np.float32(sampling.top_p),
+        stop_ids=stops,
+        max_new=np.int32(sampling.max_new_tokens),
+    )
+
+
+def compiled() -> int:
+    """Programs in the caches of the sampler's jitted functions."""
+    return sum(program._cache_size() for program in PROGRAMS)
+
 
 STEPS = 16  # decode steps a dispatch, at most
-STOP_ID_ROOM = 16
 
-Weights = dict[str, Any]
+
+STOP_ID_ROOM = 16
 
 
 class Controls(NamedTuple):
@@ -68,47 +124,6 @@ class Drawn(NamedTuple):
     logp: jax.Array
     sampled_logp: jax.Array
     steps: jax.Array
-
-
-def sampling_weights(
-    config: QwenConfig, params: qwen.Params, *, dtype=jnp.float32, mesh: Mesh | None = None
-) -> Weights:
-    """The weights for sampling, made once a policy update: a list of layers instead of a stack (a scan over a stack
-    would carry the cache through itself and copy it), in the dtype that decode computes in, whole on every bank.
-
-    mesh: the `mesh.sampling_mesh` to lay them out on, default the mesh in context. All processes make them together;
-    each gets them on its own part (`mesh.local_mesh`), where it samples by itself."""
-    mesh = mesh or jax.sharding.get_mesh()
-    local = local_mesh(mesh)
-
-    def own_part(weight: jax.Array) -> jax.Array:
-        shards = [shard.data for shard in weight.addressable_shards]
-        sharding = NamedSharding(local, weight.sharding.spec)
-        return jax.make_array_from_single_device_arrays(weight.shape, sharding, shards)
-
-    return jax.tree.map(own_part, _unstack(config, mesh, jnp.dtype(dtype))(params))
-
-
-def weight_shapes(config: QwenConfig, mesh: Mesh, dtype) -> Weights:
-    """What `sampling_weights` makes, as shapes, dtypes and shardings."""
-
-    def weight(dims: str, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=sampling_sharding(mesh, dims, shape))
-
-    dims, shapes = qwen.param_dims(config), qwen.param_shapes(config)
-    layer = {name: weight(d[1:], shapes["layers"][name][1:]) for name, d in dims["layers"].items()}
-    top = {name: weight(dims[name], shapes[name]) for name in dims if name != "layers"}
-    return top | {"layers": [layer] * config.num_layers}
-
-
-@functools.cache
-def _unstack(config: QwenConfig, mesh: Mesh, dtype) -> Callable:
-    def unstack(params):
-        params = jax.tree.map(lambda x: x.astype(dtype), params)
-        layers = [jax.tree.map(lambda x, i=i: x[i], params["layers"]) for i in range(config.num_layers)]
-        return params | {"layers": layers}
-
-    return jax.jit(unstack, out_shardings=jax.tree.map(lambda w: w.sharding, weight_shapes(config, mesh, dtype)))
 
 
 def _per_bank(function: Callable, outputs: Any) -> Callable:
@@ -183,7 +198,7 @@ def _decode_step(config: QwenConfig, weights: Weights, cache: Cache, slots: Slot
     """Feed every slot's last token; returns the cache with this step's column, and logits [B, V]."""
     # A slot's first token to feed is the last one of its prompt; what prefill left is everything before that.
     positions = slots.length - 1 + slots.drawn
-    rope = qwen.rope_table(config, positions[:, None])
+    rope = rope_table(config, positions[:, None])
     prompt_visible = jnp.arange(cache.prompt_room) < slots.prompt_length[:, None]
     own_visible = visible_steps(slots.step, slots.start, cache.width)
     members = Members(slots.table, slots.entry, slots.rank)
@@ -226,7 +241,7 @@ def _prompts_only(program: Callable, cache: Cache) -> Cache:
 def prefill_prompts(config: QwenConfig, weights: Weights, cache: Cache, tokens, entry, start, active) -> Cache:
     def bank(weights, _, cache: Cache, tokens, entry, start, active):
         positions = start[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)
-        rope = qwen.rope_table(config, positions)
+        rope = rope_table(config, positions)
         prompt_k, prompt_v = list(cache.prompt_k), list(cache.prompt_v)
         x = qwen.embed(weights, tokens, weights["final_norm"].dtype)
         for i, w in enumerate(weights["layers"]):

@@ -8,18 +8,57 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterator
 
+import numpy as np
 from jax.sharding import Mesh
 
+from rmr1_jax.distributed.mesh import rows_divisor
 from rmr1_jax.errors import InputError
-from rmr1_jax.mesh import rows_divisor
 from rmr1_jax.model.config import QwenConfig
-from rmr1_jax.sampler.config import SamplingConfig
+from rmr1_jax.sampler.sample import SamplingConfig
+
+
+def _free_gib(mesh: Mesh, config: QwenConfig) -> float | None:
+    """The largest cache for which there is room in four fifths of what is free on the devices, where they tell (a CPU
+    does not): the rest is for a step's temporaries."""
+    told = [d.memory_stats() for d in mesh.local_devices]
+    if not all(told):
+        return None
+    free = min(t["bytes_limit"] - t["bytes_in_use"] for t in told)
+    return 0.8 * free * cache_ways(config, mesh) / 2**30
+
+
+def _common_prefix(prompts: list[np.ndarray]) -> int:
+    """Tokens that all prompts begin with, in whole chunks of the smallest size, and less than any of them."""
+    if len(prompts) < 2:
+        return 0
+    shortest = min(map(len, prompts)) - 1
+    same = np.all([p[:shortest] == prompts[0][:shortest] for p in prompts], axis=0)
+    return int(same.argmin() if not same.all() else shortest) // CHUNKS[-1] * CHUNKS[-1]
+
+
+def _pieces(start: int, end: int, room: int) -> Iterator[tuple[int, int]]:
+    """(position, size) of the pieces that cover positions `start` to `end` and stay within `room`, never growing: each
+    the largest of which tokens fill three quarters, or the smallest there is."""
+    while start < end:
+        size = next((c for c in CHUNKS if end - start >= 0.75 * c and c <= room - start), CHUNKS[-1])
+        yield start, size
+        start += size
+
 
 CHUNKS = (256, 64, 16)  # tokens of a prompt that one prefill computes
+
+
 PREFILL_ROWS = 8  # prompts in one prefill, or one
+
+
 SMALLEST_WIDTH = 64
+
+
 WIDTHS = 4  # ring widths at most, each twice the one before
+
+
 FEWER_ROWS = (4 / 3, 2, 8 / 3, 4, 6, 8, 16, 32, 64)  # parts of the slots that the last samples are gathered into
 
 

@@ -9,7 +9,6 @@ processes each writes what its devices hold, into one directory that all of them
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import math
 import re
@@ -19,28 +18,21 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 
+from rmr1_jax.distributed.exchange import any_of, first, gather, own_share
 from rmr1_jax.errors import InputError, RunError
-from rmr1_jax.files import refusal, to_disk, writing
-from rmr1_jax.processes import any_of, first, gather, own_share
+from rmr1_jax.files.write import refusal, to_disk, writing
 from rmr1_jax.train import manifest
+from rmr1_jax.train.config import BestConfig
 from rmr1_jax.train.manifest import Damage
 from rmr1_jax.train.metrics import say
 from rmr1_jax.train.optim import TrainState
 
 SAVING, REMOVING = ".saving", ".removing"  # names of what is not a checkpoint yet, and no more
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class BestConfig:
-    """Which checkpoint is kept beside the newest ones: that with the best value of a metric, at its own step."""
-
-    metric: str = "reward"
-    mode: Literal["max", "min"] = "max"
 
 
 class Checkpointer:

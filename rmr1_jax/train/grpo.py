@@ -11,7 +11,6 @@ Extending: `reward(text, prompt) -> float` and `loss` (the signature of `losses.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import time
 from collections.abc import Callable, Sequence
@@ -23,31 +22,19 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from rmr1_jax.config import check_least
-from rmr1_jax.data.pipeline import View, lengths_of
+from rmr1_jax.data.packing import View, lengths_of
 from rmr1_jax.data.store import open_examples
+from rmr1_jax.distributed.mesh import check_micro_rows, make_mesh, own_rows, place_rows, sampling_mesh
+from rmr1_jax.distributed.preemption import Preempted
 from rmr1_jax.errors import InputError
-from rmr1_jax.mesh import MeshConfig, check_micro_rows, make_mesh, own_rows, place_rows, sampling_mesh
-from rmr1_jax.model import qwen
-from rmr1_jax.model.attention import Implementation
 from rmr1_jax.policy import DTYPES, Policy, load
-from rmr1_jax.preemption import Preempted
-from rmr1_jax.prompts.trace import STRUCTURES
-from rmr1_jax.sampler.config import SamplingConfig
-from rmr1_jax.train.checkpoint import BestConfig
-from rmr1_jax.train.health import CollapseWatch, OnNonfinite, check_finite
+from rmr1_jax.train.config import GrpoConfig
+from rmr1_jax.train.health import CollapseWatch, check_finite
 from rmr1_jax.train.logprobs import forward_options, row_logprobs
-from rmr1_jax.train.losses import (
-    AggregationKind,
-    PolicyLoss,
-    PolicyLossConfig,
-    mean_metrics,
-    policy_loss,
-)
-from rmr1_jax.train.metrics import MetricsLog, progress, say
+from rmr1_jax.train.losses import PolicyLoss, mean_metrics, policy_loss
+from rmr1_jax.train.metrics import MetricsLog, mfu, progress, say, throughput, train_flops
+from rmr1_jax.train.micro_batches import mini_batch
 from rmr1_jax.train.optim import (
-    Memory,
-    OptimConfig,
     compile_update,
     in_memory,
     init_state,
@@ -55,82 +42,8 @@ from rmr1_jax.train.optim import (
     make_optimizer,
     master_weights,
 )
-from rmr1_jax.train.rewards import RewardKind, make_reward
-from rmr1_jax.train.rollout import Group, Reward, RlPrompt, facts_of, mini_batch, roll_out, rollout_metrics
+from rmr1_jax.train.rollout import Group, Reward, RlPrompt, facts_of, make_reward, roll_out, rollout_metrics
 from rmr1_jax.train.run_directory import data_digest, kept_safe, same_data, save_model, start_run
-from rmr1_jax.train.throughput import mfu, throughput, train_flops
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class GrpoConfig:
-    """A GRPO run; the defaults are RM-R1's 7B Instruct recipe. Lengths are in tokens.
-
-    model: the policy to start from and, frozen, the reference. data: a prepared set (`rmr1 data prepare`), or rows with
-    `winner` = model_a | model_b. prompts_per_step: P, prompts in a rollout batch; sampling.n: R. mini_batch_prompts:
-    prompts an update; there are prompts_per_step / mini_batch_prompts updates a step. row_length, micro_rows: the shape
-    of a packed micro-batch. dynamic_sampling: rounds of sampling at most, to fill a batch with groups of mixed rewards
-    (DAPO); 1 is off. reward: verdict, or cold_start, which pays for the form as well. structure: what a complete trace
-    is, for that and for the metric `valid` (`Prompt.structure`). max_segments: sequences in a packed row at most.
-    reference_memory: where the reference's weights lie between their uses. sampling_tensor: the tensor axis of
-    sampling, which stays within a process; default the mesh's. sampling.slots and sampling.cache_gib are of all
-    processes together. The last five: as in `SftConfig`.
-    """
-
-    model: str = ""
-    data: str = ""
-    out: str
-    seed: int = 0
-    steps: int | None = None
-    prompts_per_step: int = 1024
-    mini_batch_prompts: int = 128
-    max_prompt_length: int = 4096
-    row_length: int = 12288
-    micro_rows: int = 8
-    sampling: SamplingConfig = SamplingConfig(n=7, max_new_tokens=8192)
-    loss: PolicyLossConfig = PolicyLossConfig()
-    aggregation: AggregationKind = "sequence"
-    normalize_std: bool = True
-    dynamic_sampling: int = 1
-    max_segments: int = 64
-    optimizer: OptimConfig = OptimConfig(lr=1e-6, schedule="constant", warmup_ratio=0.0, b2=0.999, weight_decay=0.01)
-    reward: RewardKind = "verdict"
-    structure: str = "cor"
-    dtype: str = "bfloat16"
-    remat: qwen.Remat = "full"
-    attention: Implementation = "auto"
-    reference_memory: Memory = "device"
-    mesh: MeshConfig = MeshConfig()
-    sampling_tensor: int | None = None
-    on_nonfinite: OnNonfinite = "stop"
-    save_every: int = 10
-    save_minutes: float | None = None
-    keep: int = 2
-    best: BestConfig | None = None
-
-    def __post_init__(self):
-        counts = ("steps", "prompts_per_step", "mini_batch_prompts", "max_prompt_length", "row_length", "micro_rows")
-        check_least(self, 1, *counts, "dynamic_sampling", "max_segments", "sampling_tensor", "save_every", "keep")
-        check_least(self, 0, "seed")
-        if self.save_minutes is not None and not self.save_minutes > 0:
-            raise InputError(f"save_minutes={self.save_minutes} must be above 0")
-        if self.prompts_per_step % self.mini_batch_prompts:
-            raise InputError(
-                f"prompts_per_step={self.prompts_per_step} must be a multiple of "
-                f"mini_batch_prompts={self.mini_batch_prompts}"
-            )
-        longest = self.max_prompt_length + self.sampling.max_new_tokens
-        if longest > self.row_length:
-            raise InputError(
-                f"row_length={self.row_length} cannot hold a prompt and its response; it must be at least "
-                f"max_prompt_length + sampling.max_new_tokens = {longest}"
-            )
-        for name, known in (("dtype", DTYPES), ("structure", STRUCTURES)):
-            if getattr(self, name) not in known:
-                raise InputError(f"{name}={getattr(self, name)!r} must be one of {', '.join(known)}")
-
-    @property
-    def updates_per_step(self) -> int:
-        return self.prompts_per_step // self.mini_batch_prompts
 
 
 def grpo(

@@ -10,19 +10,21 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from rmr1_jax.distributed.exchange import first
 from rmr1_jax.errors import RunError
-from rmr1_jax.files import write_whole
-from rmr1_jax.processes import first
+from rmr1_jax.files.write import write_whole
+from rmr1_jax.train.config import OnNonfinite
 from rmr1_jax.train.metrics import say
 from rmr1_jax.train.optim import TrainState
 
-OnNonfinite = Literal["stop", "skip"]
 PATIENCE = 5  # steps in a row that look like a collapse before it is said
+
+
 SIGNS: dict[str, tuple[str, Callable[[float], bool]]] = {
     "every reward is -1": ("reward", lambda x: x <= -1),
     "every verdict is A": ("verdict_a", lambda x: x >= 1),

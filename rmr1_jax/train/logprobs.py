@@ -16,14 +16,16 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import Mesh
 
+from rmr1_jax.distributed.mesh import constrain, constrain_weight, rows_divisor
 from rmr1_jax.errors import InputError
-from rmr1_jax.mesh import constrain, constrain_weight, rows_divisor
 from rmr1_jax.model import qwen
 from rmr1_jax.model.attention import choose
 from rmr1_jax.model.config import QwenConfig
 from rmr1_jax.policy import DTYPES
 
 CHUNK_LOGITS = 2**26  # on a device at a time: 256 MiB in float32
+
+
 LANES = 128  # columns of a chunk are a multiple of
 
 

@@ -23,11 +23,19 @@ from jax import Array, lax
 from rmr1_jax.errors import InputError
 
 KLKind = Literal["k1", "k2", "k3"]
+
+
 RatioKind = Literal["token", "sequence"]
+
+
 SurrogateKind = Literal["clip", "cispo"]
+
+
 AggregationKind = Literal["sequence", "micro_batch", "token", "constant"]
 
 LOG_RATIO_LIMIT = 20.0  # exp(20) is still far from overflow; the reference trainer's value
+
+
 K3_LIMIT = 10.0
 
 

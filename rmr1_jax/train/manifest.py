@@ -14,9 +14,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from rmr1_jax.files import hash_written, write_whole
+from rmr1_jax.files.write import hash_written, write_whole
 
 NAME = "manifest.json"
+
+
 THREADS = 4  # hashing releases the interpreter's lock; more would take the step's cores
 
 

@@ -6,14 +6,18 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+import numpy as np
+from jax.sharding import Mesh
 from tqdm import tqdm
 
+from rmr1_jax.distributed.chips import peak_flops
+from rmr1_jax.distributed.exchange import first
 from rmr1_jax.errors import InputError
-from rmr1_jax.files import write_whole, writing
-from rmr1_jax.processes import first
+from rmr1_jax.files.write import write_whole, writing
+from rmr1_jax.model.config import QwenConfig
 
 
 class MetricsLog:
@@ -70,3 +74,36 @@ def read_metrics(directory: str | Path) -> list[dict]:
 def _whole_lines(path: Path) -> list[str]:
     """Lines that were written to their end; a killed run may leave half a line."""
     return [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+
+
+def layer_params(config: QwenConfig) -> int:
+    """Weights in the matrix products of a layer."""
+    heads = 2 * (config.num_heads + config.num_kv_heads) * config.head_dim
+    return config.hidden_size * (heads + 3 * config.intermediate_size)
+
+
+def forward_flops(config: QwenConfig, lengths: Iterable[int]) -> float:
+    """Of the forward pass over sequences of `lengths` tokens: the weights' products, and causal attention within each
+    sequence."""
+    lengths = np.asarray(list(lengths), np.float64)
+    heads = config.num_heads * config.head_dim
+    weights = config.num_layers * layer_params(config) + config.vocab_size * config.hidden_size
+    # Scores and their product with the values: two FLOPs for each number of a head, query and earlier key.
+    seen = config.num_layers * 4 * heads * lengths * (lengths + 1) / 2
+    return float((2 * weights * lengths + seen).sum())
+
+
+def train_flops(config: QwenConfig, lengths: Iterable[int]) -> float:
+    """Of a forward and a backward pass, which has two products for each one of the forward pass."""
+    return 3 * forward_flops(config, lengths)
+
+
+def throughput(tokens: int, seconds: float, mesh: Mesh) -> dict[str, float]:
+    """Metrics of a step over `mesh`: tokens a second, of all devices together and of one."""
+    return {"tokens_per_second": tokens / seconds, "tokens_per_second_per_device": tokens / seconds / mesh.size}
+
+
+def mfu(flops: float, seconds: float, mesh: Mesh) -> dict[str, float]:
+    """The metric `mfu`, model FLOPs over what `mesh` could have done in the time; nothing where its peak is unknown."""
+    peak = peak_flops(mesh.devices.flat[0])
+    return {"mfu": flops / (seconds * mesh.size * peak)} if peak else {}

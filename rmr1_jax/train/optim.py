@@ -19,6 +19,8 @@ from rmr1_jax.errors import InputError
 from rmr1_jax.train.losses import add_metrics
 
 Memory = Literal["device", "host"]
+
+
 MEMORY_KINDS = {"device": "device", "host": "pinned_host"}
 
 

@@ -18,20 +18,20 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from rmr1_jax.data.pipeline import assemble, pack, renumber
-from rmr1_jax.mesh import local_mesh, sampling_mesh
+from rmr1_jax.distributed.exchange import all_shares, any_of, first, gather, own_share
+from rmr1_jax.distributed.mesh import local_mesh, sampling_mesh
+from rmr1_jax.distributed.preemption import Preempted
 from rmr1_jax.policy import DTYPES, Policy
-from rmr1_jax.preemption import Preempted
-from rmr1_jax.processes import all_shares, any_of, first, gather, own_share
 from rmr1_jax.prompts.trace import parse_trace
-from rmr1_jax.prompts.verdict import eval_verdict
-from rmr1_jax.sampler.config import Sample, SampleStats, SamplingConfig
+from rmr1_jax.prompts.verdict import eval_verdict, format_reward, training_reward
 from rmr1_jax.sampler.engine import generate
-from rmr1_jax.sampler.programs import Weights, sampling_weights
-from rmr1_jax.train.losses import AggregationKind, aggregation_weights, group_advantages
+from rmr1_jax.sampler.sample import Sample, SampleStats, SamplingConfig
+from rmr1_jax.sampler.weights import Weights, sampling_weights
+from rmr1_jax.train.config import RewardKind
+from rmr1_jax.train.losses import group_advantages
 
 if TYPE_CHECKING:
-    from rmr1_jax.train.grpo import GrpoConfig
+    from rmr1_jax.train.config import GrpoConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +45,8 @@ class RlPrompt:
 
 
 Interruptible = Callable[[], AbstractContextManager[None]]
+
+
 # reward(text of a completion, the prompt it answers) -> a finite number.
 Reward = Callable[[str, RlPrompt], float]
 
@@ -63,16 +65,6 @@ class Group:
     def mixed(self) -> bool:
         """Whether the rewards differ: a group without that teaches nothing."""
         return bool(np.ptp(self.rewards) > 0)
-
-
-@dataclasses.dataclass(frozen=True)
-class Trajectory:
-    """One prompt + response as the trainer reads it: all arrays [T], all but the tokens 0 on the prompt."""
-
-    tokens: np.ndarray
-    weights: np.ndarray
-    advantages: np.ndarray
-    sampler_logp: np.ndarray
 
 
 def next_prompts(prompts: Sequence[RlPrompt], count: int, consumed: int, seed: int) -> list[RlPrompt]:
@@ -214,64 +206,28 @@ def facts_of(groups: Sequence[Group]) -> list[dict[str, Any]]:
     ]
 
 
-def mini_batch(
-    groups: Sequence[Group],
-    *,
-    row_length: int,
-    micro_rows: int,
-    aggregation: AggregationKind,
-    max_new_tokens: int,
-    max_segments: int,
-    skip_unmixed: bool,
-    own: Sequence[int] | None = None,
-) -> tuple[dict[str, np.ndarray], int, list[int]]:
-    """One mini-batch's sequences, packed.
-
-    Args:
-        skip_unmixed: leave out sequences whose advantage is zero. Their policy term and its gradient are exactly zero,
-            so where the loss has no other term this saves their computation and changes nothing; they still count in
-            the averages (and so are kept where the average is over what is in a micro-batch).
-        own: the rows of each micro-batch that this process assembles, default all `micro_rows`.
-
-    Returns:
-        Arrays [A, own rows, T] (tokens, positions, segment_ids, weights, advantages, sampler_logp); how many of the A
-        micro-batches hold anything (at least 1); and the lengths of all sequences in them, whoever assembles them. A is
-        a power of two: few shapes, few compilations.
-    """
-    members = [(g, i) for g in groups for i in range(len(g.samples))]
-    responses = np.asarray([len(g.samples[i].token_ids) for g, i in members])
-    lengths = responses + [len(g.prompt.tokens) for g, _ in members]
-    keep_all = not skip_unmixed or aggregation == "micro_batch"
-    kept = [m for m, (g, i) in enumerate(members) if keep_all or g.advantages[i] != 0]
-    rows = pack(lengths, row_length, kept, most=max_segments)
-    count = max(1, -(-len(rows) // micro_rows))
-    room = 2 ** (count - 1).bit_length()
-    micro_of = np.full(len(members), -1)
-    for r, row in enumerate(rows):
-        micro_of[row] = r // micro_rows
-    weights = aggregation_weights(responses, aggregation, micro_batch_of=micro_of, max_length=max_new_tokens)
-    rows += [[]] * (room * micro_rows - len(rows))
-    own = range(micro_rows) if own is None else own
-    items, numbered = renumber([rows[a * micro_rows + b] for a in range(room) for b in own])
-    sequences = [_sequence(*members[m], weights[m]) for m in items]
-    values = {name: [getattr(s, name) for s in sequences] for name in ("weights", "advantages", "sampler_logp")}
-    batch = assemble(numbered, sequences, row_length, **values)
-    batch = {k: v.reshape(room, len(own), row_length) for k, v in batch.items()}
-    return batch, count, lengths[kept].tolist()
-
-
-def _sequence(group: Group, i: int, weight: float) -> Trajectory:
-    sample, prompt = group.samples[i], group.prompt.tokens
-    tokens = np.concatenate([prompt, np.asarray(sample.token_ids, np.int32)])
-    trained = (np.arange(len(tokens)) >= len(prompt)).astype(np.float32)
-    sampler_logp = np.zeros(len(tokens), np.float32)
-    sampler_logp[len(prompt) :] = sample.sampled_logprobs
-    return Trajectory(tokens, trained * weight, trained * group.advantages[i], sampler_logp)
-
-
 def _by_group(values: Sequence, groups: Sequence[Group]) -> list[Sequence]:
     at, split = 0, []
     for g in groups:
         split.append(values[at : at + len(g.texts)])
         at += len(g.texts)
     return split
+
+
+def make_reward(kind: RewardKind, structure: str) -> Reward:
+    """The reward of the paper's main runs, or that of its cold start (arXiv 2505.02387).
+
+    Args:
+        kind: "verdict": +1 for the right verdict at the end, else -1. "cold_start": 1 for a whole trace in form, plus 1
+            for the right verdict; for a policy that has not learned the form from traces.
+        structure: what a whole trace is (`Prompt.structure`).
+    """
+
+    def verdict(text: str, prompt: RlPrompt) -> float:
+        return training_reward(text, prompt.better)
+
+    def cold_start(text: str, prompt: RlPrompt) -> float:
+        return format_reward(text, structure) + (training_reward(text, prompt.better) > 0)
+
+    rewards: dict[RewardKind, Callable[[str, RlPrompt], float]] = {"verdict": verdict, "cold_start": cold_start}
+    return rewards[kind]

@@ -14,17 +14,19 @@ import numpy as np
 import yaml
 
 from rmr1_jax.config import config_differences, dump_config
-from rmr1_jax.data.pipeline import lengths_of
+from rmr1_jax.data.packing import lengths_of
+from rmr1_jax.distributed.exchange import first, wait
+from rmr1_jax.distributed.preemption import Preemption
 from rmr1_jax.errors import InputError, RunError
-from rmr1_jax.files import write_whole, writing
+from rmr1_jax.files.write import write_whole, writing
 from rmr1_jax.policy import Policy
-from rmr1_jax.preemption import Preemption
-from rmr1_jax.processes import first, wait
 from rmr1_jax.train.checkpoint import Checkpointer
 from rmr1_jax.train.metrics import say
 
 # These may differ between a run and its continuation. They change how it is run, not what it computes;
 HARMLESS = {"out", "save_every", "save_minutes", "keep", "best", "on_nonfinite"}
+
+
 # these change the order of sums, and so the last bits.
 ROUNDING = {"mesh", "sampling_tensor", "remat", "attention", "reference_memory", "optimizer.memory"}
 

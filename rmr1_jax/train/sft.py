@@ -7,7 +7,6 @@ checkpoint when it is called again with the same config. Next: `grpo.py`, the se
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import time
 from collections.abc import Sequence
@@ -15,80 +14,23 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
 
-from rmr1_jax.config import check_least
-from rmr1_jax.data.pipeline import Batch, View, lengths_of, sft_batches
+from rmr1_jax.data.examples import Example
+from rmr1_jax.data.packing import Batch, View, lengths_of, sft_batches
 from rmr1_jax.data.store import open_examples
-from rmr1_jax.data.tokens import Example
-from rmr1_jax.errors import InputError
-from rmr1_jax.mesh import MeshConfig, check_micro_rows, make_mesh, own_rows, place_rows
+from rmr1_jax.distributed.mesh import check_micro_rows, make_mesh, own_rows
+from rmr1_jax.distributed.preemption import Preempted
 from rmr1_jax.model import qwen
-from rmr1_jax.model.attention import Implementation
 from rmr1_jax.model.config import QwenConfig
-from rmr1_jax.policy import DTYPES, Policy, load
-from rmr1_jax.preemption import Preempted
-from rmr1_jax.train.checkpoint import BestConfig
-from rmr1_jax.train.health import OnNonfinite, check_finite
+from rmr1_jax.policy import Policy, load
+from rmr1_jax.train.config import SftConfig
+from rmr1_jax.train.health import check_finite
 from rmr1_jax.train.logprobs import forward_options, row_logprobs
 from rmr1_jax.train.losses import sft_loss
-from rmr1_jax.train.metrics import MetricsLog, progress, say
-from rmr1_jax.train.optim import (
-    OptimConfig,
-    compile_update,
-    init_state,
-    lr_schedule,
-    make_optimizer,
-    master_weights,
-)
+from rmr1_jax.train.metrics import MetricsLog, mfu, progress, say, throughput, train_flops
+from rmr1_jax.train.micro_batches import to_micro_batches
+from rmr1_jax.train.optim import compile_update, init_state, lr_schedule, make_optimizer, master_weights
 from rmr1_jax.train.run_directory import data_digest, kept_safe, same_data, save_model, start_run
-from rmr1_jax.train.throughput import mfu, throughput, train_flops
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SftConfig:
-    """A distillation run. Lengths are in tokens, batches in packed rows.
-
-    model: a Hugging Face directory or hub id. data: a prepared set (`rmr1 data prepare`), or rows (`context_messages`,
-    `winner` = the trace), JSONL or parquet. out: the run directory. micro_rows: rows that are on the device at once; a
-    step accumulates rows_per_step / micro_rows of them. on_nonfinite: what becomes of an update whose loss or
-    gradient is not finite: the run stops, or it is skipped and counted. save_every, save_minutes: a checkpoint after so
-    many steps, and so long after the last one; keep: the newest that stay, and beside them the `best` one by a metric.
-    """
-
-    model: str = ""
-    data: str = ""
-    out: str
-    seed: int = 0
-    epochs: int = 1
-    max_steps: int | None = None
-    row_length: int = 12288
-    rows_per_step: int = 8
-    micro_rows: int = 8
-    on_too_long: str = "error"
-    optimizer: OptimConfig = OptimConfig()
-    dtype: str = "bfloat16"
-    remat: qwen.Remat = "full"
-    attention: Implementation = "auto"
-    mesh: MeshConfig = MeshConfig()
-    on_nonfinite: OnNonfinite = "stop"
-    save_every: int = 100
-    save_minutes: float | None = None
-    keep: int = 2
-    best: BestConfig | None = None
-
-    def __post_init__(self):
-        counts = ("epochs", "max_steps", "row_length", "rows_per_step", "micro_rows", "save_every", "keep")
-        check_least(self, 1, *counts)
-        check_least(self, 0, "seed")
-        if self.save_minutes is not None and not self.save_minutes > 0:
-            raise InputError(f"save_minutes={self.save_minutes} must be above 0")
-        if self.rows_per_step % self.micro_rows:
-            raise InputError(f"rows_per_step={self.rows_per_step} must be a multiple of micro_rows={self.micro_rows}")
-        if self.on_too_long not in ("error", "drop"):
-            raise InputError(f"on_too_long={self.on_too_long!r} must be error or drop")
-        if self.dtype not in DTYPES:
-            raise InputError(f"dtype={self.dtype!r} must be one of {', '.join(DTYPES)}")
 
 
 def sft(config: SftConfig, *, policy: Policy | None = None, examples: Sequence[Example] | None = None) -> Policy:
@@ -165,19 +107,6 @@ def sft_micro_loss(
     """Cross-entropy over one micro-batch of packed rows, weighted by `weights` [B, T]; see `optim.MicroLoss`."""
     logp = row_logprobs(config, params, batch, **forward).logp
     return sft_loss(logp, batch["weights"]), {}
-
-
-def to_micro_batches(batch: Batch, micro_rows: int, mesh: Mesh) -> tuple[dict[str, jax.Array], dict[str, Any]]:
-    """[rows, T] -> [A, micro_rows, T] on the mesh, with the loss averaged over the trained tokens of the whole step;
-    and facts about the whole batch for the metrics."""
-    rows = dict(batch.rows)
-    rows["weights"] = rows.pop("trained") / max(1, batch.trained_tokens)
-    own = len(own_rows(mesh, micro_rows))
-    micro = {k: v.reshape(-1, own, v.shape[-1]) for k, v in rows.items()}
-    positions = len(micro["tokens"]) * micro_rows * rows["tokens"].shape[-1]
-    tokens = sum(batch.lengths)
-    facts = {"tokens": tokens, "trained_tokens": batch.trained_tokens, "packed": tokens / positions}
-    return place_rows(mesh, "ABT", micro, micro_rows), facts
 
 
 def members_of(examples: Sequence[Example], batch: Batch) -> list[dict[str, Any]]:

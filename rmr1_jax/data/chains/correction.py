@@ -1,0 +1,80 @@
+"""What a teacher is asked in the second pass, and what its chain must not say; the wording is ours.
+
+The second teacher gets the task as the first one had it, the chain that was turned down, and the right verdict. What it
+writes becomes a training target, in which nobody has told the judge anything: `tells` finds chains that let it show.
+
+Next: `data/teacher.py`, which runs the two passes; `prompts/cor.py` for the prompt of the first.
+"""
+
+from __future__ import annotations
+
+import re
+
+from rmr1_jax.prompts.prompt import Messages
+from rmr1_jax.prompts.trace import parse_trace
+
+_EARLIER = """\
+It read:
+
+[The Start of the Earlier Attempt]
+{chain}
+[The End of the Earlier Attempt]
+
+"""
+
+_CORRECTION = """\
+
+
+[Note]
+There was an earlier attempt at this task, and it was turned down: {reason}. {earlier}\
+Chatbot {right} is the one that served the client better. Do the task again from the beginning, in the form that is \
+asked for above. Find out what the earlier attempt missed or weighed wrongly, and let your comparison lead to the \
+result by its own evidence. Write as somebody who has seen the words of the client and of the chatbots and nothing \
+else: not a word about an earlier attempt, about this note, or about a result that was known. End with \
+<answer>[[{right}]]</answer>"""
+
+_VERDICTS = r"(?:verdicts?|judge?ments?)"
+
+
+# A chain tells where one of these stands in it, outside what it quotes. What a judge says of ordinary tasks is not
+# among them: the correct answer, my final verdict, we are given that, as instructed, the expected outcome.
+TELLING = (
+    rf"\b(?:earlier|previous|prior) (?:attempt|evaluation|comparison|{_VERDICTS})",
+    rf"\b(?:original|initial|first|revised|corrected|updated) {_VERDICTS}",
+    rf"\b(?:given|provided|supplied|known|stated|specified|expected|required|desired|predetermined) {_VERDICTS}",
+    rf"\b(?:correct|right|true) verdict|\b(?:gold|reference|ground[- ]truth) (?:label|preference|winner|{_VERDICTS})",
+    r"\bi (?:was|am|have been|'ve been) (?:told|informed|instructed|given the (?:answer|result))\b",
+    r"\b(?:known|given|stated|specified|said) to be (?:the )?(?:better|winner|winning)\b",
+    r"\b(?:known|stipulated) that chatbot [ab]\b",
+    r"\b(?:since|because|as|given that) (?:we|i) (?:already )?know (?:that )?chatbot [ab]\b",
+    r"\b(?:result|outcome|winner|better chatbot) (?:that )?(?:was|is|has been) (?:already )?(?:known|given|provided)\b",
+    r"\b(?:predetermined|known) (?:conclusion|outcome|result|winner)\b",
+    r"\b(?:the|this) note (?:says|said|states|stated|tells|told|indicates|names)\b|\baccording to the note\b",
+)
+
+
+_TELLING = re.compile("|".join(TELLING), re.IGNORECASE)
+
+
+def correction(messages: Messages, chain: str, right: str, reason: str) -> Messages:
+    """The messages of the second pass: those of the first, with a note behind the last one.
+
+    Args:
+        chain: what the first pass wrote, "" where it wrote nothing. right: "A" or "B". reason: why it was turned down.
+    """
+    earlier = _EARLIER.format(chain=chain) if chain else ""
+    note = _CORRECTION.format(reason=reason, earlier=earlier, right=right)
+    return [*messages[:-1], {**messages[-1], "content": messages[-1]["content"] + note}]
+
+
+def tells(chain: str) -> str | None:
+    """The words with which a chain shows that its verdict was given; None where it does not.
+
+    What it quotes from the chatbots (`<quote_A>`, `<quote_B>`) is theirs and is passed over.
+    """
+    spaced = list(re.sub(r"\s", " ", chain))  # of the same length, so that a phrase may run over a line's end
+    for quote in parse_trace(chain).quotes:
+        if quote.kind == "quote":
+            spaced[quote.start : quote.end] = " " * (quote.end - quote.start)
+    found = _TELLING.search("".join(spaced))
+    return found[0] if found else None

@@ -1,0 +1,170 @@
+"""One source of a training mixture: what a config says of it, how its rows are read, filtered and drawn, and the counts
+of what became of them.
+
+Next: `data/mixture.py`, which puts sources together.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from rmr1_jax.errors import InputError
+from rmr1_jax.pairs.pair import PreferencePair
+from rmr1_jax.pairs.read import BENCHMARKS, FORMATS, read_pairs, source_format
+from rmr1_jax.pairs.rows import ReadReport, Row
+
+DROPPED = ("rejected", "filtered", "not_drawn", "alike", "duplicates", "contradictory", "overlap")
+
+Value = str | int | float | bool | None
+
+
+Filters = dict[str, tuple[Value, ...]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    """One source of a mixture.
+
+    path: a file, a folder or a hub id; revision: pins a hub id. format: see `read_pairs`; benchmarks are refused. name:
+    default the path's last part. count: how many rows to draw (None: all): the first ones, or with `shuffle`, a seed,
+    the first of NumPy's `default_rng(shuffle).permutation(rows)`, which is what `datasets.Dataset.shuffle` takes.
+    where: fields, and the values of which a row must have one; exclude: fields, and values that a row must not have.
+    """
+
+    path: str
+    name: str = ""
+    format: str = "auto"
+    revision: str | None = None
+    count: int | None = None
+    shuffle: int | None = None
+    where: Filters = field(default_factory=dict)
+    exclude: Filters = field(default_factory=dict)
+
+    def __post_init__(self):
+        name = self.name or re.sub(r"\.(jsonl|json|parquet)$", "", Path(re.sub("@.*", "", self.path)).name)
+        if re.fullmatch(r"[\w.-]+", name) is None:
+            raise InputError(f"sources: name={name!r} of {self.path!r} must be letters, digits, '.', '-' and '_'")
+        object.__setattr__(self, "name", name)
+        known = [each for each in FORMATS if each not in BENCHMARKS]
+        if self.format not in ("auto", *known):
+            raise InputError(f"source {name}: format={self.format!r} must be one of auto, {', '.join(known)}")
+        if self.count is not None and self.count < 1:
+            raise InputError(f"source {name}: count={self.count} must be at least 1; leave it out to take all rows")
+        if self.shuffle is not None and (self.count is None or self.shuffle < 0):
+            raise InputError(
+                f"source {name}: shuffle={self.shuffle} must be a seed, at least 0, by which `count` rows are drawn"
+            )
+
+
+@dataclass(kw_only=True)
+class SourceReport:
+    """What became of a source's rows. Of those kept, `a` show the better answer in A. both_empty is a part of alike.
+    overlaps: rows by benchmark and kind, also where they stay. notes: what looks like a mistake in the config."""
+
+    name: str
+    path: str
+    format: str = ""
+    commit: str | None = None
+    read: int = 0
+    kept: int = 0
+    rejected: int = 0
+    filtered: int = 0
+    not_drawn: int = 0
+    alike: int = 0
+    both_empty: int = 0
+    duplicates: int = 0
+    contradictory: int = 0
+    overlap: int = 0
+    a: int = 0
+    overlaps: dict[str, dict[str, int]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def reconciles(self) -> bool:
+        """Whether every row that was read is accounted for, once."""
+        return self.read == self.kept + sum(getattr(self, reason) for reason in DROPPED)
+
+
+def read_source(
+    source: SourceConfig, path: Path, report: SourceReport, *, on_bad_row: str, rejects: Path, bar: tqdm
+) -> list[PreferencePair]:
+    """The pairs of a source that are drawn and can be judged; `report` gets the counts.
+
+    Args:
+        path: where the source lies on this machine. rejects: the file for bad rows, where on_bad_row="quarantine"; it
+            is there afterwards only if there were any. bar: is moved by the rows read.
+    """
+    report.format = source_format(path) if source.format == "auto" else source.format
+    if report.format in BENCHMARKS:
+        raise InputError(
+            f"source {source.name}: {source.path} is an evaluation set ({report.format}); a judge that trains on it "
+            "cannot be measured by it: it belongs in overlap.benchmarks"
+        )
+    wanted, read = _Wanted(source, report, bar), ReadReport()
+    put_aside = rejects if on_bad_row == "quarantine" else None
+    pairs = list(read_pairs(path, report.format, select=wanted, on_bad_row=on_bad_row, rejects=put_aside, report=read))
+    if put_aside and not read.rejected:
+        put_aside.unlink()
+    report.read, report.rejected = read.read, read.rejected
+    wanted.check_names()
+    drawn = _draw(source, pairs, report)
+    can_be_judged = [pair for pair in drawn if pair.response_a.strip() != pair.response_b.strip()]
+    report.alike = len(drawn) - len(can_be_judged)
+    report.both_empty = sum("both_empty" in pair.meta for pair in drawn)
+    return can_be_judged
+
+
+def _draw(source: SourceConfig, pairs: list[PreferencePair], report: SourceReport) -> list[PreferencePair]:
+    if source.count is None:
+        return pairs
+    if len(pairs) < source.count:
+        report.notes.append(f"count={source.count}, but there are only {len(pairs)} rows to draw from")
+    order = np.arange(len(pairs))
+    if source.shuffle is not None:
+        order = np.random.default_rng(source.shuffle).permutation(len(pairs))
+    report.not_drawn = len(order[source.count :])
+    return [pairs[k] for k in order[: source.count]]
+
+
+class _Wanted:
+    """Whether a row is wanted, by its own fields. It counts the others, and knows which filters never met a row."""
+
+    def __init__(self, source: SourceConfig, report: SourceReport, bar: tqdm):
+        self.source, self.report, self.bar = source, report, bar
+        self.fields: set[str] = set()
+        self.values: dict[str, set[Value]] = {name: set() for name in (*source.where, *source.exclude)}
+
+    def __call__(self, row: Row) -> bool:
+        self.bar.update()
+        self.fields |= row.value.keys()
+        for name, values in self.values.items():
+            value = row.value.get(name)
+            if value is None or isinstance(value, str | int | float):
+                values.add(value)
+        where, exclude = self.source.where.items(), self.source.exclude.items()
+        has_all = all(row.value.get(name) in values for name, values in where)
+        if not has_all or any(row.value.get(name) in values for name, values in exclude):
+            self.report.filtered += 1
+            return False
+        if self.report.format == "pairs" and "chosen" not in row.value and row.value.get("better") is None:
+            field_name = "better" if "better" in row.value else None
+            raise row.bad(field_name, "says no better answer; a pair to train on needs better: 'A' or 'B'")
+        return True
+
+    def check_names(self) -> None:
+        """Refuses a filter on a field that no row has, and notes one on a value that no row has: misspelt, it seems."""
+        for name in self.values:
+            if self.fields and name not in self.fields:
+                has = ", ".join(sorted(self.fields))
+                raise InputError(
+                    f"source {self.source.name}: no row has the field {name!r} to filter by; they have {has}"
+                )
+        for kind in ("where", "exclude"):
+            for name, filtered in getattr(self.source, kind).items():
+                missing = [value for value in filtered if value not in self.values[name]]
+                self.report.notes += [f"{kind}: no row has {value!r} in {name!r}" for value in missing]

@@ -1,0 +1,203 @@
+"""Scalar reward models (Qwen2ForSequenceClassification, one label) as judges: the answer with the larger score wins.
+
+    judge = ScalarJudge(load_scalar("owner/name"))
+    judge.compare_many(pairs)[0].scores
+
+A conversation is rendered whole by the model's own chat template, and its score is read off its last token, as
+Transformers does.
+
+Next: `last_token.py` for the batches, `judge_result.py` for what a judge gives.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from rmr1_jax.distributed.mesh import rows_divisor, single_device_mesh
+from rmr1_jax.errors import InputError, RunError
+from rmr1_jax.files.hub import locate
+from rmr1_jax.judge.judgement import AnyJudge, Judgement, count_votes, nothing_to_judge, unasked
+from rmr1_jax.model import hf, qwen
+from rmr1_jax.model.config import QwenConfig, read_config
+from rmr1_jax.model.tokenizer import Tokenizer
+from rmr1_jax.pairs.pair import Message, PreferencePair
+from rmr1_jax.policy import DTYPES, MODEL_FILES
+from rmr1_jax.prompts.trace import Trace
+
+SHORTEST = 64  # tokens of the shortest batch
+
+
+class Batch(NamedTuple):
+    """Rows on the left, padding on the right and below. numbers: of the rows, at most B; tokens: [B, T] int32; counts:
+    [B] int32, how many of a row's tokens are real."""
+
+    numbers: list[int]
+    tokens: np.ndarray
+    counts: np.ndarray
+
+
+def padded_length(length: int, longest: int) -> int:
+    """The batch's length for a row: 2^k or 1.5 x 2^k, so that a third at most is padding; at most `longest`."""
+    power = SHORTEST << max(0, math.ceil(math.log2(length / SHORTEST)))
+    shorter = power * 3 // 4
+    return min(shorter if power > SHORTEST and length <= shorter else power, longest)
+
+
+def batches(rows: Sequence[Sequence[int]], *, longest: int, batch_tokens: int, divisor: int = 1) -> Iterator[Batch]:
+    """All rows, the longest first, so that memory runs out at once or never.
+
+    Args:
+        rows: token ids, each 1 to `longest` long. batch_tokens: B x T of a batch, roughly. divisor: of B.
+    """
+    by_length: dict[int, list[int]] = defaultdict(list)
+    for number, row in enumerate(rows):
+        by_length[padded_length(len(row), longest)].append(number)
+    for length in sorted(by_length, reverse=True):
+        size = max(1, batch_tokens // length // divisor) * divisor
+        for first in range(0, len(by_length[length]), size):
+            numbers = by_length[length][first : first + size]
+            tokens, counts = np.zeros((size, length), np.int32), np.ones(size, np.int32)
+            for place, number in enumerate(numbers):
+                counts[place] = len(rows[number])
+                tokens[place, : counts[place]] = rows[number]
+            yield Batch(numbers, tokens, counts)
+
+
+def last_states(config: QwenConfig, params: qwen.Params, tokens: jax.Array, counts: jax.Array, *, dtype) -> jax.Array:
+    """tokens [B, T] int32, of which the first counts [B] of each row are real -> [B, D] in `dtype`. To be jitted."""
+    segment_ids = (jnp.arange(tokens.shape[1]) < counts[:, None]).astype(jnp.int32)  # [B, T]
+    x = qwen.hidden_states(config, params, tokens, segment_ids=segment_ids, dtype=dtype)  # [B, T, D]
+    return jnp.take_along_axis(x, counts[:, None, None] - 1, axis=1)[:, 0]
+
+
+@dataclasses.dataclass(frozen=True)
+class ScalarModel:
+    """A scalar reward model with its tokenizer on a mesh; `dtype` is what the matrix products run in."""
+
+    config: QwenConfig
+    params: qwen.Params
+    tokenizer: Tokenizer
+    mesh: Mesh
+    dtype: str = "float32"
+
+    @property
+    def max_tokens(self) -> int:
+        """The longest conversation that it scores."""
+        positions = self.config.max_position_embeddings
+        return min(positions, self.config.sliding_window or positions)
+
+    def render(self, conversation: Sequence[Message]) -> list[int]:
+        """A conversation that ends with the answer, in the words of the model's chat template -> token ids."""
+        return self.tokenizer.render([message._asdict() for message in conversation], answered=True)
+
+    def score(self, rows: Sequence[Sequence[int]], *, batch_tokens: int = 16_384) -> Iterator[tuple[int, float]]:
+        """(number of the row, its score), longest rows first, so that memory runs out at once or never.
+
+        Args:
+            rows: token ids, each 1 to `max_tokens` long. batch_tokens: positions of one batch, padding included.
+        """
+        divisor = rows_divisor(self.mesh)
+        for batch in batches(rows, longest=self.max_tokens, batch_tokens=batch_tokens, divisor=divisor):
+            with jax.set_mesh(self.mesh):
+                found = _scores(self.config, self.params, batch.tokens, batch.counts, dtype=DTYPES[self.dtype])
+            yield from zip(batch.numbers, np.asarray(found)[: len(batch.numbers)].tolist(), strict=True)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "dtype"))
+def _scores(config: QwenConfig, params: qwen.Params, tokens: jax.Array, counts: jax.Array, *, dtype) -> jax.Array:
+    """[B, T], [B] -> [B] float32; see `last_states`."""
+    last = last_states(config, params, tokens, counts, dtype=dtype)
+    return jnp.einsum("BD,OD->B", last.astype(jnp.float32), params["score"].astype(jnp.float32))
+
+
+def load_scalar(model: str | Path, dtype: str = "bfloat16", mesh: Mesh | None = None) -> ScalarModel:
+    """Load a scalar reward model from a Hugging Face directory or a hub id.
+
+    Raises:
+        InputError: not a directory or a reachable hub id, another architecture, several labels, or weights that do not
+            fit (all differences at once).
+    """
+    if dtype not in DTYPES:
+        raise InputError(f"dtype {dtype!r} is not known; give one of {', '.join(DTYPES)}")
+    directory, mesh = locate(model, kind="model", patterns=MODEL_FILES), mesh or single_device_mesh()
+    config, tokenizer = read_config(directory, scalar=True), Tokenizer(directory)
+    if len(tokenizer.hf) > config.vocab_size:
+        raise InputError(f"{directory}: the tokenizer has {len(tokenizer.hf)} tokens, the model {config.vocab_size}")
+    return ScalarModel(
+        config, hf.load_params(directory, config, dtype=DTYPES[dtype], mesh=mesh), tokenizer, mesh, dtype
+    )
+
+
+class ScalarJudge(AnyJudge):
+    """Scores both answers; the larger score wins, equal ones are a tie. It has neither votes nor an order.
+
+    batch_tokens: positions that are computed at a time. It bounds memory.
+    """
+
+    whole_batches = False  # a score does not depend on the rows beside it
+
+    def __init__(self, model: ScalarModel, *, batch_tokens: int = 16_384):
+        if batch_tokens < 1:
+            raise InputError(f"batch_tokens={batch_tokens} must be at least 1")
+        self.model, self.batch_tokens = model, batch_tokens
+
+    def stream(
+        self, pairs: Sequence[PreferencePair], votes: int = 1, both_orders: bool = False, seed: int = 0
+    ) -> Iterator[tuple[int, Judgement]]:
+        """(number of the pair, judgement) as they are made.
+
+        Raises:
+            InputError: several votes or both orders. RunError: a score that is not finite.
+        """
+        self.settings(votes, both_orders, seed)
+        rows: dict[tuple[int, ...], int] = {}  # a conversation that several pairs have is scored once
+        sides: dict[int, tuple[int, int]] = {}  # the rows of a pair, and below the pairs of a row
+        waiting: dict[int, list[int]] = defaultdict(list)
+        for number, pair in enumerate(pairs):
+            own = [self.model.render(conversation) for conversation in (pair.conversation_a, pair.conversation_b)]
+            if known := nothing_to_judge(pair) or self._too_long(own):
+                yield number, known
+            else:
+                a, b = (rows.setdefault(tuple(ids), len(rows)) for ids in own)
+                sides[number] = a, b
+                for row in {a, b}:
+                    waiting[row].append(number)
+        scores: dict[int, float] = {}
+        for row, score in self.model.score(list(rows), batch_tokens=self.batch_tokens):
+            if not math.isfinite(score):
+                raise RunError(f"pair {pairs[waiting[row][0]].id!r}: its score is {score}; try --dtype float32")
+            scores[row] = score
+            for number in waiting[row]:
+                a, b = sides[number]
+                if a in scores and b in scores:
+                    yield number, _judgement(scores[a], scores[b])
+
+    def settings(self, votes: int = 1, both_orders: bool = False, seed: int = 0) -> dict[str, Any]:
+        """All that decides a judgement beside the weights and the pairs, as plain values."""
+        if votes != 1 or both_orders:
+            raise InputError("a scalar reward model scores each answer by itself: it takes no votes and no both orders")
+        return {"kind": "scalar", "max_tokens": self.model.max_tokens}
+
+    def _too_long(self, rows: list[list[int]]) -> Judgement | None:
+        longest = max(map(len, rows))
+        if longest <= self.model.max_tokens:
+            return None
+        return unasked("too_long", f"a conversation has {longest} tokens, the limit is {self.model.max_tokens}")
+
+
+def _judgement(a: float, b: float) -> Judgement:
+    winner = None if a == b else "A" if a > b else "B"
+    votes = count_votes([winner]) if winner else count_votes([])
+    status = "ok" if winner else "tie"
+    return Judgement(winner=winner, status=status, trace=Trace(), text="", votes=votes, scores=(a, b))

@@ -1,0 +1,78 @@
+"""What the compiler knows of a TPU slice that is not there: its devices, and a chip's memory; and how fast a chip is.
+
+Read `plan_compile.py` next.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from rmr1_jax.errors import InputError
+
+GIB = 2**30
+
+
+def slice_devices(topology: str, slices: int = 1) -> list[jax.Device]:
+    """The devices of `slices` slices that are not there.
+
+    Raises:
+        InputError: no libtpu, or not a slice that it knows.
+    """
+    if slices < 1:
+        raise InputError(f"--slices {slices} must be at least 1")
+    if importlib.util.find_spec("libtpu") is None:
+        raise InputError(
+            "compiling for a TPU needs libtpu, which is not installed here; make an environment for it: "
+            "python3 -m venv .venv-tpu && .venv-tpu/bin/pip install -e '.[tpu]'"
+        )
+    # libtpu reads these when it is loaded. Without them it asks the network for a TPU, and locks out a second process.
+    settings = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
+    os.environ.update(settings)
+    several = {"num_slices": slices, "chip_config_name": "default", "wrap": (False,) * 3}
+    options = several | {"chips_per_host_bounds": (2, 2, 1)} if slices > 1 else {}
+    if re.fullmatch(r"\w+:1(x1)*", topology):
+        options |= {"chips_per_host_bounds": (1, 1, 1)}
+    try:
+        return list(topologies.get_topology_desc(topology, "tpu", **options).devices)
+    except jax.errors.JaxRuntimeError as e:
+        raise InputError(
+            f"--topology {topology}: {e}; expected a slice as v5e:4x4, v6e:16x16 (two dimensions) or v5p:2x2x2 (three)"
+        ) from None
+
+
+def host_devices(topology: str, devices: Sequence[jax.Device]) -> list[jax.Device]:
+    """The chips of the slice's first host, as a slice of their own: the compiler takes no part of a larger one."""
+    coordinates = [d.coords for d in devices if d.process_index == devices[0].process_index]
+    sizes = [max(axis) - min(axis) + 1 for axis in zip(*coordinates, strict=True)]
+    kind, shape = topology.split(":")
+    return slice_devices(f"{kind}:{'x'.join(map(str, sizes[: shape.count('x') + 1]))}")
+
+
+def memory_limit(device: jax.Device) -> int:
+    """A chip's memory in bytes, which the compiler tells when it is asked for too much."""
+    sharding = NamedSharding(Mesh([device], "x"), PartitionSpec())
+    too_much = jax.ShapeDtypeStruct((2**20, 2**30), jnp.int8, sharding=sharding)
+    try:
+        jax.jit(lambda x: x[0]).lower(too_much).compile()
+    except jax.errors.JaxRuntimeError as e:
+        return overflow(e)[1]
+    raise AssertionError(f"{device.device_kind} took a petabyte")
+
+
+def overflow(error: Exception) -> tuple[int, int]:
+    """The bytes (needed, available) that a compiler's out-of-memory error tells; any other error is raised again."""
+    size = r"([\d.]+)([KMGTP])"
+    found = re.search(rf"\({size}\) exceeds available HBM \({size}\)|Used {size} of {size} hbm", str(error))
+    if not found:
+        raise error
+    units = {unit: 2 ** (10 * (i + 1)) for i, unit in enumerate("KMGTP")}
+    needed, needed_unit, available, unit = (x for x in found.groups() if x)
+    return int(float(needed) * units[needed_unit]), int(float(available) * units[unit])

@@ -1,0 +1,256 @@
+"""The whole method in minutes on a CPU: a small world, a teacher with shallow tastes, SFT, GRPO, and honest numbers.
+
+A Qwen-shaped policy of a million parameters learns from a teacher's traces to judge pairs of answers. The teacher
+evaluates rightly, but where the worse answer has what it likes (a confident opening) its verdict often follows the
+liking. Distillation copies that too; GRPO's verifiable reward then corrects it. Evaluation is greedy, on questions that
+no stage saw, A and B balanced. The settings here were chosen on the split "dev"; what is reported is the split "test".
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rmr1_jax.data.examples import sft_example
+from rmr1_jax.judge.judge import Judge
+from rmr1_jax.judge.judgement import Judgement
+from rmr1_jax.model.config import QwenConfig
+from rmr1_jax.policy import Policy, fresh_policy
+from rmr1_jax.prompts.prompt import save_prompt
+from rmr1_jax.quickstart import world
+from rmr1_jax.quickstart.tokenizer import train_tokenizer
+from rmr1_jax.report.report import write_report
+from rmr1_jax.sampler.sample import SamplingConfig
+from rmr1_jax.train.config import GrpoConfig, SftConfig
+from rmr1_jax.train.grpo import grpo
+from rmr1_jax.train.losses import PolicyLossConfig
+from rmr1_jax.train.metrics import read_metrics
+from rmr1_jax.train.optim import OptimConfig
+from rmr1_jax.train.rollout import RlPrompt
+from rmr1_jax.train.sft import sft
+
+SFT_ITEMS = 14000  # pairs, each seen once: repeated, a policy of this size learns them by heart
+
+
+GRPO_ITEMS = 2000
+
+
+TEST_ITEMS = 1024
+
+
+MAX_TRACE = 80  # tokens; the longest trace of the teacher has 70
+
+MODEL = QwenConfig(
+    model_type="qwen2",
+    vocab_size=640,
+    hidden_size=160,
+    intermediate_size=448,
+    num_layers=4,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=40,
+    rope_theta=1e3,  # for rows of a hundred tokens, not of thousands
+    rms_norm_eps=1e-6,
+    tie_word_embeddings=True,
+    qkv_bias=True,
+    qk_norm=False,
+    max_position_embeddings=256,
+)
+
+
+SFT = SftConfig(
+    out="",
+    epochs=1,
+    row_length=240,  # two texts
+    rows_per_step=8,
+    micro_rows=8,
+    optimizer=OptimConfig(lr=2e-3, final_ratio=0.1, warmup_ratio=0.03),
+    dtype="float32",
+    remat="dots",
+    attention="xla",  # a TPU's kernel takes rows of whole blocks only, and this is to run on any machine
+    save_every=200,
+)
+
+
+GRPO = GrpoConfig(
+    out="",
+    steps=40,
+    prompts_per_step=32,
+    mini_batch_prompts=32,
+    max_prompt_length=64,
+    row_length=520,  # four of the longest texts, or five of the shortest
+    micro_rows=1,
+    sampling=SamplingConfig(n=8, max_new_tokens=MAX_TRACE),
+    loss=PolicyLossConfig(kl_coef=0.0),
+    optimizer=OptimConfig(lr=1e-4, schedule="constant", warmup_ratio=0.0, b2=0.999),
+    dtype="float32",
+    remat="dots",
+    attention="xla",
+    save_every=20,
+)
+
+
+def quickstart(out: str | Path, *, seed: int = 0, control: bool = False) -> dict[str, Any]:
+    """Run everything, and leave `results.json`, `report.html`, `samples.jsonl` and the runs under `out`.
+
+    A run that was cut off goes on when it is called again. With `control`, the policy after SFT also gets as many
+    seconds of further SFT on the same teacher as GRPO took.
+
+    Returns:
+        What `results.json` holds; the README names its keys.
+    """
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    train_tokenizer(world.world_texts(seed=0), out / "tokenizer")
+    prompt_file = out / "prompt.yaml"
+    save_prompt(world.world_prompt(), prompt_file)
+    policy = fresh_policy(MODEL, out / "tokenizer", seed=seed)
+    test = world.make_items(TEST_ITEMS, split="test", seed=seed)
+    results: dict[str, Any] = {"seed": seed, "n": len(test), "seconds": {}, "notes": _notes()}
+    shown: list[dict[str, Any]] = []
+
+    def stage(name: str, train, start: Policy) -> Policy:
+        began = time.perf_counter()
+        trained = train(start) if train else start
+        results["seconds"][name] = round(time.perf_counter() - began, 1)
+        results[name], rows = evaluate(trained, test)
+        shown.extend({"stage": name} | row for row in rows)
+        _say(name, results[name])
+        return trained
+
+    taught = world.make_items(SFT_ITEMS, split="sft", seed=seed)
+    prompts = rl_prompts(policy, world.make_items(GRPO_ITEMS, split="grpo", seed=seed))
+    examples = sft_examples(policy, taught, seed)
+    sft_config = dataclasses.replace(SFT, out=str(out / "sft"), seed=seed)
+    grpo_config = dataclasses.replace(GRPO, out=str(out / "grpo"), seed=seed)
+    stage("before", None, policy)
+    distilled = stage("sft", lambda p: sft(sft_config, policy=p, examples=examples), policy)
+    stage("grpo", lambda p: grpo(grpo_config, policy=p, prompts=prompts), distilled)
+    if control:
+        more = _as_long(sft_config, out / "control", seconds=_seconds(out / "grpo"), per_step=_median(out / "sft"))
+        stage("control", lambda p: sft(more, policy=p, examples=examples), distilled)
+    (out / "samples.jsonl").write_text("".join(json.dumps(r) + "\n" for r in _a_dozen(shown)), encoding="utf-8")
+    (out / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    report = write_report([out], out / "report.html")
+    print(f"\n{table(results)}\n\nThe report: {report}\nNext, let the trained judge read pairs of your own:")
+    print(f"    rmr1 judge --model {out}/grpo/model --prompt {prompt_file} --input pairs.jsonl --output verdicts.jsonl")
+    return results
+
+
+def sft_examples(policy: Policy, items: Sequence[world.Item], seed: int) -> list:
+    """The teacher's traces as training rows."""
+    prompt = world.world_prompt()
+    return [
+        sft_example(
+            policy.tokenizer,
+            i.id,
+            prompt.render(i.question, i.response_a, i.response_b),
+            world.teacher_trace(i, seed=seed),
+        )
+        for i in items
+    ]
+
+
+def rl_prompts(policy: Policy, items: Sequence[world.Item]) -> list[RlPrompt]:
+    """The questions that GRPO samples on; which answer is better is known to the reward alone."""
+    prompt = world.world_prompt()
+    rendered = [policy.tokenizer.render(prompt.render(i.question, i.response_a, i.response_b)) for i in items]
+    return [RlPrompt(i.id, np.asarray(ids, np.int32), i.better, i) for i, ids in zip(items, rendered, strict=True)]
+
+
+def evaluate(policy: Policy, items: Sequence[world.Item]) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """Greedy judgements of every item: the scores, and a row for each item.
+
+    An answer without a verdict counts as wrong. `tempted` is the accuracy where the worse answer has what the teacher
+    likes and the better one has not; `mean_tokens` is the length of a trace.
+    """
+    judge = Judge(policy, world.world_prompt(), max_new_tokens=MAX_TRACE, slots=256)
+    judgements = judge.compare_many([world.to_pair(i) for i in items])
+    right = np.asarray([j.winner == i.better for i, j in zip(items, judgements, strict=True)])
+    kind = np.asarray([i.kind for i in items])
+    tempted = np.asarray([i.tempted for i in items])
+    scores = {
+        "accuracy": right.mean(),
+        "reasoning": right[kind == "reasoning"].mean(),
+        "chat": right[kind == "chat"].mean(),
+        "tempted": right[tempted].mean(),
+        "valid": np.mean([j.trace.is_valid for j in judgements]),
+        "mean_tokens": np.mean([len(policy.tokenizer.encode(j.text)) for j in judgements]),
+    }
+    return {k: float(v) for k, v in scores.items()}, [_row(i, j) for i, j in zip(items, judgements, strict=True)]
+
+
+def table(results: dict[str, Any]) -> str:
+    """The scores of every stage, as text."""
+    columns = ("accuracy", "reasoning", "chat", "tempted", "valid")
+    lines = [f"{'':9}" + "".join(f"{c:>11}" for c in columns) + f"{'tokens':>9}{'seconds':>9}"]
+    for name in ("before", "sft", "grpo", "control"):
+        if name in results:
+            row = results[name]
+            shares = "".join(f"{100 * row[c]:10.1f}%" for c in columns)
+            lines.append(f"{name:9}{shares}{row['mean_tokens']:9.1f}{results['seconds'][name]:9.0f}")
+    return "\n".join(lines)
+
+
+def _row(item: world.Item, judgement: Judgement) -> dict[str, Any]:
+    return {
+        "id": item.id,
+        "kind": item.kind,
+        "task": item.task,
+        "tempted": item.tempted,
+        "question": item.question,
+        "response_a": item.response_a,
+        "response_b": item.response_b,
+        "better": item.better,
+        "winner": judgement.winner,
+        "correct": judgement.winner == item.better,
+        "text": judgement.text,
+    }
+
+
+def _a_dozen(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Twelve items in the report, each after SFT and after GRPO: six whose verdict GRPO changed, six that it did not,
+    as many of either kind."""
+    by_stage = {s: {r["id"]: r for r in rows if r["stage"] == s} for s in ("sft", "grpo")}
+    chosen = []
+    for kind in ("reasoning", "chat"):
+        ids = [i for i, r in by_stage["grpo"].items() if r["kind"] == kind]
+        changed = [i for i in ids if by_stage["sft"][i]["correct"] != by_stage["grpo"][i]["correct"]]
+        same = [i for i in ids if i not in set(changed)]
+        chosen += changed[:3] + same[: 6 - len(changed[:3])]
+    return [by_stage[stage][i] for i in chosen for stage in ("sft", "grpo")]
+
+
+def _as_long(config: SftConfig, out: Path, *, seconds: float, per_step: float) -> SftConfig:
+    """The same SFT for as many seconds, in an order of its own."""
+    steps = max(1, round(seconds / per_step))
+    return dataclasses.replace(config, out=str(out), seed=config.seed + 1000, epochs=100, max_steps=steps)
+
+
+def _seconds(run: Path) -> float:
+    return sum(row["seconds"] for row in read_metrics(run))
+
+
+def _median(run: Path) -> float:
+    return float(np.median([row["seconds"] for row in read_metrics(run)]))
+
+
+def _say(name: str, scores: dict[str, float]) -> None:
+    print(f"{name}: accuracy {100 * scores['accuracy']:.1f}%, valid traces {100 * scores['valid']:.1f}%", flush=True)
+
+
+def _notes() -> list[str]:
+    return [
+        "The teacher: its traces evaluate rightly, but where only the worse answer opens with confidence "
+        f"(Surely!, Certainly!), its verdict follows the liking {100 * world.SHALLOW:.0f}% of the "
+        "time. That is so for a quarter of the questions; elsewhere its verdict is right. In the questions themselves, "
+        "an opening says nothing about which answer is better.",
+        "GRPO sees other questions than SFT, with the reward +1 for the right verdict and -1 otherwise. The scores are "
+        "greedy judgements of questions that neither stage saw, the better answer as often A as B.",
+    ]

@@ -1,0 +1,115 @@
+"""How to sample, what one sample is, and what a call did."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from rmr1_jax.errors import InputError
+from rmr1_jax.model.config import QwenConfig
+
+LONGEST = 8192  # new tokens, the published response length
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """How to sample. Temperature, top_p, top_k, seed and the stop ids are arguments of the compiled programs: a change
+    recompiles nothing.
+
+    `slots` (at most that many samples are in flight at once) and `cache_gib` (at most that much memory for keys and
+    values, on all devices together; None: four fifths of what is free on a GPU or TPU, no bound on a CPU) decide speed
+    and memory; they change no token.
+    """
+
+    n: int = 1
+    max_new_tokens: int = 256
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int | None = None
+    seed: int = 0
+    slots: int = 256
+    cache_gib: float | None = None
+
+    def __post_init__(self):
+        for name, ok, wanted in (
+            ("n", self.n >= 1, "at least 1"),
+            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
+            ("temperature", self.temperature >= 0, "0 (greedy) or more"),
+            ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
+            ("top_k", self.top_k is None or self.top_k >= 1, "None (off) or at least 1"),
+            ("slots", self.slots >= 1, "at least 1"),
+            ("cache_gib", self.cache_gib is None or self.cache_gib > 0, "None or more than 0"),
+        ):
+            if not ok:
+                raise InputError(f"sampling.{name}={getattr(self, name)!r} must be {wanted}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """One completion in tokens, the stop token included.
+
+    logprobs: under the model itself; sampled_logprobs: under the distribution drawn from (tempered, truncated).
+    Both float32, one a token. finish_reason: "stop" or "length".
+    """
+
+    token_ids: list[int]
+    logprobs: np.ndarray
+    sampled_logprobs: np.ndarray
+    finish_reason: str
+
+
+@dataclasses.dataclass
+class SampleStats:
+    """What a call did.
+
+    prompt_tokens: of the prompts, each counted once. prefill_tokens: positions that prefill computed, padding included;
+    a prefix that all prompts share is computed once. new_tokens: drawn, up to and with the stop. row_steps: slots x
+    decode steps, `busy_row_steps` and `busy_new_tokens` the same and the tokens drawn while prompts were still waiting.
+    compiles: programs that were compiled during the call.
+    """
+
+    prompt_tokens: int = 0
+    prefill_tokens: int = 0
+    new_tokens: int = 0
+    row_steps: int = 0
+    busy_row_steps: int = 0
+    busy_new_tokens: int = 0
+    dispatches: int = 0
+    compiles: int = 0
+    slots: int = 0
+    cache_bytes: int = 0
+    seconds: float = 0.0
+
+    @property
+    def occupancy(self) -> float:
+        """The share of slot steps that drew a token, until the last prompt was taken from the queue. Where all fit in
+        the slots at once nothing waits, and it is that of the whole call."""
+        if self.busy_row_steps:
+            return self.busy_new_tokens / self.busy_row_steps
+        return self.new_tokens / max(1, self.row_steps)
+
+
+def token_limits(
+    config: QwenConfig, max_new_tokens: int | None = None, max_prompt_tokens: int | None = None
+) -> tuple[int, int]:
+    """The most new tokens and the most prompt tokens of one text, so that both fit in the model's positions.
+
+    Args:
+        max_new_tokens: default 8192, or half of the model's positions where that is less. max_prompt_tokens: default,
+            and upper bound: what the model's positions leave beside `max_new_tokens`.
+
+    Raises:
+        InputError: a limit is below 1, or the new tokens leave no position for the prompt.
+    """
+    positions = config.max_position_embeddings
+    positions = min(positions, config.sliding_window or positions)
+    new = min(LONGEST, positions // 2) if max_new_tokens is None else max_new_tokens
+    if not 1 <= new < positions:
+        raise InputError(
+            f"max_new_tokens={new} must be from 1 to {positions - 1}: "
+            f"the model has {positions} positions, and the prompt needs some of them"
+        )
+    if max_prompt_tokens is not None and max_prompt_tokens < 1:
+        raise InputError(f"max_prompt_tokens={max_prompt_tokens} must be at least 1")
+    return new, min(positions - new, max_prompt_tokens or positions)

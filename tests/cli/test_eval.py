@@ -1,0 +1,83 @@
+"""`rmr1 eval` with a judge of each kind, from command to summary, and `rmr1 compare` on what they leave."""
+
+import json
+
+import pytest
+from chat_server import KEY, ChatServer
+from policies import prefers, tiny_policy
+from scalar_models import their_model, written
+
+from rmr1_jax.cli.main import main
+from rmr1_jax.prompts.prompt import Prompt, save_prompt
+
+PROMPT = Prompt(name="short", system=None, single_turn=("", "\nA: ", "\nB: ", "\nWhich?"), multi_turn=("", "\n", ""))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Data, a prompt, a policy and a scalar reward model."""
+    folder = tmp_path_factory.mktemp("judges")
+    with (folder / "rows.jsonl").open("w") as file:
+        for k in range(8):
+            row = {"prompt": f"name {k}", "chosen": f"good wren {k}", "rejected": f"bad owl {k}", "id": k}
+            file.write(json.dumps(row | {"subset": ("mt-bench-hard", "hep-java")[k % 2]}) + "\n")
+    save_prompt(PROMPT, folder / "prompt.yaml")
+    tiny_policy().save(folder / "policy")
+    (folder / "scalar").mkdir()
+    written(folder / "scalar", their_model())
+    return folder
+
+
+def evaluate(folder, out, *options, model):
+    data = ["--data", str(folder / "rows.jsonl"), "--out", str(folder / out)]
+    return main(["eval", "rewardbench", "--model", str(model), *data, "--dtype", "float32", *options])
+
+
+def summary_of(folder, out):
+    return json.loads((folder / out / "summary.json").read_text())
+
+
+def test_a_policy_a_scalar_model_and_an_endpoint_stand_in_one_table(folder, monkeypatch, capsys):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    prompt = ("--prompt", str(folder / "prompt.yaml"))
+    limits = ("--max-new-tokens", "12", "--both-orders", "--forced-budgets")
+    assert evaluate(folder, "a", *prompt, *limits, model=folder / "policy") == 0
+    assert evaluate(folder, "b", "--judge", "scalar", model=folder / "scalar") == 0
+    with ChatServer(lambda request, number: prefers("good")(request["messages"][-1]["content"], number)) as server:
+        options = ("--judge", "endpoint", "--base-url", server.url)
+        assert evaluate(folder, "c", *options, model="somebody/judge-1") == 0
+        asked = len(server.log)
+        assert evaluate(folder, "c", *options, model="somebody/judge-1") == 0
+        assert len(server.log) == asked == 8
+    capsys.readouterr()
+
+    policy, scalar, endpoint = (summary_of(folder, out) for out in "abc")
+    assert [s["judge"] for s in (policy, scalar, endpoint)] == ["policy", "scalar", "judge-1"]
+    assert [s["n"] for s in (policy, scalar, endpoint)] == [8, 8, 8]
+    assert endpoint["headline"] == 100 and endpoint["interval"] == [100, 100]
+    assert policy["orders"] is not None and policy["budget_forced"] == policy["budget"]  # no text is that long
+    assert scalar["budget"] == [] and scalar["tokens"] is None and scalar["votes"] is None
+    rows = [json.loads(line) for line in (folder / "b/judgements.jsonl").read_text().splitlines()]
+    for row in rows:
+        assert row["winner"] == "AB"[row["scores"][0] < row["scores"][1]] and row["texts"] == []
+    right = sum(row["correct"] for row in rows)
+    assert scalar["accuracy"] == pytest.approx(100 * right / 8)
+    assert (folder / "b/reward_bench/score_result/main_score.json").is_file()
+
+    assert main(["compare", str(folder / "b"), str(folder / "c"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["a"], found["b"], found["n"], found["only_b"]) == ("scalar", "judge-1", 8, 8 - right)
+    assert main(["compare", str(folder / "b"), str(folder / "c")]) == 0
+    assert "pairs in both: 8, only in A: 0, only in B: 0" in capsys.readouterr().out
+    assert KEY not in "".join(f.read_text() for out in "abc" for f in (folder / out).rglob("*.json*"))
+
+
+def test_options_that_do_not_go_together(folder, capsys):
+    assert evaluate(folder, "d", "--judge", "scalar", "--forced-budgets", model=folder / "scalar") == 2
+    assert "does not go with --judge scalar" in capsys.readouterr().err
+    assert evaluate(folder, "d", "--judge", "scalar", "--votes", "3", model=folder / "scalar") == 2
+    assert "no votes" in capsys.readouterr().err
+    assert evaluate(folder, "d", model=folder / "scalar") == 2
+    assert "rmr1 eval --judge scalar" in capsys.readouterr().err
+    assert main(["compare", str(folder), str(folder)]) == 2
+    assert "judgements.jsonl" in capsys.readouterr().err

@@ -1,0 +1,252 @@
+"""The command line: exit codes and messages, and real runs of the commands, one of them killed on the way."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import pytest
+import yaml
+from policies import tiny_policy
+
+from rmr1_jax.cli import main as cli
+from rmr1_jax.cli.train import Sft
+from rmr1_jax.errors import InputError, RunError
+from rmr1_jax.policy import load
+from rmr1_jax.prompts.prompt import load_prompt, save_prompt
+from rmr1_jax.quickstart.world import make_items, world_prompt
+from rmr1_jax.train.checkpoint import Checkpointer
+from rmr1_jax.train.optim import OptimConfig, init_state, make_optimizer
+
+PAIRS = 64
+
+
+@pytest.fixture(scope="module")
+def policy():
+    return tiny_policy()
+
+
+@pytest.fixture(scope="module")
+def folder(policy, tmp_path_factory) -> Path:
+    """A model, a prompt and pairs to judge."""
+    folder = tmp_path_factory.mktemp("cli")
+    policy.save(folder / "model")
+    save_prompt(world_prompt(), folder / "prompt.yaml")
+    with (folder / "pairs.jsonl").open("w") as file:
+        for item in make_items(PAIRS, split="dev"):
+            row = {k: getattr(item, k) for k in ("id", "question", "response_a", "response_b", "better")}
+            file.write(json.dumps(row) + "\n")
+    return folder
+
+
+def judge_arguments(folder: Path, output: str, *more: str) -> list[str]:
+    fixed = ("--model", folder / "model", "--input", folder / "pairs.jsonl", "--prompt", folder / "prompt.yaml")
+    limits = ("--dtype", "float32", "--max-new-tokens", "6", "--batch-size", "2")
+    return list(map(str, ("judge", *fixed, "--output", folder / output, *limits, *more)))
+
+
+def error_of(capsys, argv, code: int) -> str:
+    """The command's one line on stderr."""
+    assert cli.main(argv) == code
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and err.count("\n") == 1
+    return err
+
+
+def test_help_imports_nothing_heavy():
+    code = "import sys, rmr1_jax.cli.main as c\ntry: c.main(['judge', '--help'])\nfinally: print(*sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert out.returncode == 0
+    assert "--both-orders" in out.stdout
+    assert not {"jax", "numpy", "transformers", "pydantic", "yaml"} & set(out.stdout.splitlines()[-1].split())
+
+
+def test_the_package_runs_as_a_module():
+    out = subprocess.run([sys.executable, "-m", "rmr1_jax", "--help"], capture_output=True, text=True)
+    assert out.returncode == 0
+    for command in ("quickstart", "sft", "grpo", "judge", "data", "export", "report"):
+        assert f"• {command} " in out.stdout
+
+
+@pytest.mark.parametrize("argv", [[], ["judge"], ["nonsense"], ["data"], ["judge", "--modle", "x"], ["sft"]])
+def test_a_wrong_command_line_exits_with_2(argv, capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(argv)
+    assert caught.value.code == 2
+    assert "rmr1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (InputError("a.yaml:3: field x\n  is 4"), 2, "error: a.yaml:3: field x is 4\n"),
+        (RunError("the loss is nan"), 1, "error: the loss is nan\n"),
+        (KeyboardInterrupt(), 130, "interrupted; run the same command again to go on where it stopped\n"),
+    ],
+)
+def test_exit_codes(error, code, line, monkeypatch, capsys):
+    def run(self):
+        raise error
+
+    monkeypatch.setattr(Sft, "run", run)
+    assert cli.main(["sft", "a.yaml"]) == code
+    assert capsys.readouterr().err == line
+
+
+def test_a_defect_keeps_its_traceback(monkeypatch):
+    def run(self):
+        raise ValueError("ours")
+
+    monkeypatch.setattr(Sft, "run", run)
+    with pytest.raises(ValueError, match="ours"):
+        cli.main(["sft", "a.yaml"])
+
+
+@pytest.mark.parametrize("stage", ["sft", "grpo"])
+def test_a_config_and_its_overrides_reach_the_stage(stage, monkeypatch, tmp_path, capsys):
+    module = pytest.importorskip(f"rmr1_jax.train.{stage}")
+    path, seen = tmp_path / "run.yaml", []
+    path.write_text(f"model: m\nout: {tmp_path}/run\noptimizer: {{lr: 0.1}}\n")
+    monkeypatch.setattr(module, stage, seen.append)
+    assert cli.main([stage, str(path), "seed=7", "optimizer.lr=1e-5"]) == 0
+    assert (seen[0].model, seen[0].seed, seen[0].optimizer.lr) == ("m", 7, 1e-5)
+    assert f"{tmp_path}/run/model" in capsys.readouterr().out
+    assert "unknown key seeed; did you mean seed?" in error_of(capsys, [stage, str(path), "seeed=7"], 2)
+    assert "nowhere.yaml" in error_of(capsys, [stage, str(tmp_path / "nowhere.yaml")], 2)
+    assert len(seen) == 1
+
+
+def test_quickstart_gets_its_options(monkeypatch, tmp_path):
+    module = pytest.importorskip("rmr1_jax.quickstart.quickstart")
+    seen = []
+    monkeypatch.setattr(module, "quickstart", lambda out, seed, control: seen.append((out, seed, control)))
+    assert cli.main(["quickstart"]) == 0
+    assert cli.main(["quickstart", "--out", str(tmp_path), "--seed", "3", "--control"]) == 0
+    assert seen == [(Path("runs/quickstart"), 0, False), (tmp_path, 3, True)]
+
+
+def test_data_prompt_recovers_what_rows_were_rendered_with(tmp_path, capsys):
+    messages = [world_prompt().render(f"question {k}", "yes", "no") for k in range(3)]
+    rows = [json.dumps({"context_messages": m, "winner": "model_a"}) for m in messages]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    out = tmp_path / "mine.yaml"
+    assert cli.main(["data", "prompt", "--rows", str(tmp_path / "rows.jsonl"), "--out", str(out)]) == 0
+    assert "3 single-turn" in capsys.readouterr().out
+    prompt = load_prompt(out)
+    assert prompt.name == "mine"
+    assert prompt.render("question 1", "yes", "no") == messages[1]
+    other = {"context_messages": [{"role": "user", "content": "hi"}], "winner": "model_a"}
+    (tmp_path / "other.jsonl").write_text(json.dumps(other))
+    arguments = ["data", "prompt", "--rows", str(tmp_path / "other.jsonl"), "--out", str(out)]
+    assert "other.jsonl: row 1: " in error_of(capsys, arguments, 2)
+
+
+def test_data_prompt_on_published_rows(shared_data, tmp_path):
+    rows = shared_data / "published_rows" / "distill_sft.jsonl"
+    assert cli.main(["data", "prompt", "--rows", str(rows), "--out", str(tmp_path / "p.yaml")]) == 0
+    first = json.loads(rows.read_text().splitlines()[0])["context_messages"]
+    assert load_prompt(tmp_path / "p.yaml").system == first[0]["content"]
+
+
+def test_report_needs_runs(tmp_path, capsys):
+    assert "no run directory is given" in error_of(capsys, ["report"], 2)
+    assert str(tmp_path) in error_of(capsys, ["report", str(tmp_path)], 2)
+
+
+def test_report_on_two_runs(tmp_path, capsys):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        row = {"step": 0, "stage": "sft", "loss": 2.0}
+        (tmp_path / name / "metrics.jsonl").write_text(json.dumps(row) + "\n" + json.dumps(row | {"step": 1}) + "\n")
+    assert cli.main(["report", str(tmp_path / "one"), str(tmp_path / "two")]) == 0
+    assert "<html" in (tmp_path / "one" / "report.html").read_text()
+    assert cli.main(["report", str(tmp_path / "one"), "--out", str(tmp_path / "r.html")]) == 0
+    assert str(tmp_path / "r.html") in capsys.readouterr().out
+
+
+def test_export_writes_the_newest_checkpoint(policy, folder, tmp_path, capsys):
+    run = tmp_path / "run"
+    run.mkdir()
+    optimizer = make_optimizer(OptimConfig(), 1)
+    for step in (1, 12):
+        state = init_state(jax.tree.map(lambda x, by=step: x + by, policy.params), optimizer)
+        checkpoints = Checkpointer(run, keep=2)
+        checkpoints.save(state._replace(step=state.step + step), {})
+        checkpoints.close()
+    argv = ["export", str(run), "--out", str(tmp_path / "out"), "--dtype", "float32"]
+    assert "is not a run directory" in error_of(capsys, argv, 2)
+    (run / "config.yaml").write_text(yaml.safe_dump({"model": ""}))
+    assert "names no model; give --model" in error_of(capsys, argv, 2)
+    (run / "config.yaml").write_text(yaml.safe_dump({"model": str(folder / "model")}))
+    assert cli.main(argv) == 0
+    exported = load(tmp_path / "out", "float32")
+    assert jax.tree.all(jax.tree.map(lambda x, y: bool((x + 12 == y).all()), policy.params, exported.params))
+    assert exported.tokenizer.encode("Reverse a b c") == policy.tokenizer.encode("Reverse a b c")
+    assert cli.main([*argv[:-1], "bfloat16"]) == 0
+    exported = load(tmp_path / "out", "bfloat16")
+    assert jax.tree.all(
+        jax.tree.map(lambda x, y: bool(((x + 12).astype("bfloat16") == y).all()), policy.params, exported.params)
+    )
+    (tmp_path / "empty").mkdir()
+    argv = ["export", str(tmp_path / "empty"), "--out", str(tmp_path / "out"), "--model", str(folder / "model")]
+    assert "holds no checkpoint" in error_of(capsys, argv, 2)
+
+
+def test_judge_refuses_before_it_asks(folder, tmp_path, capsys):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text((folder / "pairs.jsonl").read_text() + "{oops\n")
+    argv = judge_arguments(folder, "refused.jsonl", "--input", str(bad))
+    assert f"{bad}:{PAIRS + 1}:2: not JSON" in error_of(capsys, argv, 2)
+    assert "neither a name nor a file" in error_of(capsys, judge_arguments(folder, "r.jsonl", "--prompt", "core"), 2)
+    argv = judge_arguments(folder, "refused.jsonl", "--model", str(tmp_path / "nowhere"))
+    assert "is no directory and no hub id" in error_of(capsys, argv, 2)
+    assert not list(folder.glob("*.run.json"))
+
+
+def test_judge_puts_bad_rows_aside_when_asked_and_refuses_another_model(policy, folder, tmp_path, capsys):
+    bad, rejects = tmp_path / "bad.jsonl", tmp_path / "rejects.jsonl"
+    bad.write_text("{oops\n" + "".join((folder / "pairs.jsonl").read_text().splitlines(keepends=True)[:4]))
+    model = tmp_path / "model"
+    policy.save(model)
+    more = ("--input", str(bad), "--rejects", str(rejects), "--votes", "2", "--both-orders", "--model", str(model))
+    argv = judge_arguments(folder, "kept.jsonl", *more)
+    assert cli.main(argv) == 0
+    out, err = capsys.readouterr()
+    assert "4 pairs: " in out and "5 rows read, 4 kept, 1 rejected" in err
+    assert len(rejects.read_text().splitlines()) == 1
+    rows = [json.loads(line) for line in (folder / "kept.jsonl").read_text().splitlines()]
+    assert [sum(row["votes"].values()) for row in rows] == [4] * 4
+    before = (folder / "kept.jsonl").read_bytes()
+    assert cli.main(argv) == 0  # all is done: the same again
+    assert (folder / "kept.jsonl").read_bytes() == before
+    policy.with_params(jax.tree.map(lambda x: x * 1.01, policy.params)).save(model)  # trained on, same place
+    capsys.readouterr()
+    assert cli.main(argv) == 2
+    assert "model was 'model (sha256 " in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_killed_judge_goes_on_to_the_same_bytes(folder, capsys):
+    assert cli.main(judge_arguments(folder, "whole.jsonl")) == 0
+    command = [sys.executable, "-m", "rmr1_jax", *judge_arguments(folder, "killed.jsonl")]
+    cached = os.environ | {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    whole, output = (folder / "whole.jsonl").read_bytes(), folder / "killed.jsonl"
+    run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=cached)
+    while not (output.exists() and output.stat().st_size) and run.poll() is None:
+        time.sleep(0.002)
+    run.send_signal(signal.SIGKILL)
+    assert run.wait() == -signal.SIGKILL
+    kept = output.read_bytes()
+    assert 0 < len(kept) < len(whole)
+    with output.open("ab") as file:
+        file.write(b'{"id": "half')  # what a kill within a write would leave
+    resumed = subprocess.run(command, capture_output=True, text=True, env=cached, timeout=120)
+    assert resumed.returncode == 0, resumed.stderr
+    assert f"{PAIRS} pairs: " in resumed.stdout
+    assert output.read_bytes() == whole
+    ids = [json.loads(line)["id"] for line in (folder / "pairs.jsonl").read_text().splitlines()]
+    assert [json.loads(line)["id"] for line in whole.splitlines()] == ids

@@ -1,0 +1,108 @@
+"""Overlap with evaluation sets: exact, near, the edges of both, and a plain search to compare with."""
+
+import json
+import random
+
+import numpy as np
+import pytest
+
+from rmr1_jax.data.mix.overlap import Hasher, OverlapConfig, make_benchmark, question_words, read_benchmark
+from rmr1_jax.errors import InputError
+from rmr1_jax.pairs.pair import PreferencePair
+
+WORDS = [f"w{k}" for k in range(1, 16)]
+
+
+def ask(question: str, id: str = "x") -> PreferencePair:
+    return PreferencePair.from_answers(id, question, "a", "b")
+
+
+def overlap(question: str, benchmark: list[str], ngram: int = 13):
+    hasher = Hasher(ngram)
+    made = make_benchmark("bench", [ask(text, f"id {k}") for k, text in enumerate(benchmark)], hasher)
+    words = question_words(ask(question))
+    return made.find(words, hasher(words))
+
+
+def test_words_are_what_the_client_wrote():
+    talk = [("user", "Ünder-Score_d, 3.5\nﬁne?"), ("assistant", "no"), ("user", "IT'S Über")]
+    other = [*talk[:2], ("user", "else"), ("assistant", "z")]
+    pair = PreferencePair(id="x", conversation_a=(*talk, ("assistant", "y")), conversation_b=tuple(other))
+    words = ["ünder", "score_d", "3", "5", "fine", "it", "s", "über", "else"]
+    assert question_words(pair) == words
+
+
+def test_exact():
+    found = overlap("  what is RUST?!", ["What is C?", "What is -- Rust", "what is rust"])
+    assert found == ("exact", "id 1", "what is rust")
+    assert overlap("what is rust today", ["what is rust"]) is None
+    assert overlap("?", ["what is rust"]) is None  # no words: like nothing
+
+
+@pytest.mark.parametrize("before", [0, 1, 5])
+def test_near_begins_at_n_words_in_a_row(before):
+    unlike = [f"a{k}" for k in range(before)]
+    question = " ".join([*unlike, *WORDS[:13], "z"])
+    assert overlap(question, ["x y", " ".join(["b", *WORDS])]) == ("near", "id 1", " ".join(WORDS[:13]))
+    question = " ".join([*unlike, *WORDS[:12], "z", *WORDS[12:]])
+    assert overlap(question, [" ".join(WORDS)]) is None
+    assert overlap(question, [" ".join(WORDS)], ngram=12) == ("near", "id 0", " ".join(WORDS[:12]))
+
+
+def test_short_questions_overlap_only_exactly():
+    assert overlap(" ".join(WORDS[:12]), [" ".join(WORDS)]) is None
+    assert overlap(" ".join(WORDS), [" ".join(WORDS[:12])]) is None
+    assert overlap(" ".join(WORDS[:12]), [" ".join(WORDS[:12])]).kind == "exact"
+
+
+def test_equal_hashes_alone_prove_nothing():
+    made = make_benchmark("bench", [ask(" ".join(WORDS))], Hasher(13))
+    made.hashes, made.owners = np.zeros(1, np.uint64), made.owners[:1]  # as if every n-gram had the same hash
+    for words, kind in (([f"v{k}" for k in range(15)], None), (WORDS[:14], "near")):
+        found = made.find(words, np.zeros(len(words) - 12, np.uint64))
+        assert (found and found.kind) == kind
+
+
+def test_as_a_plain_search_finds_it():
+    random_ = random.Random(0)
+    texts = [" ".join(random_.choices("abcd", k=random_.randrange(1, 30))) for _ in range(300)]
+    benchmark, questions = texts[:100], texts[100:]
+    kinds = []
+    for question in questions:
+        words = question.split()
+        near = any(
+            " " + " ".join(words[k : k + 5]) + " " in f" {text} " for k in range(len(words) - 4) for text in benchmark
+        )
+        kinds.append("exact" if question in benchmark else "near" if near else None)
+    found = [overlap(question, benchmark, ngram=5) for question in questions]
+    assert [each and each.kind for each in found] == kinds
+    assert {"exact", "near", None} == set(kinds)
+
+
+def test_the_real_benchmarks(shared_data):
+    hasher = Hasher(13)
+    paths = ["rewardbench/filtered_sample.jsonl", "rm_bench/dataset_sample.json", "rmb/Pairwise_set"]
+    made = [read_benchmark(str(shared_data / path), hasher) for path in paths]
+    rows = [json.loads(line) for line in (shared_data / paths[0]).read_text().splitlines()]
+    assert len(made[0].texts) == len({" ".join(question_words(ask(row["prompt"]))) for row in rows})
+    for row in rows:
+        words = question_words(ask(row["prompt"]))
+        assert made[0].find(words, hasher(words)).kind == "exact"
+        longer = question_words(ask(f"Please tell me: {row['prompt']} Thanks."))
+        if len(words) >= 13:
+            assert made[0].find(longer, hasher(longer)).kind == "near"
+        assert made[2].find(words, hasher(words)) is None
+
+
+def test_what_is_refused(tmp_path):
+    for wrong, message in [
+        ({"ngram": 0}, "overlap.ngram=0 must be at least 1"),
+        ({"action": "drop"}, "overlap.action='drop' must be one of report, remove"),
+        ({"benchmarks": ("a", "a")}, "names one of them twice"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            OverlapConfig(**wrong)
+    with pytest.raises(InputError, match="bench holds no questions"):
+        make_benchmark("bench", [], Hasher(13))
+    with pytest.raises(InputError, match="is no file or folder and no hub id"):
+        read_benchmark(str(tmp_path / "none"), Hasher(13))

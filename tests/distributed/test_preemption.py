@@ -1,0 +1,336 @@
+"""SIGTERM: noted, raised where that is harmless, agreed on by several processes, and never waited for without end."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from pathlib import Path
+
+import jax.numpy as jnp
+import pytest
+from hosts import free_port, start
+from training import assert_same, metrics_but_timings, run, small_grpo, small_sft, vowels
+
+from rmr1_jax.cli import main as cli
+from rmr1_jax.distributed.heartbeat import Pulse
+from rmr1_jax.distributed.join import exit_code
+from rmr1_jax.distributed.preemption import PREEMPTED, Preempted, Preemption
+from rmr1_jax.errors import RunError
+from rmr1_jax.policy import load
+from rmr1_jax.train import grpo as grpo_stage
+from rmr1_jax.train import health
+from rmr1_jax.train import sft as sft_stage
+from rmr1_jax.train.checkpoint import steps_of
+from rmr1_jax.train.health import check_finite
+from rmr1_jax.train.metrics import MetricsLog, read_metrics
+from rmr1_jax.train.micro_batches import to_micro_batches
+
+
+def told() -> None:
+    """This process is told to stop, and has heard it."""
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(0.01)
+
+
+@pytest.fixture(scope="module")
+def policy(tiny_policy, tmp_path_factory):
+    path = tmp_path_factory.mktemp("preemption") / "model"
+    tiny_policy.save(path)
+    return load(path, "float32")
+
+
+# ---- one process
+
+
+def test_it_is_noted_and_then_raised_where_that_does_no_harm():
+    before = signal.getsignal(signal.SIGTERM)
+    with Preemption() as preemption:
+        assert not preemption.reached()
+        told()
+        assert preemption.reached()
+        with pytest.raises(Preempted), preemption.interruptible():
+            raise AssertionError("this was not to be reached")
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_what_is_interruptible_is_left_at_once():
+    with Preemption() as preemption:
+        began = time.monotonic()
+        with pytest.raises(Preempted) as e, preemption.interruptible():
+            threading.Timer(0.1, told).start()
+            time.sleep(60)
+        assert time.monotonic() - began < 5 and e.value.code == exit_code(e.value) == PREEMPTED == 42
+        assert preemption.reached()
+
+
+def test_the_inner_one_hears():
+    with Preemption() as outer, outer.interruptible():
+        with Preemption() as inner:
+            told()
+            assert inner.reached()
+        assert not outer.reached()
+        with pytest.raises(Preempted):
+            told()
+
+
+def test_elsewhere_than_in_the_main_thread_it_does_nothing():
+    heard = []
+
+    def work():
+        with Preemption() as preemption:
+            heard.append(preemption.reached())
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert heard == [False]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("hold", "least", "most"), [(0.0, 1.0, 8.0), (4.0, 4.0, 12.0)])
+def test_a_main_thread_that_does_not_come_back_is_not_waited_for(hold, least, most):
+    """As in a compilation: the interpreter does not run a handler. But a save that is under way is not cut off."""
+    code = f"""
+        import ctypes, time
+        from rmr1_jax.preemption import Preemption
+        with Preemption() as preemption:
+            until = time.monotonic() + {hold}
+            preemption.hold = lambda: time.monotonic() < until
+            print("ready", flush=True)
+            mutex, lock = ctypes.create_string_buffer(64), ctypes.CDLL(None).pthread_mutex_lock
+            lock(mutex)
+            lock(mutex)  # stays in C for ever, and no signal ends it
+    """
+    environ = os.environ | {"RMR1_GRACE_SECONDS": "1"}
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    process = subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "ready\n"
+    began = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == PREEMPTED and least <= time.monotonic() - began < most
+    assert "SIGTERM: saving and stopping" in said and "not at a place to save within 1 s" in said
+
+
+def test_the_command_ends_with_42(monkeypatch, capsys):
+    def run(self):
+        told()
+        raise AssertionError("it went on")
+
+    monkeypatch.setattr(cli.Report, "run", run)
+    assert cli.main(["report", "somewhere"]) == PREEMPTED
+    assert "stopped by SIGTERM; run the same command again" in capsys.readouterr().err
+
+
+# ---- training
+
+
+def at_step(monkeypatch, number: int, then) -> None:
+    """Calls `then` when the metrics of a step have been written."""
+    write = MetricsLog.write
+
+    def write_and(self, metrics):
+        write(self, metrics)
+        if metrics["step"] == number:
+            then()
+
+    monkeypatch.setattr(MetricsLog, "write", write_and)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["sft", "grpo"])
+def test_a_run_that_is_told_to_stop_saves_and_goes_on_bitwise(stage, policy, tmp_path, monkeypatch):
+    """At the end of a step; and for GRPO in a rollout too, which is then made again."""
+    make = small_sft if stage == "sft" else small_grpo
+    length = {"sft": {"max_steps": 6}, "grpo": {"steps": 4}}[stage]
+    whole, hurt = (make(out=str(tmp_path / name), save_every=100, **length) for name in ("whole", "hurt"))
+    expected = run(stage, whole, policy)
+    with monkeypatch.context() as patched:
+        at_step(patched, 1, told)
+        with pytest.raises(Preempted):
+            run(stage, hurt, policy)
+    assert steps_of(tmp_path / "hurt" / "checkpoints") == [2] and len(read_metrics(hurt.out)) == 2
+    if stage == "grpo":
+        asked = []
+
+        def reward(text, prompt):
+            asked.append(text)
+            if len(asked) == 19:  # of 16 for each step: in the second rollout from here on
+                told()
+            return vowels(text, prompt)
+
+        with monkeypatch.context() as patched, pytest.raises(Preempted):
+            patched.setattr("training.vowels", reward)
+            run(stage, hurt, policy)
+        assert len(asked) == 19 and steps_of(tmp_path / "hurt" / "checkpoints") == [2, 3]
+    resumed = run(stage, hurt, policy)
+    assert_same(resumed.params, expected.params)
+    assert metrics_but_timings(hurt.out) == metrics_but_timings(whole.out)
+
+
+@pytest.mark.slow
+def test_updates_that_are_not_finite_are_skipped_and_counted(policy, tmp_path, monkeypatch, capsys):
+    """The weights are those of the steps without them, and what is known of the batch is in a file."""
+    places = to_micro_batches
+
+    def poisoned(batch, *rest):
+        micro, facts = places(batch, *rest)
+        if len(seen) == 2:
+            micro["weights"] = micro["weights"].at[0, 0, 3].set(jnp.inf)
+        seen.append(batch)
+        return micro, facts
+
+    seen: list = []
+    monkeypatch.setattr(sft_stage, "to_micro_batches", poisoned)
+    config = small_sft(out=str(tmp_path), max_steps=4, on_nonfinite="skip", save_every=1)
+    run("sft", config, policy)
+    rows = read_metrics(tmp_path)
+    assert [row["loss"] is None for row in rows] == [False, False, True, False]
+    assert [row["skipped"] for row in rows] == [0, 0, 1, 1]
+    assert rows[3]["lr"] == rows[2]["lr"] and (tmp_path / "model").exists()
+    assert "step 2: " in (said := capsys.readouterr().out) and "The update is skipped" in said
+    facts = json.loads((tmp_path / "nonfinite_step_2.json").read_text())
+    assert [x["length"] for x in facts["batch"]] == seen[2].lengths and facts["batch"][0]["id"].startswith("sft-")
+    assert sum(x["trained"] for x in facts["batch"]) == seen[2].trained_tokens
+    assert facts["norms"]["params.embed"] > 0 and facts["metrics"]["grad_norm"] in ("nan", "inf")
+
+
+@pytest.mark.slow
+def test_one_of_several_updates_is_skipped(policy, tmp_path, monkeypatch):
+    """GRPO: the metrics are of the other; the step is counted, so that what goes on from it is at the right place."""
+    check, numbers = check_finite, iter(range(100))
+
+    def second_is_bad(row, *rest, **named):
+        return check(row | ({"loss": float("nan")} if next(numbers) == 1 else {}), *rest, **named)
+
+    monkeypatch.setattr(grpo_stage, "check_finite", second_is_bad)
+    config = small_grpo(out=str(tmp_path), steps=2, mini_batch_prompts=2, on_nonfinite="skip", save_every=1)
+    run("grpo", config, policy)
+    rows = read_metrics(tmp_path)
+    assert [row["skipped"] for row in rows] == [1, 1] and all(row["loss"] is not None for row in rows)
+    facts = json.loads((tmp_path / "nonfinite_step_0.json").read_text())
+    assert len(facts["batch"]) == 2 and len(facts["batch"][0]["rewards"]) == 4
+    assert steps_of(tmp_path / "checkpoints") == [2, 4]
+
+
+def test_a_collapse_is_said_once(capsys):
+    watch = health.CollapseWatch()
+    fine = {"reward": 0.1, "verdict_a": 0.4, "truncated": 0.2}
+    for step, row in enumerate([fine, *[fine | {"reward": -1.0}] * 9, fine, *[fine | {"verdict_a": 0.0}] * 4, fine]):
+        watch.look(row, step)
+    (said,) = capsys.readouterr().out.splitlines()
+    assert said == ("warning: at step 5, for 5 steps in a row, every reward is -1: the policy may have collapsed")
+    for step in range(5):
+        watch.look({"verdict_a": 1.0, "truncated": 1.0}, step)
+    assert [re.search("every .* (A|limit)", x) is not None for x in capsys.readouterr().out.splitlines()] == [True] * 2
+
+
+# ---- several processes
+
+TWO = """
+    import os, sys, time
+    from rmr1_jax.preemption import Preempted, Preemption
+    from rmr1_jax.processes import any_of, together
+    import jax
+    with together(), Preemption() as preemption:
+        for step in range(10_000):
+            if preemption.reached():
+                print("agreed at", step, flush=True)
+                raise Preempted
+            if step == 5:
+                print("ready", flush=True)
+            time.sleep(0.05)
+"""
+
+
+def two(code: str, **environ: str) -> list[subprocess.Popen]:
+    port = free_port()
+    return [start([sys.executable, "-c", textwrap.dedent(code)], i, 2, port, **environ) for i in (0, 1)]
+
+
+def until_ready(processes) -> None:
+    for process in processes:
+        assert any(line.startswith("ready") for line in process.stdout)
+
+
+@pytest.mark.slow
+def test_one_of_two_processes_is_told_and_both_agree_where_to_stop():
+    both = two(TWO)
+    until_ready(both)
+    both[1].send_signal(signal.SIGTERM)
+    said = [process.communicate(timeout=120)[0] for process in both]
+    assert [process.returncode for process in both] == [PREEMPTED] * 2, said
+    first, second = (re.findall(r"agreed at \d+", text) for text in said)
+    assert first == second and len(first) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [1, 0])
+def test_a_process_that_is_lost_is_named_by_the_other(victim):
+    both = two(TWO, RMR1_LOST_TIMEOUT="3")
+    until_ready(both)
+    both[victim].kill()
+    said, _ = both[1 - victim].communicate(timeout=60)
+    both[victim].communicate()
+    assert both[1 - victim].returncode in (PREEMPTED, -signal.SIGABRT), said
+    if victim == 1:
+        assert "error: process 1 of 2 on " in said and "goes on from its last checkpoint" in said
+    else:  # the notes are on the first process: JAX itself ends the others with it, and says so
+        assert "error: process 0 of 2 on " in said or "the leader task was preempted/died" in said
+
+
+class Store:
+    """JAX's key-value store, for processes of one test."""
+
+    def __init__(self):
+        self.values = {}
+
+    def key_value_set(self, key, value, allow_overwrite):
+        self.values[key] = value
+
+    def key_value_dir_get(self, place):
+        return [(k, v) for k, v in self.values.items() if k.startswith(place)]
+
+
+def pulse_that_stops(store, monkeypatch, timeout) -> tuple[list, Pulse]:
+    stops = []
+    pulse = Pulse(store, index=0, count=2, host="here", timeout=timeout)
+    monkeypatch.setattr(pulse, "_give_up", lambda *what: (stops.append(what), pulse._ended.set()))
+    pulse.start()
+    return stops, pulse
+
+
+@pytest.mark.slow
+def test_a_process_that_failed_takes_the_others_with_it_and_one_that_is_done_does_not(monkeypatch):
+    for code, expected in (("2", "process 1 of 2 on there ended with exit code 2; this one ends too"), ("0", None)):
+        store = Store()
+        store.values |= {"rmr1/sign/1": "5 there", "rmr1/end/1": code}
+        stops, pulse = pulse_that_stops(store, monkeypatch, timeout=1)
+        pulse.join(6)
+        assert [message for message, _ in stops] == ([expected] if expected else [])
+        pulse.end(0)
+    assert store.values["rmr1/end/0"] == "0"
+
+
+def test_errors_have_their_codes():
+    assert [exit_code(e) for e in (RunError(""), KeyboardInterrupt(), SystemExit(7), Preempted())] == [1, 130, 7, 42]
+
+
+# ---- all of it, a little of each
+
+
+@pytest.mark.slow
+def test_chaos(tmp_path):
+    script = Path(__file__).resolve().parents[2] / "scripts" / "chaos.py"
+    counts = ["--kills", "2", "--terms", "1", "--damages", "15", "--disk", "1", "--pairs", "0", "--cost", "0"]
+    command = [sys.executable, str(script), *counts, "--out", str(tmp_path / "chaos")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "chaos" / "chaos.json").read_text())
+    assert sum(row["done"] for row in found if row["fault"].startswith("damaged")) == 15
+    assert not any(row["failures"] for row in found)

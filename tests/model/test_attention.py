@@ -1,0 +1,309 @@
+"""Attention against plain NumPy loops; the sampler's two forms; packed rows against rows of their own."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rmr1_jax.data.examples import Example
+from rmr1_jax.data.packing import assemble
+from rmr1_jax.distributed.mesh import MeshConfig, activation_sharding, make_mesh, single_device_mesh
+from rmr1_jax.errors import InputError
+from rmr1_jax.model.attention import MAX_BLOCKS, QUERY_BLOCK, attend, choose
+from rmr1_jax.model.config import parse_config
+from rmr1_jax.model.qwen import hidden_states, init_params
+from rmr1_jax.sampler.cache import Members, attend_chunk, attend_slots
+from rmr1_jax.train.sft import sft_micro_loss
+
+
+def by_loops(q, k, v, positions, segment_ids):
+    """One query head and one query at a time, over exactly the keys that the rule lets it see."""
+    B, T, N, H = q.shape
+    group = N // k.shape[2]
+    out = np.zeros(q.shape)
+    for b in range(B):
+        for t in range(T):
+            if segment_ids[b, t] == 0:
+                continue
+            seen = [
+                s for s in range(T) if segment_ids[b, s] == segment_ids[b, t] and positions[b, s] <= positions[b, t]
+            ]
+            for n in range(N):
+                scores = np.array([q[b, t, n] @ k[b, s, n // group] for s in seen]) / np.sqrt(H)
+                probs = np.exp(scores - scores.max())
+                out[b, t, n] = sum(p * v[b, s, n // group] for p, s in zip(probs / probs.sum(), seen, strict=True))
+    return out
+
+
+def layout(lengths: list[int], T: int) -> tuple[np.ndarray, np.ndarray]:
+    """positions and segment_ids [T] of a packed row."""
+    positions = np.concatenate([*(np.arange(n) for n in lengths), np.zeros(T - sum(lengths))])
+    segments = np.repeat(np.arange(len(lengths) + 1), [*lengths, T - sum(lengths)])
+    return positions.astype(np.int32), ((segments + 1) * (segments < len(lengths))).astype(np.int32)
+
+
+def random(rng, *shape):
+    return rng.normal(size=shape).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    ("T", "heads"),
+    [(7, (4, 2)), (QUERY_BLOCK, (2, 2)), (2 * QUERY_BLOCK + 9, (4, 1)), (MAX_BLOCKS * QUERY_BLOCK + 40, (1, 1))],
+    ids=str,
+)
+def test_attend_is_the_rule_itself(T, heads):
+    """Segments, grouped heads and padding; short rows, a block, several, and so many that a block must be larger."""
+    rng = np.random.default_rng(T)
+    N, K = heads
+    q, k, v = random(rng, 2, T, N, 6), random(rng, 2, T, K, 6), random(rng, 2, T, K, 6)
+    rows = [layout([T // 2, T // 3], T), layout([T - T // 4, T // 4], T)]
+    positions, segment_ids = (np.stack(x) for x in zip(*rows, strict=True))
+    assert (segment_ids == 0).any() and segment_ids.max() == 2
+    ours = np.asarray(jax.jit(attend)(q, k, v, positions, segment_ids))
+    assert np.isfinite(ours).all()  # padding too: its gradient flows into the loss
+    real = segment_ids > 0
+    np.testing.assert_allclose(ours[real], by_loops(q, k, v, positions, segment_ids)[real], atol=1e-5)
+
+
+def test_padding_changes_nothing_and_gets_no_gradient():
+    rng = np.random.default_rng(0)
+    q, k, v = random(rng, 1, 12, 4, 6), random(rng, 1, 12, 2, 6), random(rng, 1, 12, 2, 6)
+    positions, segment_ids = (x[None] for x in layout([5, 3], 12))
+
+    @jax.jit
+    @jax.grad
+    def gradient(kv):
+        out = attend(q, *kv, positions, segment_ids)
+        return jnp.sum(out * (segment_ids > 0)[..., None, None])
+
+    assert all((x[:, 8:] == 0).all() and (x[:, :8] != 0).any() for x in gradient((k, v)))
+
+
+def softmax_over(q, keys, values):
+    """One query [N, H] over keys and values [S, K, H], in float64."""
+    N, H = q.shape
+    group = N // keys.shape[1]
+    out = np.zeros((N, H))
+    for n in range(N):
+        scores = (keys[:, n // group].astype(float) @ q[n].astype(float)) / np.sqrt(H)
+        probs = np.exp(scores - scores.max())
+        out[n] = probs / probs.sum() @ values[:, n // group]
+    return out
+
+
+@pytest.mark.parametrize("scale", [1, 30], ids=lambda scale: f"scores times {scale}")
+@pytest.mark.parametrize(("N", "K"), [(4, 2), (3, 3), (4, 1)], ids=str)
+def test_attend_slots_is_a_softmax_over_the_prompt_and_the_slot_s_own_keys(N, K, scale):
+    """Prompts with three slots, with one, with none; of different lengths, one without any key; rings with holes."""
+    B, E, H, S, W = 6, 4, 8, 5, 7
+    rng = np.random.default_rng(N)
+    q = scale * random(rng, B, N, H)
+    prompt_k, prompt_v, own_k, own_v = (
+        random(rng, *shape) for shape in ((E, K, H, S), (E, K, S, H), (B, K, H, W), (B, K, W, H))
+    )
+    lengths = np.array([5, 0, 2, 3])
+    table = np.array([[4, 0, 2], [3, 1, 5], [5, 0, 0], [0, 0, 0]], np.int32)  # where nobody sits: any number
+    entry, rank = np.array([0, 1, 0, 1, 0, 2], np.int32), np.array([1, 1, 2, 0, 0, 0], np.int32)
+    assert (table[entry, rank] == np.arange(B)).all()
+    own_visible = rng.random((B, W)) < 0.5
+    own_visible[:, 3] |= ~own_visible.any(axis=1)
+    own_visible[0] = np.arange(W) == 6
+    got = jax.jit(attend_slots)(
+        *(q, prompt_k, prompt_v, np.arange(S) < lengths[:, None]),
+        *(own_k, own_v, own_visible, Members(table, entry, rank)),
+    )
+    for b in range(B):
+        seen = slice(lengths[entry[b]])
+        keys = [prompt_k[entry[b]].transpose(2, 0, 1)[seen], own_k[b].transpose(2, 0, 1)[own_visible[b]]]
+        values = [prompt_v[entry[b]].swapaxes(0, 1)[seen], own_v[b].swapaxes(0, 1)[own_visible[b]]]
+        expected = softmax_over(q[b], np.concatenate(keys), np.concatenate(values))
+        np.testing.assert_allclose(got[b], expected, rtol=0, atol=2e-6 * scale)
+
+
+def test_attend_slots_in_bfloat16_sums_in_float32():
+    """1,200 equal keys with the value 1, and one more: a sum of the weights in bfloat16 would stop at 256."""
+    S, W, H = 1200, 4, 8
+    prompt_k, own_k = jnp.zeros((1, 1, H, S), jnp.bfloat16), jnp.zeros((2, 1, H, W), jnp.bfloat16)
+    prompt_v, own_v = jnp.ones((1, 1, S, H), jnp.bfloat16), jnp.full((2, 1, W, H), 401, jnp.bfloat16)
+    members = Members(np.array([[0, 1]]), np.array([0, 0]), np.array([0, 1]))
+    q, own_visible = jnp.ones((2, 1, H), jnp.bfloat16), np.array([[True, False, False, False], [True] * 4])
+    everything = np.ones((1, S), bool)
+    out = jax.jit(attend_slots)(q, prompt_k, prompt_v, everything, own_k, own_v, own_visible, members)
+    assert out.dtype == jnp.bfloat16
+    value = float(jnp.bfloat16(401))
+    expected = [(S + value) / (S + 1), (S + 4 * value) / (S + 4)]
+    np.testing.assert_allclose(out[:, 0, 0].astype(np.float32), expected, rtol=0.005)
+
+
+def test_attend_chunk_is_attend_on_the_prompt_so_far():
+    """Chunks that begin anywhere in a prompt; what the cache holds behind them is not looked at."""
+    P, T, N, K, H, S = 3, 6, 4, 2, 8, 20
+    rng = np.random.default_rng(2)
+    starts = np.array([0, 5, S - T])
+    q = random(rng, P, S, N, H)
+    k, v = random(rng, P, S, K, H), random(rng, P, S, K, H)
+    chunk = np.stack([q[p, start : start + T] for p, start in enumerate(starts)])
+    positions = starts[:, None] + np.arange(T)
+    got = jax.jit(attend_chunk)(chunk, k.transpose(0, 2, 3, 1), v.swapaxes(1, 2), positions.astype(np.int32))
+    whole = jax.jit(attend)(q, k, v, np.tile(np.arange(S), (P, 1)), np.ones((P, S), np.int32))
+    for p, start in enumerate(starts):
+        np.testing.assert_allclose(got[p], whole[p, start : start + T], rtol=0, atol=1e-6)
+
+
+def test_bfloat16_keeps_its_scores_in_float32():
+    """Keys so alike that scores rounded to bfloat16 would all be the same."""
+    q = jnp.full((1, 4, 1, 64), 4.0, jnp.bfloat16)
+    k = jnp.full((1, 4, 1, 64), 4.0, jnp.bfloat16).at[0, 3, 0, 0].set(4.5)
+    v = jnp.arange(4, dtype=jnp.bfloat16)[None, :, None, None] * jnp.ones((1, 4, 1, 64), jnp.bfloat16)
+    out = attend(q, k, v, jnp.arange(4)[None], jnp.ones((1, 4), jnp.int32))
+    assert out.dtype == jnp.bfloat16
+    weights = np.exp([0, 0, 0, 0.25])
+    np.testing.assert_allclose(float(out[0, 3, 0, 0]), weights @ np.arange(4) / weights.sum(), rtol=0.01)
+
+
+# ---- packed rows
+
+SHAPE = {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+}
+
+
+@pytest.mark.parametrize("model_type", ["qwen2", "qwen3"])
+def test_packed_is_unpacked(model_type):
+    """States, SFT loss and every gradient: rows of several examples, and the same examples in rows of their own."""
+    config = parse_config({"model_type": model_type} | SHAPE, "test")
+    params = init_params(config, jax.random.key(0))
+    params["layers"] |= {k: v + 0.1 for k, v in params["layers"].items() if k.endswith(("bias", "norm"))}
+    rng = np.random.default_rng(3)
+    lengths, T = [9, 14, 5, 11, 20, 4], 32
+    examples = [
+        Example(str(n), rng.integers(0, 61, n).astype(np.int32), np.arange(n) >= rng.integers(1, n)) for n in lengths
+    ]
+    total = sum(x.trained.sum() for x in examples)
+    weights = [(x.trained / total).astype(np.float32) for x in examples]
+    packed, alone = [[0, 1, 2, 5], [3, 4], [], [], [], []], [[i] for i in range(6)]
+
+    @jax.jit
+    def run(params, batch):
+        def loss(params):
+            return sft_micro_loss(config, params, batch, dtype=jnp.float32, remat="none")[0]
+
+        args = (batch[k] for k in ("tokens", "positions", "segment_ids"))
+        return hidden_states(config, params, *args), jax.value_and_grad(loss)(params)
+
+    results = []
+    for rows in (packed, alone):
+        batch = assemble(rows, examples, T, weights=weights)
+        states, value = run(params, batch)
+        places = [(b, row.index(i)) for i in range(6) for b, row in enumerate(rows) if i in row]
+        starts = [sum(lengths[j] for j in rows[b][:at]) for b, at in places]
+        by_example = [np.asarray(states)[b, s : s + n] for (b, _), s, n in zip(places, starts, lengths, strict=True)]
+        results.append((by_example, value))
+    (ours, (loss, gradients)), (theirs, (expected, wanted)) = results
+    for a, b in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(loss, expected, atol=1e-5)
+    assert all(float(jnp.abs(x).max()) > 1e-4 for x in jax.tree.leaves(wanted))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5), gradients, wanted)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_gradient_is_that_of_the_whole_square(dtype):
+    """Over several blocks, whose weights the backward pass computes again."""
+    T, N, K, H = 2 * QUERY_BLOCK + 9, 4, 2, 6
+    rng = np.random.default_rng(3)
+    arrays = [jnp.asarray(random(rng, 2, T, heads, H), dtype) for heads in (N, K, K)]
+    rows = [layout([T // 2, T // 3], T), layout([T - T // 4, T // 4], T)]
+    positions, segments = (np.stack(x) for x in zip(*rows, strict=True))
+    real = segments[:, :, None, None] > 0
+    cotangent = np.where(real, random(rng, 2, T, N, H), 0)
+    seen = (segments[:, :, None] == segments[:, None]) & (positions[:, None] <= positions[:, :, None])
+
+    def square(q, k, v):
+        q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
+        scores = jnp.einsum("btnh,bsnh->bnts", q, jnp.repeat(k, N // K, axis=2)) / np.sqrt(H)
+        weights = jax.nn.softmax(jnp.where(seen[:, None], scores, -1e9), axis=-1)
+        return jnp.einsum("bnts,bsnh->btnh", weights, jnp.repeat(v, N // K, axis=2))
+
+    def gradients(attention):
+        return jax.jit(jax.grad(lambda *x: jnp.sum(attention(*x) * cotangent), argnums=(0, 1, 2)))(*arrays)
+
+    ours = gradients(lambda q, k, v: attend(q, k, v, positions, segments))
+    for a, b in zip(ours, gradients(square), strict=True):
+        a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
+        np.testing.assert_allclose(a, b, rtol=0, atol=(1e-5 if dtype == "float32" else 0.03) * np.abs(b).max())
+
+
+# ---- the splash kernel, in Pallas' interpreter
+
+
+def splash_case(N, K, T=256, H=16):
+    """Packed rows of several segments, with padding: q, k, v, positions, segment_ids, and where there are tokens."""
+    rng = np.random.default_rng(N)
+    q, k, v = random(rng, 4, T, N, H), random(rng, 4, T, K, H), random(rng, 4, T, K, H)
+    rows = [layout(lengths, T) for lengths in ([100, 60, 33], [T], [1, 130, T - 131], [7])]
+    positions, segment_ids = (np.stack(x) for x in zip(*rows, strict=True))
+    return (q, k, v), (positions, segment_ids), segment_ids[:, :, None, None] > 0
+
+
+@pytest.mark.parametrize(
+    ("N", "K", "axes"),
+    [(4, 2, None), (2, 2, None), (4, 1, MeshConfig(fsdp=4, tensor=2)), (4, 2, MeshConfig(replica=2, fsdp=2, tensor=2))],
+    ids=str,
+)
+def test_the_tpu_s_kernel_is_the_same_attention(N, K, axes):
+    """Values and gradients, packed rows included; heads that the tensor axis divides, and a key head that it cannot."""
+    arrays, where, real = splash_case(N, K)
+    mesh = make_mesh(axes) if axes else single_device_mesh()
+    cotangent = np.where(real, random(np.random.default_rng(9), *arrays[0].shape), 0)
+
+    def run(implementation):
+        def loss(q, k, v):
+            out = attend(q, k, v, *where, implementation)
+            return jnp.sum(out * cotangent), out
+
+        placed = [jax.device_put(x, activation_sharding(mesh, "BTNH", x.shape)) for x in arrays]
+        with jax.set_mesh(mesh):
+            (_, out), grads = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))(*placed)
+        return [np.where(real, out, 0), *grads]
+
+    for ours, xla in zip(run("interpret"), run("xla"), strict=True):
+        np.testing.assert_allclose(ours, xla, rtol=0, atol=1e-4 * np.abs(xla).max())
+
+
+@pytest.mark.slow
+def test_the_tpu_s_kernel_trains_the_same():
+    """The loss of SFT and its gradients through a whole model."""
+    fields = {"model_type": "qwen2", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    fields |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 60, "max_position_embeddings": 256}
+    config = parse_config(fields | {"rope_theta": 1e4, "tie_word_embeddings": True}, "test")
+    params = init_params(config, jax.random.key(0))
+    _, (positions, segment_ids), _ = splash_case(4, 2)
+    rng = np.random.default_rng(0)
+    batch = {"tokens": rng.integers(0, 60, positions.shape, np.int32), "positions": positions}
+    batch |= {"segment_ids": segment_ids, "weights": ((positions > 0) & (segment_ids > 0)) / np.float32(500)}
+
+    def run(attention):
+        loss = lambda params: sft_micro_loss(config, params, batch, remat="full", attention=attention)[0]  # noqa: E731
+        return jax.jit(jax.value_and_grad(loss))(params)
+
+    (ours, our_grads), (xla, xla_grads) = run("interpret"), run("xla")
+    np.testing.assert_allclose(ours, xla, rtol=1e-5)
+    for a, b in zip(jax.tree.leaves(our_grads), jax.tree.leaves(xla_grads), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-4 * max(1e-3, np.abs(b).max()))
+
+
+def test_rows_that_a_tpu_cannot_take_are_refused():
+    x = jnp.zeros((1, 200, 2, 16))
+    with pytest.raises(InputError, match=r"row_length=200: TPU attention takes multiples of 128; try 256"):
+        attend(x, x, x, None, jnp.ones((1, 200), jnp.int32), "splash")
+
+
+def test_what_auto_is():
+    assert choose("auto", single_device_mesh()) == "xla" and choose("splash", single_device_mesh()) == "splash"

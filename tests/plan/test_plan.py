@@ -1,0 +1,230 @@
+"""What `rmr1 plan` knows without compiling: the model by its name, the mesh, and the formulas, against traces and by
+hand. `test_plan_programs.py` compiles."""
+
+import functools
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.extend.core import jaxprs_in_params
+from planning import MODEL, small_grpo, small_sft
+
+from rmr1_jax.config import dump_config
+from rmr1_jax.distributed.mesh import MeshConfig, make_mesh
+from rmr1_jax.errors import InputError
+from rmr1_jax.model.config import config_to_hf
+from rmr1_jax.plan.costs import Cost, decode_cost, forward_cost, prefill_cost, time_bound, update_cost
+from rmr1_jax.plan.model import model_shape
+from rmr1_jax.plan.plan import read_run
+from rmr1_jax.plan.traffic import Traffic
+from rmr1_jax.plan.train import Rows, rows_of, training_mesh, weights
+from rmr1_jax.sampler.sample import SamplingConfig
+from rmr1_jax.sampler.shapes import Shapes
+from rmr1_jax.train.config import GrpoConfig, SftConfig
+from rmr1_jax.train.logprobs import row_logprobs
+from rmr1_jax.train.sft import sft_micro_loss
+
+# ---- which model, which config, which mesh
+
+
+@pytest.mark.parametrize(
+    ("name", "params", "theta", "tied"),
+    [
+        ("Qwen/Qwen2.5-0.5B-Instruct", 0.494e9, 1e6, True),
+        ("qwen/qwen2.5-1.5b", 1.544e9, 1e6, True),
+        ("Qwen/Qwen2.5-7B-Instruct", 7.616e9, 1e6, False),
+        ("Qwen/Qwen2.5-14B-Instruct", 14.770e9, 1e6, False),
+        ("gaotang/RM-R1-Qwen2.5-Instruct-32B", 32.764e9, 1e6, False),
+        ("deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", 1.777e9, 1e4, False),
+        ("deepseek-ai/DeepSeek-R1-Distill-Qwen-7B", 7.616e9, 1e4, False),
+        ("gaotang/RM-R1-DeepSeek-Distilled-Qwen-14B", 14.770e9, 1e6, False),
+    ],
+)
+def test_a_model_is_known_by_its_name(name, params, theta, tied):
+    """The numbers of parameters are those that the models' pages tell."""
+    config = model_shape(name)
+    shapes = jax.tree.leaves(weights(config, make_mesh(), jnp.float32))
+    assert sum(math.prod(x.shape) for x in shapes) == pytest.approx(params, rel=1e-3)
+    assert (config.rope_theta, config.tie_word_embeddings) == (theta, tied)
+
+
+@pytest.mark.parametrize("name", ["Qwen/Qwen3-8B", "Qwen/Qwen2.5-3B-Instruct", "meta/Llama-7B", "x/Qwen2.5-17B", ""])
+def test_a_model_that_is_not_known(name):
+    with pytest.raises(InputError, match="its shape is not known here"):
+        model_shape(name or "nothing")
+
+
+def test_a_directory_is_read(tmp_path):
+    folder = tmp_path / "Qwen2.5-7B-cut"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config_to_hf(MODEL, "bfloat16")))
+    assert model_shape(str(folder)) == model_shape(str(folder / "config.json")) == MODEL
+
+
+@pytest.mark.parametrize("config", [small_sft(), small_grpo(), SftConfig(out="o"), GrpoConfig(out="o")], ids=repr)
+def test_the_stage_is_read_from_the_keys(config, tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(dump_config(config))
+    assert read_run(path, ()) == config
+    path.write_text("out: o\nmodel: m\n")
+    assert isinstance(read_run(path, ["epochs=2"]), SftConfig)
+    assert isinstance(read_run(path, ["sampling.n=2"]), GrpoConfig)
+    with pytest.raises(InputError, match="SFT or GRPO"):
+        read_run(path, ["micro_rows=4"])
+    with pytest.raises(InputError, match=r"nowhere\.yaml"):
+        read_run(tmp_path / "nowhere.yaml", ())
+
+
+def test_every_recipe_is_recognised():
+    stages = {"sft": SftConfig, "grpo": GrpoConfig}
+    configs = Path(__file__).resolve().parents[2] / "configs"
+    commands = {path: path.read_text().split()[2] for path in configs.glob("*.yaml")}  # "# rmr1 grpo configs/..."
+    recipes = {path: command for path, command in commands.items() if command in stages}
+    assert len(recipes) > 20
+    for path, command in recipes.items():
+        assert isinstance(read_run(path, ()), stages[command]), path
+
+
+@pytest.mark.parametrize(
+    ("mesh", "micro_rows", "slices", "sizes"),
+    [
+        (MeshConfig(), 8, 1, (1, 8, 1)),
+        (MeshConfig(), 16, 1, (1, 8, 1)),
+        (MeshConfig(), 4, 1, (1, 4, 2)),  # too few rows for eight: heads are split
+        (MeshConfig(), 12, 1, (1, 4, 2)),
+        (MeshConfig(replica=2), 8, 1, (2, 4, 1)),
+        (MeshConfig(tensor=2), 8, 1, (1, 4, 2)),  # given, and kept
+        (MeshConfig(), 8, 2, (2, 4, 1)),  # a replica a slice
+        (MeshConfig(), 4, 2, (2, 2, 2)),
+    ],
+    ids=str,
+)
+def test_a_mesh_left_open_is_chosen(mesh, micro_rows, slices, sizes):
+    config = small_sft(rows_per_step=48, micro_rows=micro_rows, mesh=mesh)
+    made = training_mesh(config, MODEL, jax.devices(), slices)
+    assert tuple(made.shape.values()) == sizes
+    assert micro_rows % (sizes[0] * sizes[1]) == 0
+
+
+@pytest.mark.parametrize(
+    ("mesh", "micro_rows", "message"),
+    [
+        (MeshConfig(), 2, r"micro_rows=2 .* 8 devices: .* multiples of 8, 4; set micro_rows to a multiple of 4 with"),
+        (MeshConfig(tensor=1, fsdp=8), 4, "micro_rows=4 .* multiples of 8"),
+        (MeshConfig(tensor=4), 8, "mesh.tensor=4 does not divide 4 heads and 2 key-value heads; take a divisor of 2"),
+        (MeshConfig(replica=3), 8, r"does not cover 8 devices exactly; replica x tensor must be one of \[1, 2, 4, 8\]"),
+    ],
+    ids=str,
+)
+def test_a_mesh_that_cannot_be(mesh, micro_rows, message):
+    with pytest.raises(InputError, match=message):
+        training_mesh(small_sft(rows_per_step=micro_rows, micro_rows=micro_rows, mesh=mesh), MODEL, jax.devices())
+
+
+def test_rows_of_an_update():
+    assert rows_of(small_sft(rows_per_step=32)) == Rows(4, 4, 8, 128)
+    # 8 prompts x 4 texts of (32 + 128) / 2 tokens fill 16 rows: 4 micro-batches of 4.
+    assert rows_of(small_grpo()) == Rows(4, 4, 4, 160)
+    assert rows_of(small_grpo(mini_batch_prompts=4, micro_rows=3)) == Rows(3, 4, 3, 160)
+
+
+# ---- formulas
+
+
+def product_flops(function, *arguments) -> float:
+    """FLOPs of the matrix products in a function as JAX traces it, loops counted as often as they run."""
+
+    def of(jaxpr) -> float:
+        total = 0.0
+        for eqn in jaxpr.eqns:
+            if eqn.primitive.name == "dot_general":
+                (contracted, _), _ = eqn.params["dimension_numbers"]
+                summed = math.prod(eqn.invars[0].aval.shape[i] for i in contracted)
+                total += 2 * math.prod(eqn.outvars[0].aval.shape) * summed
+            times = eqn.params.get("length", 1) if eqn.primitive.name == "scan" else 1
+            total += times * sum(of(inner) for inner in jaxprs_in_params(eqn.params))
+        return total
+
+    return of(jax.make_jaxpr(function)(*arguments).jaxpr)
+
+
+def row_batch(rows: int, length: int) -> dict[str, np.ndarray]:
+    names = ("tokens", "positions", "segment_ids")
+    return {name: np.ones((rows, length), np.int32) for name in names} | {"weights": np.ones((rows, length), "f")}
+
+
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+@pytest.mark.parametrize("length", [64, 384])
+def test_flops_against_a_trace(remat, length):
+    """Exactly: the products of the layers, of attention's blocks and of the head's chunks, those that remat does again
+    included. Of length 384, attention is in three blocks."""
+    mesh = make_mesh(MeshConfig(fsdp=1), jax.devices()[:1])
+    params = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), weights(MODEL, mesh, jnp.float32))
+    config = small_sft(row_length=length, rows_per_step=4, micro_rows=2, remat=remat)
+    rows = rows_of(config)
+    batch, forward = row_batch(2, length), {"remat": remat, "attention": "xla"}
+    loss = functools.partial(sft_micro_loss, MODEL, **forward)
+    traced = product_flops(jax.grad(loss, has_aux=True), params, batch)
+    cost = update_cost(config, MODEL, mesh, rows)
+    assert cost.flops == rows.count * traced
+    assert cost.tokens == 4 * length
+    logprobs = product_flops(functools.partial(row_logprobs, MODEL, **forward), params, batch)
+    assert forward_cost(config, MODEL, mesh, rows).flops == rows.count * logprobs
+    # By hand: six for each weight and token, and causal attention's pairs.
+    matrices = 3 * (64 * (2 * 4 + 2 * 2) * 16 + 3 * 64 * 96) + 160 * 64
+    pairs = length * (length + 1) / 2
+    assert cost.model_flops == pytest.approx(4 * (6 * matrices * length + 3 * 4 * 3 * 4 * 16 * pairs))
+    assert cost.model_flops < cost.flops
+
+
+def test_splash_computes_whole_blocks_and_its_scores_again():
+    mesh = make_mesh(MeshConfig(fsdp=8))
+    plain, splash = (
+        update_cost(c, MODEL, mesh, rows_of(c)).flops
+        for c in (small_sft(remat="full", attention=kind, row_length=1024) for kind in ("xla", "splash"))
+    )
+    scores = 16 * 4 * 3 * 4 * 16 / 2  # 16 rows; four FLOPs a pair, three layers, four heads of 16
+    assert splash - plain == pytest.approx(scores * 1024 * 4.5 * (1024 - 128))  # blocks of 1024 and of 128
+    dots, none = (
+        update_cost(small_sft(remat=r, attention="splash"), MODEL, mesh, Rows(1, 1, 8, 128)).flops
+        for r in ("dots", "none")
+    )
+    assert dots - none == 8 * 4 * 3 * 4 * 16 * 128 * 128  # the kernel's forward pass, again
+
+
+def test_the_sampler_s_costs_by_hand():
+    mesh = make_mesh(MeshConfig(fsdp=4, tensor=2))
+    sampling = SamplingConfig(n=4, max_new_tokens=96)
+    shapes = Shapes(banks=4, slots=8, entries=6, ranks=4, room=32, widths=(48, 96))
+    matrices = 3 * (64 * (2 * 4 + 2 * 2) * 16 + 3 * 64 * 96)
+    heads = 4 * 3 * 4 * 16
+    decode = decode_cost(MODEL, mesh, shapes, sampling, 32, 4, 8)
+    assert decode.tokens == 16 * 32
+    assert decode.model_flops == 16 * 32 * (2 * (matrices + 160 * 64) + heads * (32 + 48))
+    assert decode.flops == 16 * (32 * 2 * (matrices + 160 * 64) + heads * 4 * (6 * 4 * 32 + 8 * 96))
+    cache = shapes.cache_bytes(MODEL, 4) / 8
+    assert decode.memory == 16 * (4 * (matrices + 160 * 64) / 2 + cache)
+    prefill = prefill_cost(MODEL, mesh, shapes, 4, 8)
+    assert prefill.tokens == 4 * 8 * 16
+    assert prefill.flops == 4 * 8 * 16 * (2 * matrices + heads * 32)
+
+
+@pytest.mark.parametrize(
+    ("cost", "traffic", "bound"),
+    [
+        (Cost(197e12, 2 * 197e12, 1e9, 2, 0), Traffic({"all-gather": 1e9}, 0), ("compute", 1.0, 0.5)),
+        (Cost(197e12, 197e12, 2 * 819e9, 1, 0), Traffic({"all-gather": 1e9}, 0), ("memory", 2.0, 0.5)),
+        (Cost(197e12, 197e12, 1e9, 1, 0), Traffic({"all-gather": 3e11, "all-reduce": 5e11}, 0), ("links", 4.0, 0.25)),
+        (Cost(197e12, 197e12, 1e9, 1, 0), Traffic({}, 3.125e9 * 5), ("links", 5.0, 0.2)),
+    ],
+    ids=["compute", "memory", "links", "slices"],
+)
+def test_which_bound_binds(cost, traffic, bound):
+    name, seconds, mfu = time_bound(cost, traffic, SimpleNamespace(device_kind="TPU v5 lite"))
+    assert (name, seconds, mfu) == (bound[0], pytest.approx(bound[1]), pytest.approx(bound[2]))
+    assert time_bound(cost, traffic, SimpleNamespace(device_kind="cpu")) is None

@@ -1,0 +1,376 @@
+"""The report: what the page says, that nothing in it can run or reach the network, what it says of bad files, and the
+page in a real browser where there is one."""
+
+import html
+import json
+import re
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from headless import CONTRASTS, chromium
+from run_directories import CHAT, REASONING, RESULTS, make_run, sample, words_of, write_lines
+
+from rmr1_jax.errors import InputError
+from rmr1_jax.prompts.trace import parse_trace
+from rmr1_jax.report.curves import POINTS, make_panel, short, smooth
+from rmr1_jax.report.report import write_report
+from rmr1_jax.report.trace import split_trace
+
+
+def page_of(root: Path, **options) -> str:
+    return write_report([root], root.parent / "report.html", **options).read_text(encoding="utf-8")
+
+
+# The result table.
+
+
+def test_the_table_shows_stages_in_order_with_gains_over_where_each_began(tmp_path):
+    page = page_of(make_run(tmp_path / "quickstart"))
+    rows = [words_of(row).split() for row in re.findall(r'<tr><th scope="row">.*?</tr>', page, flags=re.S)]
+    assert [" ".join(row[:2]) for row in rows] == ["Before training", "After SFT", "After GRPO", "Control: more"]
+    gains = "gain over the untrained policy 72.7% +72.7 74.1% +74.1 71.3% +71.3 30.1% +30.1 100.0% +100.0 52.1 125.2"
+    assert " ".join(rows[1][2:]) == gains
+    assert "gain over SFT 86.0% +13.3 96.1% +22.0" in " ".join(rows[2])
+    assert "gain over SFT 72.1% \N{MINUS SIGN}0.6" in " ".join(rows[3])  # the control began where GRPO began
+    assert rows[3][-2:] == ["52.0", "\N{EN DASH}"]  # no seconds were given for it
+
+
+def test_notes_facts_and_unknown_keys_are_shown(tmp_path):
+    words = words_of(page_of(make_run(tmp_path / "quickstart")))
+    assert "How the teacher was made The teacher likes a confident opening & follows it." in words
+    assert "On 1,000 held-out questions." in words
+    assert "seed 7" in words and "seconds, evaluation 14.2" in words and 'later_key {"nested": [1, 2]}' in words
+    assert "name: '<b>bold</b>'" in words
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sft": {"accuracy": 72.7}}, r"'sft\.accuracy' is 72\.7 \(float\), expected a share from 0 to 1"),
+        ({"sft": {"accuracy": "high"}}, r"'sft\.accuracy' is \"high\" \(str\), expected a share"),
+        ({"grpo": 3}, r"field 'grpo' is 3 \(int\), expected an object"),
+        ({"notes": [1]}, r"field 'notes' is a list of 1, expected a list of texts"),
+    ],
+)
+def test_results_that_cannot_be_right_are_refused(tmp_path, change, message):
+    root = make_run(tmp_path / "run")
+    (root / "results.json").write_text(json.dumps(RESULTS | change))
+    with pytest.raises(InputError, match=r"results\.json: .*" + message):
+        page_of(root)
+
+
+# Traces.
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        CHAT,
+        REASONING,
+        "",
+        "no tags at all",
+        "<think>hm <answer>[[B]]</answer></think>\n" + CHAT,
+        "hm</think>" + REASONING,
+        "<think>never closed <eval>",
+        "<rubric>open <eval>open <quote_A>open <quote_B>b</quote_B> </nothing></answer> <answer>[[A]]",
+        "<eval><rubric></eval></rubric></justify><justify>",
+        "</eval></eval><eval>",
+    ],
+)
+def test_cutting_a_trace_loses_nothing(text):
+    assert "".join(span.text for span in split_trace(text)) == text
+
+
+def test_random_tags_lose_nothing_and_a_long_hostile_trace_takes_no_time():
+    names = ("type", "rubric", "justify", "solution", "eval", "answer", "quote_A", "summary_B", "think")
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        pieces = [f"<{'/' * int(rng.integers(2))}{rng.choice(names)}>" for _ in range(int(rng.integers(1, 12)))]
+        text = " x ".join(pieces)
+        assert "".join(span.text for span in split_trace(text)) == text
+    begun = time.perf_counter()
+    for text in (
+        "<rubric>" * 8000 + "</rubric>" * 8000,
+        "<eval><rubric>" * 8000 + "</eval>" * 8000,
+        "<quote_A>" * 16000,
+    ):
+        assert "".join(span.text for span in split_trace(text)) == text
+    assert time.perf_counter() - begun < 5
+
+
+def test_the_colours_are_those_of_the_parsed_trace():
+    for text in (CHAT, REASONING, "let me see</think>" + CHAT):
+        trace, spans = parse_trace(text), split_trace(text)
+        said: dict[str, str] = {}
+        for span in spans:
+            said[span.part] = said.get(span.part, "") + ("" if span.tag else span.text)
+        said = {part: words.strip() for part, words in said.items()}
+        assert said["type"].lower() == trace.kind
+        assert said["answer"] == f"[[{trace.verdict}]]"
+        assert said.get("solution") == trace.solution and said.get("rubric") == trace.rubric
+        assert said.get("justify") == trace.justify
+        for quote in trace.quotes:
+            assert said[f"{quote.kind}_{quote.side}"] == quote.text
+        assert {s.block for s in spans if s.part.startswith(("quote", "summary"))} == {"eval"}
+    assert split_trace("let me see</think>" + CHAT)[0].block == "think"
+
+
+def test_a_trace_is_shown_with_its_parts_sides_and_badges(tmp_path):
+    page = page_of(make_run(tmp_path / "run"))
+    assert page.count('<details class="sample"') == 5
+    wrong = next(card for card in page.split('<details class="sample"') if ">q3<" in card)
+    assert 'data-outcome="wrong"' in wrong and 'data-stage="grpo"' in wrong and 'data-kind="chat"' in wrong
+    assert '<mark class="quote A" data-side="A">please</mark>' in wrong
+    assert '<mark class="summary B" data-side="B">2</mark>' in wrong
+    blocks = re.findall(r'class="block in-(\w+)"><h4>([^<]+)', wrong)
+    assert blocks == [
+        ("type", "Type"),
+        ("rubric", "Rubric"),
+        ("justify", "Why this rubric"),
+        ("eval", "Evaluation"),
+        ("answer", "Verdict"),
+    ]
+    words = words_of(wrong)
+    assert (
+        "✗ wrong" in words
+        and "Answer A better please do" in words
+        and "Answer B judge\N{RIGHT SINGLE QUOTATION MARK}s choice now do" in words
+    )
+    silent = next(card for card in page.split('<details class="sample"') if ">q5<" in card)
+    assert 'data-outcome="no verdict"' in silent and "Out of form: <eval> is not closed" in words_of(silent)
+
+
+def test_verdicts_stand_in_for_samples(tmp_path):
+    rows = [{"id": 1, "winner": "A", "status": "ok", "votes": 1, "text": REASONING, "correct": True}]
+    rows += [{"id": 2, "winner": None, "status": "too_long", "votes": 0, "text": "", "correct": None}]
+    rows += [{"id": 3, "winner": "B", "status": "ok", "votes": 1, "text": CHAT}]
+    write_lines(tmp_path / "run/verdicts.jsonl", rows)
+    page = page_of(tmp_path / "run")
+    assert [re.search(r'data-outcome="([^"]*)"', c)[1] for c in page.split("<details ")[1:]] == [
+        "right",
+        "no verdict",
+        "not known",
+    ]
+    assert 'data-kind="reasoning"' in page and "too_long" in page  # the kind is the trace's own where the row has none
+
+
+def test_of_many_judgements_an_even_choice_is_shown(tmp_path):
+    rows = [sample(i, stage="grpo") for i in range(300)]
+    rows[250:254] = [sample(i, stage="grpo", winner="B", correct=False) for i in range(250, 254)]
+    root = make_run(tmp_path / "run", rows)
+    page = page_of(root, max_traces=10)
+    shown = re.findall(r'<span class="id">(q\d+)</span>', page)
+    assert shown == ["q0", "q1", "q2", "q3", "q4", "q5", "q250", "q251", "q252", "q253"]
+    assert "10 of 300 judgements" in words_of(page) and "Of all, 296 right, 4 wrong." in words_of(page)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"text": 3}, r"samples\.jsonl:2:\d+: field 'text' is 3 \(int\), expected a text"),
+        ({"winner": "C"}, r"samples\.jsonl:2:\d+: field 'winner' is 'C', expected A or B"),
+        ({"correct": "yes"}, r"samples\.jsonl:2:\d+: field 'correct' is \"yes\""),
+    ],
+)
+def test_a_bad_sample_is_named_by_line_and_field(tmp_path, change, message):
+    root = make_run(tmp_path / "run", [sample(1), sample(2, **change)])
+    with pytest.raises(InputError, match=message):
+        page_of(root)
+
+
+# Nothing on the page runs or loads, whoever wrote it.
+
+
+def test_model_output_cannot_become_markup(tmp_path):
+    attack = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'></details></script>"
+    row = sample(1, text=f"<eval>{attack}<quote_A>{attack}</quote_A>", winner="B", correct=False)
+    row |= {name: attack for name in ("id", "stage", "kind", "task", "question", "response_a", "response_b", "status")}
+    root = make_run(tmp_path / "run", [row, sample(2)])
+    results = RESULTS | {"notes": [attack], attack: attack, "sft": RESULTS["sft"] | {attack: 0.5}}
+    (root / "results.json").write_text(json.dumps(results))
+    (root / "config.yaml").write_text(attack)
+    write_lines(root / "sft/metrics.jsonl", [{"step": 1, "stage": attack, attack: 1.0}])
+    page = page_of(root)
+    assert attack not in page and attack.lower() not in page and "<img" not in page
+    assert re.findall(r"<script[^>]*>", page) == [
+        '<script type="application/json" id="plot-data">',
+        '<script type="application/json" id="curves-data">',
+        "<script>",
+    ]
+    assert page.count(html.escape(attack[:25])) > 10  # shown, as text
+
+
+def test_the_page_is_complete_in_itself(tmp_path):
+    page = page_of(make_run(tmp_path / "run"))
+    assert "http:" not in page and "https:" not in page and "//" not in re.sub(r"^\s*// .*$", "", page, flags=re.M)
+    assert not re.search(r"\bsrc\s*=|@import|url\(|<link|<iframe|fetch\(|XMLHttp", page)
+    assert set(re.findall(r'href="([^"]*)"', page)) == {"#results", "#curves", "#traces", "#configuration"}
+    assert "default-src 'none'" in html.unescape(page)
+
+
+def test_half_a_surrogate_pair_does_not_stop_the_report(tmp_path):
+    root = make_run(tmp_path / "run")
+    (root / "results.json").write_text('{"note on \\ud800": "x \\udfff"}')
+    assert "x \\udfff" in page_of(root)
+
+
+def test_the_same_runs_give_the_same_bytes(tmp_path):
+    root = make_run(tmp_path / "run")
+    assert page_of(root) == page_of(root)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["report.html", "run"]  # nothing half-written is left
+
+
+# Metrics and the files of a run.
+
+
+def test_a_line_that_is_cut_short_is_a_note_and_any_other_bad_line_an_error(tmp_path):
+    root = make_run(tmp_path / "run")
+    file = root / "sft/metrics.jsonl"
+    whole = file.read_text()
+    file.write_text(whole + '{"step": 40, "lo')
+    assert "sft/metrics.jsonl:41: the last line is cut short" in words_of(page_of(root))
+    file.write_text(whole + '{"step": 40, "lo\n')
+    with pytest.raises(InputError, match=r"sft/metrics\.jsonl:41:17: not JSON: "):
+        page_of(root)
+    file.write_text('{"step": 0}\n{"step": 1, oops}\n{"step": 2}')
+    with pytest.raises(InputError, match=r"sft/metrics\.jsonl:2:13: not JSON: "):
+        page_of(root)
+    file.write_text('{"step": 0}\n{"step": "one"}\n')
+    with pytest.raises(
+        InputError, match=r"sft/metrics\.jsonl:2:10: field 'step' is \"one\" \(str\), expected an integer"
+    ):
+        page_of(root)
+    file.write_text("")
+    assert "sft/metrics.jsonl: no steps yet." in words_of(page_of(root))
+
+
+def test_a_step_that_is_written_again_counts_once_and_nulls_leave_a_gap(tmp_path):
+    rows = [{"step": 0, "loss": 5.0}, {"step": 1, "loss": 9.0}, {"step": 1, "loss": 4.0}, {"step": 2, "loss": None}]
+    write_lines(tmp_path / "run/metrics.jsonl", rows)
+    page = page_of(tmp_path / "run")
+    data = json.loads(re.search(r'id="curves-data">(.*?)</script>', page, flags=re.S)[1])
+    assert data[0]["lines"][0]["steps"] == [0, 1] and data[0]["lines"][0]["raw"] == [5.0, 4.0]
+    assert "loss is null or not finite in 1 of 3 steps" in words_of(page)
+
+
+def test_two_runs_share_their_panels_and_are_told_apart(tmp_path):
+    first, second = make_run(tmp_path / "a/quickstart"), make_run(tmp_path / "b/quickstart")
+    page = write_report([first, second, first], tmp_path / "deep/er/both.html").read_text()
+    words = words_of(page)
+    assert "a/quickstart, b/quickstart" in words and page.count("<figure>") == 4
+    data = json.loads(re.search(r'id="curves-data">(.*?)</script>', page, flags=re.S)[1])
+    assert [[line["run"] for line in panel["lines"]] for panel in data] == [[0, 1]] * 4
+    assert 'name="run"' in page
+
+
+def test_a_directory_without_a_run_says_what_was_expected(tmp_path):
+    (tmp_path / "empty/checkpoints").mkdir(parents=True)
+    with pytest.raises(InputError, match=r"empty: no run here\. Expected one of results\.json, metrics\.jsonl"):
+        write_report([tmp_path / "empty"], tmp_path / "report.html")
+    with pytest.raises(InputError, match=r"nowhere: no such directory"):
+        write_report([tmp_path / "nowhere"], tmp_path / "report.html")
+    with pytest.raises(InputError, match=r"is a directory; give the file to write"):
+        write_report([make_run(tmp_path / "run")], tmp_path)
+    with pytest.raises(InputError, match="no run directory given"):
+        write_report([], tmp_path / "report.html")
+
+
+# Curves.
+
+
+def test_smoothing_keeps_constants_and_ramps_and_takes_out_noise():
+    np.testing.assert_allclose(smooth([2.5] * 100), 2.5, rtol=1e-12)
+    np.testing.assert_allclose(smooth(np.arange(100.0))[:96], np.arange(96.0), atol=1e-9)  # centred: no lag
+    noise = np.random.default_rng(0).normal(size=2000)
+    assert smooth(noise)[200:].std() < 0.2
+    np.testing.assert_array_equal(smooth([3.0, 1.0, 2.0]), [3.0, 1.0, 2.0])  # too few to average
+
+
+def test_a_long_curve_is_thinned_and_keeps_its_spikes():
+    values = dict(enumerate(np.sin(np.arange(50_000) / 3000).tolist()))
+    values[31_234] = 40.0
+    line = make_panel("loss", {0: values}).lines[0]
+    assert len(line.steps) <= POINTS + 2 and line.steps[0] == 0 and line.steps[-1] == 49_999
+    assert 31_234 in line.steps and max(line.raw) == 40.0
+    assert list(line.steps) == sorted(set(line.steps))
+
+
+@pytest.mark.parametrize(
+    "values", [{5: 1.0}, {0: 0.0, 1: 0.0}, {0: -3.0, 9: -3.0}, {0: 1e-12, 1: 1e300}, {3: -1e-9, 4: 2.0}]
+)
+def test_any_finite_curve_has_ticks_and_stays_in_its_panel(values):
+    panel = make_panel("loss", {0: values})
+    assert len(panel.value_ticks) >= 2 and len(panel.step_ticks) >= 1
+    places = [float(x) for x in re.findall(r"-?[\d.]+", panel.lines[0].raw_path)]
+    assert (
+        all(np.isfinite(places))
+        and all(0 <= x <= 340 for x in places[::2])
+        and all(0 <= y <= 170 for y in places[1::2])
+    )
+
+
+def test_numbers_are_short():
+    assert [short(v) for v in (0, 0.5, 12.3456, 15000, 2.5e6, 3e-6, -1.25e-5, 2e12)] == (
+        ["0", "0.5", "12.35", "15k", "2.5M", "3e-6", "-1.25e-5", "2e12"]
+    )
+    assert short(0.865, percent=True) == "86.5%"
+
+
+# In a browser.
+
+
+def test_the_page_works_in_a_browser(tmp_path):
+    root = make_run(tmp_path / "run")
+    write_report([root], tmp_path / "report.html")
+    with chromium(tmp_path / "profile") as browser:
+        browser.open(tmp_path / "report.html")
+        shown = "[...document.querySelectorAll('.sample')].filter(s => s.offsetHeight > 0).length"
+        choose = "s = document.querySelector('select[name={}]'), s.value = '{}', s.dispatchEvent(new Event('change'))"
+        assert browser.evaluate(shown) == 5
+        browser.evaluate("var s; " + choose.format("outcome", "right"))
+        assert browser.evaluate(shown) == 3
+        browser.evaluate(choose.format("kind", "reasoning"))
+        assert browser.evaluate(shown) == 1
+        assert browser.evaluate("document.getElementById('count').textContent") == "1 of 5 traces"
+        browser.evaluate(choose.format("outcome", "wrong"))
+        assert browser.evaluate(shown) == 0
+        browser.evaluate("document.getElementById('close-all').click()")
+        assert browser.evaluate("document.querySelectorAll('.sample[open]').length") == 0
+        browser.evaluate(choose.format("outcome", ""))
+        browser.evaluate(choose.format("kind", ""))
+        browser.evaluate("document.getElementById('open-all').click()")
+        assert browser.evaluate("document.querySelectorAll('.sample[open]').length") == 5
+        assert browser.evaluate("document.querySelector('code.tag').offsetWidth") == 0
+        browser.evaluate("document.getElementById('show-tags').click()")
+        assert browser.evaluate("document.querySelector('code.tag').offsetWidth") > 0
+        # The curves' tooltip, by pointer and by key.
+        browser.evaluate(
+            "var svg = document.querySelectorAll('figure svg')[1], tip = svg.parentNode.querySelector('.tip')"
+        )
+        browser.evaluate(
+            "var b = svg.getBoundingClientRect(); svg.dispatchEvent(new PointerEvent('pointermove', "
+            "{clientX: b.left + b.width * (46 + 284 * 0.5) / 340, clientY: b.top + 20}))"
+        )
+        assert browser.evaluate("tip.textContent").split("\n")[0] in ("step 19", "step 20")
+        assert browser.evaluate("tip.textContent").split("\n")[1].startswith("74.")
+        browser.evaluate("svg.dispatchEvent(new KeyboardEvent('keydown', {key: 'Home'}))")
+        assert browser.evaluate("tip.textContent").split("\n")[0] == "step 0" and not browser.evaluate("tip.hidden")
+        # Both colour schemes, each with readable contrast; nothing wider than a phone.
+        for scheme in ("light", "dark"):
+            browser.set_scheme(scheme)
+            assert min(json.loads(browser.evaluate(CONTRASTS))) >= 4.5
+        browser.set_size(400, 800, mobile=True)
+        assert browser.evaluate("document.documentElement.scrollWidth") <= 400
+        assert browser.complaints() == []
+        assert {url.split(":")[0] for url in browser.requests()} <= {"file", "about"}
+
+
+def test_a_script_that_gets_into_the_page_is_not_run(tmp_path):
+    page = page_of(make_run(tmp_path / "run"))
+    (tmp_path / "bad.html").write_text(page.replace("</body>", "<script>var taken = true</script></body>"))
+    with chromium(tmp_path / "profile") as browser:
+        browser.open(tmp_path / "bad.html")
+        assert browser.evaluate("typeof taken") == "undefined"
+        assert browser.evaluate("document.querySelector('.controls').hidden") is False  # its own script has run

@@ -1,0 +1,152 @@
+"""What the tests of both training stages share: data of the small world, small runs, and a run that kills itself.
+
+As a program, `python training.py STAGE MODEL CONFIG.yaml STEP` runs a stage and dies by SIGKILL when it has written the
+metrics of STEP: the moment at which the most is done and not yet saved.
+"""
+
+import functools
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from rmr1_jax.config import dump_config, load_config
+from rmr1_jax.data.examples import sft_example
+from rmr1_jax.distributed.mesh import MeshConfig, activation_sharding
+from rmr1_jax.model.qwen import param_shardings
+from rmr1_jax.pairs.pair import render_pair
+from rmr1_jax.policy import load
+from rmr1_jax.quickstart.world import make_items, oracle_trace, to_pair, world_prompt
+from rmr1_jax.sampler.sample import SamplingConfig
+from rmr1_jax.train.config import GrpoConfig, SftConfig
+from rmr1_jax.train.grpo import grpo
+from rmr1_jax.train.metrics import MetricsLog, read_metrics
+from rmr1_jax.train.optim import OptimConfig, compile_update, init_state
+from rmr1_jax.train.rollout import RlPrompt
+from rmr1_jax.train.sft import sft
+
+EIGHT_DEVICES = (MeshConfig(fsdp=8), MeshConfig(fsdp=4, tensor=2), MeshConfig(replica=2, fsdp=2, tensor=2))
+
+
+def is_timing(key: str) -> bool:
+    return key.endswith("seconds") or key.startswith("tokens_per_second") or key == "mfu"
+
+
+small_sft = functools.partial(
+    SftConfig,
+    row_length=256,
+    rows_per_step=2,
+    micro_rows=2,
+    epochs=50,
+    optimizer=OptimConfig(lr=1e-2),
+    dtype="float32",
+    remat="none",
+)
+small_grpo = functools.partial(
+    GrpoConfig,
+    prompts_per_step=4,
+    mini_batch_prompts=4,
+    max_prompt_length=80,
+    row_length=128,
+    micro_rows=16,  # a step's sequences are one micro-batch, whatever their number: one shape, one compilation
+    sampling=SamplingConfig(n=4, max_new_tokens=12),
+    optimizer=OptimConfig(lr=1e-2, schedule="constant", warmup_ratio=0.0, b2=0.999),
+    dtype="float32",
+    remat="none",
+)
+
+
+def small_examples(policy, count=12):
+    prompt = world_prompt()
+    return [
+        sft_example(policy.tokenizer, item.id, render_pair(prompt, to_pair(item)), oracle_trace(item))
+        for item in make_items(count, split="sft")
+    ]
+
+
+def small_prompts(policy, count=10):
+    prompt = world_prompt()
+    return [
+        RlPrompt(
+            item.id, np.asarray(policy.tokenizer.render(render_pair(prompt, to_pair(item))), np.int32), item.better
+        )
+        for item in make_items(count, split="grpo")
+    ]
+
+
+def vowels(text: str, prompt: RlPrompt) -> float:
+    """A reward that random text already earns in part."""
+    return float(sum(c in "aeiou" for c in text))
+
+
+def run(stage: str, config, policy):
+    if stage == "sft":
+        return sft(config, policy=policy, examples=small_examples(policy))
+    return grpo(config, policy=policy, prompts=small_prompts(policy), reward=vowels)
+
+
+def run_and_kill(stage: str, model: Path, config, step: int) -> None:
+    """In another process, run until the metrics of `step` are written, then SIGKILL."""
+    path = model / f"{stage}.yaml"
+    path.write_text(dump_config(config), encoding="utf-8")
+    command = [sys.executable, __file__, stage, str(model), str(path), str(step)]
+    killed = subprocess.run(command, stderr=subprocess.PIPE, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+
+
+def metrics_but_timings(directory) -> list[dict]:
+    return [{k: v for k, v in row.items() if not is_timing(k)} for row in read_metrics(directory)]
+
+
+def assert_same(ours, theirs, atol=0.0):
+    """Trees of arrays are equal, or within `atol` of each other."""
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=atol), ours, theirs)
+
+
+def on_mesh(policy, mesh):
+    """The same policy, its weights laid out on another mesh."""
+    params = jax.device_put(policy.params, param_shardings(policy.config, mesh))
+    return type(policy)(policy.config, params, policy.tokenizer, mesh, policy.dtype)
+
+
+def plain_step(policy, loss):
+    """`step(params, arrays [A, B, T], count) -> (params less their gradient, metrics)` on the policy's mesh: plain
+    descent, so that weights compare as gradients do (Adam would blow up what rounding leaves of a zero)."""
+    optimizer = optax.sgd(1.0)
+    programs = []
+
+    def step(params, arrays, count):
+        with jax.set_mesh(policy.mesh):
+            state = init_state(jax.tree.map(jnp.array, params), optimizer)
+            if not programs:
+                programs.append(compile_update(state, loss=loss, optimizer=optimizer, clip=1e9))
+            arrays = {k: jax.device_put(v, activation_sharding(policy.mesh, "ABT", v.shape)) for k, v in arrays.items()}
+            state, metrics = programs[0](state, arrays, count)
+        return state.params, metrics
+
+    return step
+
+
+def _run_and_die(stage: str, model: str, config: str, step: str) -> None:
+    write = MetricsLog.write
+
+    def write_and_die(self, metrics):
+        write(self, metrics)
+        if metrics["step"] == int(step):
+            while not all(p.name.isdigit() for p in self.path.parent.glob("checkpoints/*")):
+                time.sleep(0.01)  # a save is under way
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    MetricsLog.write = write_and_die
+    run(stage, load_config({"sft": SftConfig, "grpo": GrpoConfig}[stage], config), load(model, "float32"))
+
+
+if __name__ == "__main__":
+    _run_and_die(*sys.argv[1:])
