@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rmr1_jax.errors import InputError
-from rmr1_jax.eval.logs import JUDGEMENTS
+from rmr1_jax.eval.logs import JUDGEMENTS, Judged, read_judgements
 from rmr1_jax.eval.scores import Items, bootstrap_interval, cohen_kappa, mcnemar, place_of, score, statistics
 from rmr1_jax.eval.summary import percent, percents
-from rmr1_jax.pairs.rows import BadRow, describe, read_rows
 
 _CLASSES = ("A", "B", None)
 
@@ -136,21 +135,14 @@ def _name(judgements: Path) -> str:
         return own
 
 
-def _rows(path: Path) -> Iterator[Mapping[str, Any]]:
-    """The rows of a file of judgements or verdicts, with what is needed of them checked."""
+def _rows(path: Path) -> Iterator[Judged]:
+    """The judgements or verdicts in a file, each id once."""
     seen: set[str] = set()
-    for row in read_rows(path):
-        if isinstance(row, BadRow):
-            raise row
-        if row.identifier("id") in seen:
-            raise row.bad("id", f"stands there twice: {row.value['id']!r}")
-        seen.add(row.identifier("id"))
-        if row.get("winner") not in _CLASSES:
-            raise row.bad("winner", f"is {describe(row.value['winner'])}, expected 'A', 'B' or null")
-        if not isinstance(row.get("correct"), bool):
-            raise row.bad("correct", f"is {describe(row.value['correct'])}, expected true or false")
-        row.mapping(row.value.get("meta") or {}, "meta", ())
-        yield row.value
+    for row in read_judgements(path, verdicts=True):
+        if row["id"] in seen:
+            raise InputError(f"{path}: two rows have the id {row['id']!r}; give a file that has each id once")
+        seen.add(row["id"])
+        yield row
 
 
 def _number(value: float) -> float | None:

@@ -15,11 +15,13 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+import pydantic
 
 from rmr1_jax.errors import InputError
 from rmr1_jax.files.write import writing
-from rmr1_jax.judge.judgement import STATUSES, count_votes
+from rmr1_jax.judge.judgement import Side, Status, Verdict, count_votes
 from rmr1_jax.pairs.pair import ROLES, PreferencePair
 from rmr1_jax.pairs.rows import BadRow, Row, describe, read_rows, source_files
 from rmr1_jax.prompts.trace import parse_trace
@@ -34,13 +36,47 @@ FLAG = "Is_Chosen_Answer_Shuffled_toPositionB"
 OURS = "rmr1"  # the key of what our entries say beyond the published format
 
 
-EXTRAS = ("winner", "status", "votes", "kind", "texts", "verdicts", "tokens", "scores", "note")
+class _Found(pydantic.BaseModel, strict=True):
+    """What a judge found, as `judgement_row` writes it: the fields of a row that a published entry does not have."""
+
+    winner: Verdict = None
+    status: Status = "ok"
+    votes: dict[str, int] = {}
+    kind: Literal["reasoning", "chat", None] = None
+    texts: list[list[str]] = []  # by order, then by vote; so are verdicts and tokens
+    verdicts: list[list[Verdict]] = []
+    tokens: list[list[Annotated[int, pydantic.Field(ge=0, lt=2**31)]]] = []
+    scores: Annotated[list[float], pydantic.Field(min_length=2, max_length=2)] | None = None
+    note: str = ""
 
 
-_OTHER = {"A": "B", "B": "A"}
+class _Verdict(_Found):
+    """A row of `rmr1 judge`, as far as a comparison of two runs needs it."""
+
+    winner: Verdict
+    correct: bool
+    better: Verdict = None
+    meta: dict[str, Any] = {}
 
 
-# The form of a judgement's fields, of which a file by someone else may have any other.
+class _Meta(pydantic.BaseModel, strict=True):
+    """The least that a row's `meta` has."""
+
+    benchmark: str
+    number: int = 0  # the pair's place in the data set
+
+
+class _Judgement(_Found):
+    """A row of judgements.jsonl, without the pair's texts."""
+
+    better: Side
+    winner: Verdict
+    correct: bool
+    status: Status
+    meta: _Meta
+
+
+# What `meta` must hold for a benchmark to count the row.
 _META = {
     "rewardbench": {"subset": str},
     "judgebench": {"subset": str},
@@ -49,17 +85,9 @@ _META = {
 }
 
 
-_TYPE = {str: "a text", int: "a whole number"}
+EXTRAS = tuple(_Found.model_fields)
 
-
-_BY_ORDER = {
-    "texts": (str, "texts"),
-    "verdicts": (str | None, "'A', 'B' or null"),
-    "tokens": (int, "whole numbers"),
-}
-
-
-_KNOWN = {"winner": (None, "A", "B"), "status": STATUSES, "kind": (None, "reasoning", "chat")}
+_OTHER = {"A": "B", "B": "A"}
 
 Conversation = list[tuple[str, str]]  # (role, content)
 
@@ -75,54 +103,69 @@ def with_meta(pair: PreferencePair, **more: Any) -> PreferencePair:
 # ---- our rows ----
 
 
-def read_judgements(path: Path) -> Iterator[Judged]:
-    """The rows of a judgements.jsonl, as they stand. Raises BadRow with the place for a row that is none."""
-    for row in read_rows(path):
-        if isinstance(row, BadRow):
-            raise row
+def read_judgements(path: Path, warnings: list[str] | None = None, *, verdicts: bool = False) -> Iterator[Judged]:
+    """The rows of a file of judgements, as they stand in it, every field checked.
+
+    Fields (see `judgement_row`): id, better, winner, status, correct, meta with `benchmark`; question, response_a and
+    response_b, or conversation_a and conversation_b; and, where they are known, votes, kind, texts, verdicts, tokens,
+    scores and note.
+
+    Args:
+        warnings: a last line that is cut short, as in a file that is still being written, is left out with a warning
+            in this list. By default it is an error.
+        verdicts: take the rows of `rmr1 judge` too: only id, winner and correct must be there.
+
+    Raises:
+        BadRow: an InputError with file, line and field.
+    """
+    for row in whole_rows(path, warnings):
         row.identifier("id")
-        if row.get("better") not in ("A", "B"):
-            raise row.bad("better", f"is {describe(row.value['better'])}, expected 'A' or 'B'")
-        if not isinstance(row.get("correct"), bool):
-            raise row.bad("correct", f"is {describe(row.value['correct'])}, expected true or false")
-        for name in ("winner", "status"):
-            row.get(name)
-        meta = row.mapping(row.get("meta"), "meta", ("benchmark",))
-        for name, kind in _META.get(str(meta["benchmark"]), {}).items():
-            if type(meta.get(name)) is not kind:
-                raise row.bad(f"meta.{name}", f"is {describe(meta.get(name))}, expected {_TYPE[kind]}")
-        if type(meta.get("number", 0)) is not int:
-            raise row.bad("meta.number", f"is {describe(meta['number'])}, expected {_TYPE[int]}")
-        if "question" in row.value:
-            for name in ("question", "response_a", "response_b"):
-                row.text(name)
+        if not verdicts:
+            _check(row, _Judgement, row.value)
+            _check_pair(row)
         else:
-            for name in ("conversation_a", "conversation_b"):
-                row.messages(name, ROLES, last="assistant")
-        _check_form(row, row.value)
+            _check(row, _Verdict, row.value)
         yield dict(row.value)
 
 
-def _check_form(row: Row, fields: Mapping[str, Any], prefix: str = "") -> None:
-    """Raises BadRow where a field of a judgement, if it is there, has another form than `judgement_row` gives it."""
-    for name, (kind, expected) in _BY_ORDER.items():
-        value = fields.get(name, [])
-        orders = value if isinstance(value, list) else [None]
-        flat = [each for own in orders if isinstance(own, list) for each in own]
-        if not all(isinstance(own, list) for own in orders) or not all(
-            isinstance(each, kind) and (kind is not int or 0 <= each < 2**31) for each in flat
-        ):
-            raise row.bad(prefix + name, f"is {describe(value)}, expected a list of orders, each a list of {expected}")
-    for name, known in _KNOWN.items():
-        if fields.get(name, known[0]) not in known:
-            raise row.bad(prefix + name, f"is {describe(fields[name])}, expected one of {known}")
-    votes, scores = fields.get("votes", {}), fields.get("scores")
-    if not isinstance(votes, dict) or not all(type(count) is int for count in votes.values()):
-        raise row.bad(f"{prefix}votes", f"is {describe(votes)}, expected the counts of A, B and invalid")
-    if scores is not None and not (
-        isinstance(scores, list) and len(scores) == 2 and all(isinstance(score, int | float) for score in scores)
-    ):
-        raise row.bad(f"{prefix}scores", f"is {describe(scores)}, expected two numbers")
+def whole_rows(path: Path, warnings: list[str] | None = None) -> Iterator[Row]:
+    """The rows of a JSONL file; raises the first BadRow. With `warnings`, a last line that is cut short is left out and
+    noted there."""
+    rows = read_rows(path)
+    for row in rows:
+        if isinstance(row, BadRow):
+            if warnings is None or next(rows, None) is not None or path.read_bytes().endswith(b"\n"):
+                raise row
+            warnings.append(f"{path}:{row.place.line}: the last line is cut short (still written?); it is left out.")
+            return
+        yield row
+
+
+def _check(row: Row, form: type[pydantic.BaseModel], fields: Mapping[str, Any], prefix: str = "") -> None:
+    """Raises BadRow where `fields` have another form."""
+    try:
+        form.model_validate(fields)
+    except pydantic.ValidationError as e:
+        error = e.errors()[0]
+        name = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in error["loc"]).lstrip(".")
+        if error["type"] == "missing":
+            raise row.bad(prefix + name, "is missing") from None
+        expected = error["msg"].replace("Input should be", "expected")
+        raise row.bad(prefix + name, f"is {describe(error['input'])}, {expected}") from None
+
+
+def _check_pair(row: Row) -> None:
+    meta = row.value["meta"]
+    for name, kind in _META.get(meta["benchmark"], {}).items():
+        if type(meta.get(name)) is not kind:
+            expected = "a text" if kind is str else "a whole number"
+            raise row.bad(f"meta.{name}", f"is {describe(meta.get(name))}, expected {expected}")
+    if "question" in row.value:
+        for name in ("question", "response_a", "response_b"):
+            row.text(name)
+    else:
+        for name in ("conversation_a", "conversation_b"):
+            row.messages(name, ROLES, last="assistant")
 
 
 def conversations(row: Judged) -> tuple[Conversation, Conversation]:
@@ -200,7 +243,7 @@ def with_ours(entry: Row, row: Judged, ours: object) -> Judged:
     """The row with what one of our own entries says beyond the published format; nothing where it is another's."""
     if not isinstance(ours, dict):
         return row
-    _check_form(entry, ours, f"{OURS}.")
+    _check(entry, _Found, ours, f"{OURS}.")
     return {**row, **{key: ours[key] for key in EXTRAS if key in ours}}
 
 

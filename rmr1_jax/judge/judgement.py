@@ -14,7 +14,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 from rmr1_jax.errors import InputError
 from rmr1_jax.pairs.pair import PreferencePair
@@ -25,7 +25,16 @@ from rmr1_jax.prompts.verdict import eval_verdict, strict_verdict
 RULES = MappingProxyType({"strict": strict_verdict, "eval": eval_verdict})
 
 
-STATUSES = ("ok", "tie", "invalid", "too_long")
+Side = Literal["A", "B"]
+
+
+Verdict = Literal["A", "B", None]  # of a text, or of a judgement; None: it names neither answer
+
+
+Status = Literal["ok", "tie", "invalid", "too_long"]
+
+
+STATUSES: tuple[Status, ...] = get_args(Status)
 
 
 _SWAP = {"A": "B", "B": "A", None: None}

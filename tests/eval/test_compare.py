@@ -96,7 +96,7 @@ def test_runs_that_cannot_be_compared(tmp_path):
     twice = tmp_path / "twice.jsonl"
     twice.write_text((a / "judgements.jsonl").read_text() * 2)
     for one, other in ((twice, a), (a, twice)):
-        with pytest.raises(InputError, match="'id' stands there twice: '1'"):
+        with pytest.raises(InputError, match="two rows have the id '1'"):
             compare(one, other)
 
 

@@ -114,7 +114,7 @@ def test_a_bad_entry_is_named_with_its_place(tmp_path, change, field, reason):
     ("change", "reason"),
     [
         ({"better": None}, "field 'better' is null, expected 'A' or 'B'"),
-        ({"correct": 1}, "field 'correct' is 1 (int), expected true or false"),
+        ({"correct": 1}, "field 'correct' is 1 (int), expected a valid boolean"),
         ({"meta": {}}, "field 'meta.benchmark' is missing"),
     ],
 )
