@@ -12,11 +12,9 @@ from typing import NamedTuple
 
 from rmr1_jax.errors import InputError
 from rmr1_jax.prompts.prompt import Messages, Prompt
+from rmr1_jax.prompts.verdict import other_side
 
 ROLES = ("user", "assistant")
-
-
-_OTHER = {"A": "B", "B": "A", None: None}
 
 
 class Message(NamedTuple):
@@ -122,7 +120,7 @@ class PreferencePair:
             self,
             conversation_a=self.conversation_b,
             conversation_b=self.conversation_a,
-            better=_OTHER[self.better],
+            better=other_side(self.better),
         )
 
 

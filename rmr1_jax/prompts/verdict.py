@@ -25,8 +25,15 @@ _FINAL_ANSWER = re.compile(r"<answer>\[\[([AB])\]\]</answer>(?:\s*</(?:type|rubr
 
 _ANY_ANSWER = re.compile(r"<answer>\s*\[\[([AB])\]\]")
 
+SIDES = ("A", "B")  # the letters of the two answers, in the order in which the judge sees them
 
-_OTHER = {"A": "B", "B": "A"}
+
+def other_side(side: str | None) -> str | None:
+    """The letter of the other answer: "B" for "A", "A" for "B"; None (no verdict) stays None.
+
+    A verdict on a pair whose answers were exchanged is translated back by this function.
+    """
+    return {"A": "B", "B": "A", None: None}[side]
 
 
 def training_reward(text: str, right: str, last_chars: int = 80) -> float:
@@ -34,12 +41,12 @@ def training_reward(text: str, right: str, last_chars: int = 80) -> float:
 
     `last_chars` is how many characters the end has, 80 as published (arXiv 2505.02387 and its code).
     """
-    if right not in _OTHER:
+    if right not in SIDES:
         raise InputError(f"right={right!r}: the better answer is named 'A' or 'B'")
     if last_chars < 1:
         raise InputError(f"last_chars={last_chars}: expected at least 1; the published rule has 80")
     end = text[-last_chars:]
-    gives = f"<answer>[[{right}]]</answer>" in end and f"<answer>[[{_OTHER[right]}]]</answer>" not in end
+    gives = f"<answer>[[{right}]]</answer>" in end and f"<answer>[[{other_side(right)}]]</answer>" not in end
     return 1.0 if gives else -1.0
 
 

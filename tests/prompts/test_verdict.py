@@ -5,7 +5,7 @@ import json
 import pytest
 
 from rmr1_jax.errors import InputError
-from rmr1_jax.prompts.verdict import eval_verdict, format_reward, strict_verdict, training_reward
+from rmr1_jax.prompts.verdict import eval_verdict, format_reward, other_side, strict_verdict, training_reward
 
 A, B = "<answer>[[A]]</answer>", "<answer>[[B]]</answer>"
 
@@ -129,6 +129,12 @@ def test_eval_verdict(text, verdict):
 )
 def test_strict_verdict(text, verdict):
     assert strict_verdict(text) == verdict
+
+
+def test_other_side():
+    assert [other_side(side) for side in ("A", "B", None)] == ["B", "A", None]
+    with pytest.raises(KeyError):
+        other_side("model_a")
 
 
 def test_format_reward():
