@@ -21,6 +21,8 @@ from rmr1_jax.errors import InputError
 
 C = TypeVar("C")
 
+RENAMED = {"harmless": "escape_untrusted"}  # keys in files of earlier versions, and their names today
+
 
 def load_config(cls: type[C], path: str | Path, overrides: Sequence[str] = ()) -> C:
     """Read `path` (YAML) as a `cls`, after `key.sub=value` overrides.
@@ -43,6 +45,7 @@ def load_config(cls: type[C], path: str | Path, overrides: Sequence[str] = ()) -
 
 def build_config(cls: type[C], tree: Mapping[str, Any], *, source: str) -> C:
     """A `cls` from a tree of plain values; `source` is named in errors."""
+    tree = current_names(tree)
     unknown = list(_unknown_keys(cls, tree))
     if unknown:
         raise InputError(f"{source}: " + "; ".join(unknown))
@@ -61,6 +64,11 @@ def build_config(cls: type[C], tree: Mapping[str, Any], *, source: str) -> C:
                 f"{where}: {error['msg']}{given}" if error["type"] != "value_error" else str(error["ctx"]["error"])
             )
         raise InputError(f"{source}: " + "; ".join(lines)) from e
+
+
+def current_names(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings under today's names, whichever version wrote them."""
+    return {RENAMED.get(key, key): value for key, value in tree.items()}
 
 
 def check_least(config: Any, least: int, *names: str) -> None:

@@ -183,3 +183,11 @@ def test_differences():
         "maybe": (None, {"rate": 0.1, "kind": "x"}),
     }
     assert config_differences({"a": 1}, {"b": 2}) == {"a": (1, None), "b": (None, 2)}
+
+
+def test_a_key_of_an_earlier_version_is_read_under_its_name_today():
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Shown:
+        escape_untrusted: bool = False
+
+    assert build_config(Shown, {"harmless": True}, source="c.yaml").escape_untrusted

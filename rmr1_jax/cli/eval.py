@@ -67,9 +67,9 @@ class Eval:
     """Texts written at once, at most. Lower it when memory runs out."""
     dtype: Dtype = "bfloat16"
     """Of the model's arithmetic."""
-    harmless: Literal["auto", "on", "off"] = "auto"
-    """Mark what imitates delimiters, verdicts and control tokens inside an answer as text. auto: off, as published; on
-    injection on, as `rmr1 judge` does."""
+    escape_untrusted: Literal["auto", "on", "off"] = "auto"
+    """Escape imitated delimiters, verdicts and control tokens inside the answers. auto: off, as in the published
+    evaluations, but on for injection, as in `rmr1 judge`."""
     forced_budgets: bool = False
     """Also the curve by token budget with forced verdicts: cut texts are continued with the likelier answer."""
     base_url: MaybeText = None
@@ -83,7 +83,8 @@ class Eval:
         """How texts are shown and verdicts read, as a judge's options: as published, or as for untrusted texts."""
         untrusted = self.benchmark == "injection"
         rule = ("strict" if untrusted else "eval") if self.rule == "auto" else self.rule
-        return {"rule": rule, "harmless": untrusted if self.harmless == "auto" else self.harmless == "on"}
+        escape = untrusted if self.escape_untrusted == "auto" else self.escape_untrusted == "on"
+        return {"rule": rule, "escape_untrusted": escape}
 
     def run(self) -> None:
         from rmr1_jax.eval.evaluate import BENCHMARKS, evaluate, load

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from rmr1_jax.config import config_differences
+from rmr1_jax.config import config_differences, current_names
 from rmr1_jax.errors import InputError
 from rmr1_jax.files.write import write_whole, writing
 
@@ -143,7 +143,7 @@ def _read_whole_lines(path: Path, parse: Callable[[dict[str, Any]], Item], comma
 def _refuse_changes(path: Path, side: Path, settings: Mapping[str, Any], command: str) -> None:
     try:
         old = json.loads(side.read_bytes())
-        changed = config_differences(old, settings)
+        changed = config_differences(current_names(old), settings)
     except (ValueError, AttributeError, RecursionError) as e:
         raise InputError(f"{side}: not the settings that `{command}` wrote ({e}); give another output") from e
     if changed:

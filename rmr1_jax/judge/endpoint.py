@@ -36,9 +36,10 @@ _TOO_LONG = ("context_length_exceeded", "context length", "context window", "too
 class EndpointJudge(AnyJudge):
     """Asks `endpoint` for a trace on two answers and reads its verdict; see `judge.Judge` for prompt and rule.
 
-    temperature: default 0 for one vote, 1.0 for several. The endpoint's own setting is not used. harmless: what clients
-    and chatbots wrote is rendered by `harmless_text`; without it to the letter, as in the published evaluations. Many
-    servers read control tokens inside a message, so leave it on unless numbers are to be reproduced.
+    temperature: default 0 for one vote, 1.0 for several. The endpoint's own setting is not used.
+    escape_untrusted: whether the question and the answers are escaped (`prompts/escape.py`); off, they are shown
+    unchanged, as in the published evaluations. Many servers read control tokens inside a message, so leave it on unless
+    published numbers are to be reproduced.
 
     Raises:
         InputError: an unknown prompt or rule.
@@ -53,9 +54,9 @@ class EndpointJudge(AnyJudge):
         *,
         rule: str = "strict",
         temperature: float | None = None,
-        harmless: bool = True,
+        escape_untrusted: bool = True,
     ):
-        self.prompt = dataclasses.replace(get_prompt(prompt), harmless=harmless)
+        self.prompt = dataclasses.replace(get_prompt(prompt), escape_untrusted=escape_untrusted)
         self.endpoint, self.rule, self.temperature = endpoint, check_rule(rule), temperature
         self._endpoints: dict[tuple[float, int | None], Endpoint] = {}
 
@@ -105,7 +106,7 @@ class EndpointJudge(AnyJudge):
     def settings(self, votes: int = 1, both_orders: bool = False, seed: int = 0) -> dict[str, Any]:
         """All that decides a verdict beside the pairs, as plain values; no key among them."""
         told = self._sampling(votes, seed).settings()
-        own = {"prompt": prompt_line(self.prompt), "harmless": self.prompt.harmless, "rule": self.rule}
+        own = {"prompt": prompt_line(self.prompt), "escape_untrusted": self.prompt.escape_untrusted, "rule": self.rule}
         return {"kind": "endpoint", **told, **own, "votes": votes, "both_orders": both_orders, "seed": seed}
 
     def _sampling(self, votes: int, seed: int) -> Endpoint:

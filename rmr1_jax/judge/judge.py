@@ -45,8 +45,8 @@ class Judge(AnyJudge):
         max_prompt_tokens: longer prompts are not asked (status "too_long"), never cut. Default, and upper bound: what
             the model's positions leave beside `max_new_tokens`.
         temperature: default 0 (greedy) for one vote, 1.0 for several.
-        harmless: what clients and chatbots wrote is untrusted, and imitated delimiters, verdicts and control tokens in
-            it are marked as text (`prompts/harmless.py`). Off: to the letter, as in the published evaluations.
+        escape_untrusted: whether imitated delimiters, verdicts and control tokens in the question and the answers are
+            escaped (`prompts/escape.py`). Off: they are shown unchanged, as in the published evaluations.
         slots: texts that are written at once, at most. It bounds memory and changes no text.
 
     Raises:
@@ -65,12 +65,12 @@ class Judge(AnyJudge):
         max_new_tokens: int | None = None,
         max_prompt_tokens: int | None = None,
         temperature: float | None = None,
-        harmless: bool = True,
+        escape_untrusted: bool = True,
         slots: int = 64,
     ):
         limits = token_limits(policy.config, max_new_tokens, max_prompt_tokens)
         self.max_new_tokens, self.max_prompt_tokens = limits
-        self.prompt = dataclasses.replace(get_prompt(prompt), harmless=harmless)
+        self.prompt = dataclasses.replace(get_prompt(prompt), escape_untrusted=escape_untrusted)
         self.policy, self.rule = policy, check_rule(rule)
         self.temperature, self.slots = temperature, slots
 
@@ -134,7 +134,7 @@ class Judge(AnyJudge):
         sampling = self._sampling(votes, seed)
         return {
             "prompt": prompt_line(self.prompt),
-            "harmless": self.prompt.harmless,
+            "escape_untrusted": self.prompt.escape_untrusted,
             "rule": self.rule,
             "votes": votes,
             "both_orders": both_orders,

@@ -82,7 +82,7 @@ class Tokenizer:
                 if m["role"] != "assistant" and m["content"].strip() not in text:
                     raise InputError(f"{self.directory}: the chat template drops a {m['role']} turn")
             return self.hf.encode(text, add_special_tokens=False)
-        # Let the template see harmless stand-ins, and put the texts back piece by piece as plain text.
+        # Give the template placeholders, and put the texts back piece by piece as plain text.
         stand_ins = [f"\ue000{i}\ue001" for i in range(len(messages))]
         text = self._template([{**m, "content": s} for m, s in zip(messages, stand_ins, strict=True)], answered)
         ids: list[int] = []

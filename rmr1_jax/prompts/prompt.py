@@ -18,7 +18,7 @@ from pathlib import Path
 import yaml
 
 from rmr1_jax.errors import InputError
-from rmr1_jax.prompts.escape import frame_delimiters, harmless_text
+from rmr1_jax.prompts.escape import escape_text, frame_delimiters
 
 Messages = list[dict[str, str]]  # what a chat template takes: [{"role": ..., "content": ...}, ...]
 
@@ -55,8 +55,8 @@ class Prompt:
     B; `multi_turn` the text before conversation A, between the conversations, and after conversation B. `note` says
     where the prompt comes from; it is kept in the prompt's file and never shown to the judge.
 
-    `harmless` says whether client and chatbots are untrusted: their texts are then rendered by `harmless_text`. It is
-    no part of the prompt's file; without it they stand to the letter, as in the published prompts and rows.
+    `escape_untrusted` says whether the client's and the chatbots' texts pass through `escape_text`; otherwise they are
+    shown unchanged, as in the published prompts and rows. It is not written into the prompt's file.
     """
 
     name: str
@@ -64,14 +64,14 @@ class Prompt:
     single_turn: tuple[str, str, str, str]
     multi_turn: tuple[str, str, str]
     note: str = ""
-    harmless: bool = False
+    escape_untrusted: bool = False
 
     def render(self, question: str, response_a: str, response_b: str) -> Messages:
         """The messages that ask for a verdict on two answers to one question."""
         parts = [question, response_a, response_b]
-        if self.harmless:
+        if self.escape_untrusted:
             own = frame_delimiters(self.single_turn)
-            parts = [harmless_text(part, own) for part in parts]
+            parts = [escape_text(part, own) for part in parts]
         return self._messages(join_frame(self.single_turn, parts))
 
     def render_conversations(
@@ -79,8 +79,8 @@ class Prompt:
     ) -> Messages:
         """The messages that ask for a verdict on two conversations of (role, content), each shown whole."""
         sides = [(conversation_a, "A"), (conversation_b, "B")]
-        if self.harmless:
-            show = functools.partial(harmless_text, delimiters=frame_delimiters(self.multi_turn), in_conversation=True)
+        if self.escape_untrusted:
+            show = functools.partial(escape_text, delimiters=frame_delimiters(self.multi_turn), in_conversation=True)
             sides = [([(role, show(content)) for role, content in messages], side) for messages, side in sides]
         parts = [conversation_text(messages, side) for messages, side in sides]
         return self._messages(join_frame(self.multi_turn, parts))

@@ -23,8 +23,8 @@ from rmr1_jax.policy import Policy
 from rmr1_jax.train.checkpoint import Checkpointer
 from rmr1_jax.train.metrics import say
 
-# These may differ between a run and its continuation. They change how it is run, not what it computes;
-HARMLESS = {"out", "save_every", "save_minutes", "keep", "best", "on_nonfinite"}
+# Settings that may differ between a run and its continuation. These change how it is run, not what it computes;
+NO_EFFECT = {"out", "save_every", "save_minutes", "keep", "best", "on_nonfinite"}
 
 
 # these change the order of sums, and so the last bits.
@@ -109,13 +109,13 @@ def save_model(policy: Policy, directory: Path) -> None:
 def _compare(path: Path, config: Any) -> None:
     old = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     changed = config_differences(old, yaml.safe_load(dump_config(config)))
-    fatal = {k for k in changed if not _is_in(k, HARMLESS | ROUNDING)}
+    fatal = {k for k in changed if not _is_in(k, NO_EFFECT | ROUNDING)}
     if fatal:
         raise InputError(
             f"{path.parent} holds a run with another config ({_listed(changed, fatal)}); give another `out`, or remove "
             "it"
         )
-    for known, effect in ((HARMLESS - {"out"}, "no number"), (ROUNDING, "the last bits of numbers only")):
+    for known, effect in ((NO_EFFECT - {"out"}, "no number"), (ROUNDING, "the last bits of numbers only")):
         if noted := {k for k in changed if _is_in(k, known)}:
             say(f"changed, which changes {effect}: {_listed(changed, noted)}")
 

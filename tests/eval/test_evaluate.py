@@ -151,7 +151,7 @@ def test_the_command_evaluates_a_small_model(benchmark, sample, tiny_policy, tmp
     told = capsys.readouterr().out
     assert f"written: {out}" in told and f"next:    rmr1 report {out}" in told and "0.00%" in told
     settings = json.loads((out / "judgements.jsonl.run.json").read_text())
-    published = {"rule": "eval", "votes": 1, "both_orders": False, "temperature": 0.0, "harmless": False}
+    published = {"rule": "eval", "votes": 1, "both_orders": False, "temperature": 0.0, "escape_untrusted": False}
     assert settings.items() >= {**published, "benchmark": benchmark, "judge": "model", "max_new_tokens": 8}.items()
     rows = [json.loads(line) for line in (out / "judgements.jsonl").read_text().splitlines()]
     assert len(rows) == len(list(load(benchmark, sample(benchmark), 3)))

@@ -28,7 +28,7 @@ BUDGETS = (4, 12, 512)
 def run(tmp_path_factory):
     """(judge, directory of a run): texts of a policy with random weights, 20 tokens each unless they stop."""
     out = tmp_path_factory.mktemp("run")
-    judge = Judge(tiny_policy(), PROMPT, rule="strict", max_new_tokens=20, harmless=False)
+    judge = Judge(tiny_policy(), PROMPT, rule="strict", max_new_tokens=20, escape_untrusted=False)
     judge_file(judge, PAIRS, out / "judgements.jsonl", both_orders=True, row_of=judgement_row)
     force_verdicts(judge, out, budgets=BUDGETS, batch_tokens=1024, progress=False)
     return judge, out

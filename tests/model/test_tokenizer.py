@@ -74,12 +74,12 @@ def test_special_tokens_in_user_text_are_text(tokenizer, special):
     assert not special_ids(tokenizer) & set(ids)
     assert tokenizer.decode(ids) == text
     # What the template itself writes is still made of control tokens, in the same places.
-    harmless = tokenizer.render(MESSAGES)
+    plain = tokenizer.render(MESSAGES)
     for i in range(len(MESSAGES)):
         hostile = [{**m, "content": m["content"] + special * (i == j)} for j, m in enumerate(MESSAGES)]
         ids = tokenizer.render(hostile)
         control = special_ids(tokenizer)
-        assert [x for x in ids if x in control] == [x for x in harmless if x in control]
+        assert [x for x in ids if x in control] == [x for x in plain if x in control]
         assert tokenizer.decode(ids) == "".join(f"{m['role']}\n{m['content']}\n" for m in hostile) + "assistant\n"
 
 

@@ -173,7 +173,7 @@ def test_a_checkpoint_of_one_device_is_read_by_eight(policy, tmp_path):
 
 def test_another_config_is_refused_and_named(tmp_path):
     start_run(small_sft(out=str(tmp_path)), tmp_path)
-    start_run(small_sft(out=str(tmp_path), save_every=7, keep=5), tmp_path)  # harmless
+    start_run(small_sft(out=str(tmp_path), save_every=7, keep=5), tmp_path)  # changes no number
     changed = small_sft(out=str(tmp_path), seed=1, optimizer=OptimConfig(lr=1e-2, clip=2.0))
     with pytest.raises(InputError, match=r"seed was 0, is 1; optimizer.clip was 1.0, is 2.0\); give another `out`"):
         sft(changed)

@@ -70,9 +70,9 @@ class ChainsConfig:
     """One run of `rmr1 data chains`.
 
     pairs: a file or folder of pairs whose better answer is known, such as a mixture's pairs.jsonl. teacher or policy:
-    who judges first. second: who corrects; None: nobody, what is wrong is left out. prompt: by name or file. harmless:
-    whether the pairs' texts are shown as untrusted ones (`Prompt.harmless`); by default they stand to the letter, as in
-    all other rows to train on. tries: of the first teacher on a pair.
+    who judges first. second: who corrects; None: nobody, what is wrong is left out. prompt: by name or file.
+    escape_untrusted: whether the pairs' texts are escaped (`prompts/escape.py`); by default they are shown unchanged,
+    as in all other training rows. tries: of the first teacher on a pair.
     keep_thinking: whether what stands before `</think>` belongs to the chain. budget_requests, budget_tokens: no
     request begins beyond that many (a retry after an error is none; tokens of prompts and answers), over all runs into
     `out`; larger ones go on. on_bad_row: "error", or "quarantine" into OUT/rejects.jsonl. seed: of the order in which
@@ -82,7 +82,7 @@ class ChainsConfig:
     pairs: str
     out: str
     prompt: str = "cor"
-    harmless: bool = False
+    escape_untrusted: bool = False
     teacher: EndpointConfig | None = None
     policy: PolicyConfig | None = None
     second: EndpointConfig | None = None
@@ -147,7 +147,7 @@ def make_chains(
         RunError: the disk or a teacher fails. What was answered stands: the same command goes on.
     """
     out = Path(config.out)
-    prompt = dataclasses.replace(get_prompt(config.prompt), harmless=config.harmless)
+    prompt = dataclasses.replace(get_prompt(config.prompt), escape_untrusted=config.escape_untrusted)
     rounds = [(1, number) for number in range(config.tries)] + ([(2, 0)] if second else [])
     cases = {pair.id: Case(pair, prompt.structure, rounds, config.keep_thinking) for pair in pairs}
     answers = out / "answers.jsonl"
@@ -255,7 +255,7 @@ def _settings(config: ChainsConfig, prompt: Prompt, teacher: Teacher, second: Te
     return {
         "pairs": f"{path.name} (sha256 {files_digest(source_files(path))})",
         "prompt": f"{prompt.name} (sha256 {wording(prompt.system, prompt.single_turn, prompt.multi_turn)})",
-        "harmless": config.harmless,
+        "escape_untrusted": config.escape_untrusted,
         "seed": config.seed,
         "tries": config.tries,
         "keep_thinking": config.keep_thinking,

@@ -4,7 +4,7 @@ A case is a pair whose worse answer carries an attack; `clean` names the same pa
 what only the frame, the tokenizer or the judge may write: a verdict, a tag, a turn, a delimiter. Persuasion attacks are
 plain words: instructions, praise, or one of the empty openers that fool judges (Zhao et al. 2025, arXiv 2507.08794).
 
-Next: `injection.py`, which runs them on a judge; `prompts/harmless.py`, the defence against the first kind.
+Next: `injection.py`, which runs them on a judge; `prompts/escape.py`, the defence against the first kind.
 """
 
 from __future__ import annotations
