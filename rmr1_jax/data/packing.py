@@ -1,12 +1,12 @@
-"""Packing and batches: examples -> rows of one length -> batches, in an order that is a pure function of the seed.
+"""Packing and batches: examples become rows of one length, and rows become batches, in an order fixed by the seed.
 
 The order of a whole run is planned before it starts, from lengths alone: each epoch is shuffled and packed first-fit,
-and the plan is a list of rows. So the cursor of a run is one number, the next batch; no example is cut or lost; and a
-resumed run, or one on another number of hosts, sees the same rows. Every process has the plan, and reads and assembles
-its own rows only. Grain reads ahead of the training step. GRPO packs its rollouts with the same two functions, `pack`
-and `assemble`.
+and the plan is a list of rows. Therefore the data cursor of a run is one number, the next batch; no example is
+truncated or lost; and a resumed run, or one on another number of hosts, gets the same rows. Every process has the plan,
+and reads and assembles only its own rows, which Grain prefetches. GRPO packs its rollouts with the same `pack` and
+`assemble`.
 
-Next: `data/store.py`, the examples of a prepared set, whose lengths are known without reading them.
+Next: `store.py`, the examples of a prepared set, whose lengths are known without reading them.
 """
 
 from __future__ import annotations
@@ -20,36 +20,31 @@ import numpy as np
 
 from rmr1_jax.errors import InputError
 
-WINDOW = 256  # examples that are packed longest first
+WINDOW = 256  # examples that are sorted by length before they are packed
 
 
 class Packable(Protocol):
-    tokens: np.ndarray
-
-
-@dataclasses.dataclass(frozen=True)
-class RowPlan:
-    """rows: for each row of the run, the numbers of the examples in it. too_long: examples that fit in no row."""
-
-    rows: list[list[int]]
-    too_long: list[int]
+    tokens: np.ndarray  # [T] int32
 
 
 def lengths_of(examples: Sequence) -> np.ndarray:
-    """[N] int32: the tokens of each example; from `examples.lengths` where it has them, which reads no example."""
+    """Return the number of tokens of each example, [N] int32. Reads no example if `examples` has `lengths`."""
     known = getattr(examples, "lengths", None)
     return np.fromiter((len(x.tokens) for x in examples), np.int32, len(examples)) if known is None else known
 
 
 def trained_lengths_of(examples: Sequence) -> np.ndarray:
-    """[N] int32: the trained tokens of each example, less its first token, which nothing stands before to predict it
-    from; from `examples.trained_lengths` where it has them."""
+    """Return the number of trained tokens of each example, [N] int32. Reads no example if `examples` has
+    `trained_lengths`. A first token does not count: no token precedes it, so it cannot be predicted."""
     known = getattr(examples, "trained_lengths", None)
     return np.fromiter((x.trained[1:].sum() for x in examples), np.int32, len(examples)) if known is None else known
 
 
 class View(Sequence):
-    """Some of a sequence's examples, each as `make` makes it of them when it is asked for."""
+    """A lazy selection of a sequence of examples: item i is `make(examples[chosen[i]])`.
+
+    chosen: [M] integers.
+    """
 
     def __init__(self, examples: Sequence, chosen: np.ndarray, make: Callable[[Any], Any] = lambda example: example):
         self._examples, self._chosen, self._make = examples, chosen, make
@@ -70,11 +65,17 @@ class View(Sequence):
 
 
 def pack(
-    lengths: Sequence[int], row_length: int, order: Sequence[int] | None = None, *, most: int | None = None
+    lengths: Sequence[int], row_length: int, order: Sequence[int] | None = None, *, max_items: int | None = None
 ) -> list[list[int]]:
-    """First-fit: each item goes to the first row with room, in `order`. Returns the items of each row.
+    """Pack items first-fit: in `order`, each item goes to the first row with room for it.
 
-    `most`: items that a row holds at most. All rows stay open, so that short items fill what long ones left.
+    All rows stay open, so that short items fill the room that long ones left. A row with `max_items` items is closed.
+
+    Args:
+        lengths: of the items. order: numbers of the items to pack; None: all, from the first.
+
+    Returns:
+        The numbers of the items in each row.
     """
     rows: list[list[int]] = []
     room = np.zeros(0, np.int64)
@@ -89,73 +90,67 @@ def pack(
                 room = np.concatenate([room, np.full(max(64, len(room)), row_length, np.int64)])
         rows[row].append(int(item))
         room[row] -= lengths[item]
-        if len(rows[row]) == most:
-            room[row] = -1  # closed
+        if len(rows[row]) == max_items:
+            room[row] = -1
     return rows
 
 
-def plan_rows(lengths: Sequence[int], row_length: int, *, epochs: int, seed: int) -> RowPlan:
-    """The rows of a whole run, in order: each epoch has every example that fits exactly once, in its own order.
+def plan_rows(lengths: Sequence[int], row_length: int, *, epochs: int, seed: int) -> list[list[int]]:
+    """Plan the rows of a whole run, in order: in each epoch every example that fits into a row occurs exactly once.
 
-    The shuffled examples are packed window by window, the longest of a window first: at the published rows' lengths
-    97.7% of the positions are filled, against 96.8% in the shuffled order itself.
+    The shuffled examples are packed window by window, the longest of a window first: at the lengths of the published
+    rows 97.7% of the positions are filled, against 96.8% without sorting.
+
+    Returns:
+        The numbers of the examples in each row.
     """
     lengths = np.asarray(lengths)
-    fits = lengths <= row_length
     rows = []
     for epoch in range(epochs):
         rng = np.random.default_rng([seed, epoch])
-        shuffled = rng.permutation(np.flatnonzero(fits))
+        shuffled = rng.permutation(np.flatnonzero(lengths <= row_length))
         windows = (shuffled[i : i + WINDOW] for i in range(0, len(shuffled), WINDOW))
         order = [i for window in windows for i in window[np.argsort(-lengths[window], kind="stable")]]
         packed = pack(lengths, row_length, order)
-        # First-fit leaves the emptiest rows last; shuffled, no batch is worse filled than another.
+        # First-fit leaves the emptiest rows last: shuffled again, all batches are filled alike.
         rows += [packed[i] for i in rng.permutation(len(packed))]
-    return RowPlan(rows, np.flatnonzero(~fits).tolist())
+    return rows
 
 
-def assemble(
-    rows: Sequence[Sequence[int]], items: Sequence[Packable], row_length: int, **values: Sequence[np.ndarray]
-) -> dict[str, np.ndarray]:
-    """Packed rows as arrays.
+def assemble(rows: Sequence[Sequence[Packable]], row_length: int, values: Sequence[str] = ()) -> dict[str, np.ndarray]:
+    """Assemble packed rows into arrays.
 
     Args:
-        rows: the items of each of B rows. values: more per-token numbers, one array for each item, packed alongside.
+        rows: the items of each of B rows. values: names of attributes of the items, each an array of one number a
+            token, to pack alongside.
 
     Returns:
-        tokens, positions, segment_ids: [B, T] int32 (segments count from 1, 0 is padding), and each of `values` [B, T]
-        float32.
+        tokens, positions, segment_ids: [B, T] int32, where segments count from 1 and 0 is padding; and each of `values`
+        as [B, T] float32. T is `row_length`.
     """
     B = len(rows)
     batch = {name: np.zeros((B, row_length), np.int32) for name in ("tokens", "positions", "segment_ids")}
     batch |= {name: np.zeros((B, row_length), np.float32) for name in values}
     for b, row in enumerate(rows):
-        at = 0
+        start = 0
         for segment, item in enumerate(row, start=1):
-            n = len(items[item].tokens)
-            span = (b, slice(at, at + n))
-            batch["tokens"][span] = items[item].tokens
+            n = len(item.tokens)
+            span = (b, slice(start, start + n))
+            batch["tokens"][span] = item.tokens
             batch["positions"][span] = np.arange(n)
             batch["segment_ids"][span] = segment
-            for name, v in values.items():
-                batch[name][span] = v[item]
-            at += n
+            for name in values:
+                batch[name][span] = getattr(item, name)
+            start += n
     return batch
-
-
-def renumber(rows: Sequence[Sequence[int]]) -> tuple[list[int], list[list[int]]]:
-    """The items of some rows, in order; and these rows in numbers of theirs: what `assemble` takes for a part."""
-    items = [item for row in rows for item in row]
-    numbers = iter(range(len(items)))
-    return items, [[next(numbers) for _ in row] for row in rows]
 
 
 class Batch(NamedTuple):
     """A batch of packed rows, as one process has it.
 
-    rows: tokens, positions, segment_ids [B, T] int32 and trained [B, T] float32 (1 where the loss looks), of this
-    process's B rows. items, lengths, trained_tokens: of all examples in the whole batch, their numbers in the data and
-    their tokens, and the sum of their trained ones.
+    rows: the B rows of this process: tokens, positions, segment_ids [B, T] int32, and trained [B, T] float32, 1 at the
+    tokens that the loss trains. items, lengths: the numbers and the tokens of all examples in the whole batch.
+    trained_tokens: the trained tokens in the whole batch.
     """
 
     rows: dict[str, np.ndarray]
@@ -166,9 +161,10 @@ class Batch(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class _Batches:
-    """Grain's view of a run: batch k is rows k x B to k x B + B of the plan; empty rows fill up the last one."""
+    """A random-access source for Grain. Batch k has rows k * batch_rows to (k + 1) * batch_rows of the plan; the last
+    batch is filled up with empty rows."""
 
-    plan: RowPlan
+    plan: list[list[int]]
     examples: Sequence
     lengths: np.ndarray
     trained_lengths: np.ndarray
@@ -177,16 +173,15 @@ class _Batches:
     own: Sequence[int]
 
     def __len__(self) -> int:
-        return -(-len(self.plan.rows) // self.batch_rows)
+        return -(-len(self.plan) // self.batch_rows)
 
     def __getitem__(self, k: int) -> Batch:
-        rows = self.plan.rows[k * self.batch_rows : (k + 1) * self.batch_rows]
-        whole = [i for row in rows for i in row]
-        items, numbered = renumber([rows[i] if i < len(rows) else [] for i in self.own])
-        local = [self.examples[i] for i in items]
-        own = assemble(numbered, local, self.row_length, trained=[x.trained for x in local])
-        own["trained"] *= own["positions"] > 0  # nothing stands before a first token: it cannot be predicted
-        return Batch(own, whole, self.lengths[whole].tolist(), int(self.trained_lengths[whole].sum()))
+        rows = self.plan[k * self.batch_rows : (k + 1) * self.batch_rows]
+        items = [i for row in rows for i in row]
+        own = [[self.examples[i] for i in rows[r]] if r < len(rows) else [] for r in self.own]
+        batch = assemble(own, self.row_length, ["trained"])
+        batch["trained"] *= batch["positions"] > 0  # see `trained_lengths_of`
+        return Batch(batch, items, self.lengths[items].tolist(), int(self.trained_lengths[items].sum()))
 
 
 def sft_batches(
@@ -199,23 +194,25 @@ def sft_batches(
     start: int = 0,
     own: Sequence[int] | None = None,
 ) -> tuple[Iterator[Batch], int]:
-    """Batches of packed rows from batch number `start` on, and how many the whole run has. examples: any sequence of
-    `Example`; only those of this process's rows are asked for, where their lengths are known (`lengths_of`). own: the
-    rows of a batch that this process assembles, by default all.
+    """Return the batches of packed rows from batch number `start` on, and the number of batches of the whole run.
+
+    Args:
+        examples: any sequence of `Example`; if it has `lengths` and `trained_lengths`, a process reads only the
+            examples of its own rows. own: the rows of a batch that this process assembles; None: all.
 
     Raises:
-        InputError: there are no examples, or one fits in no row (cutting a trace would train a wrong end).
+        InputError: there are no examples, or one fits in no row (a truncated trace would train a wrong end).
     """
     if not len(examples):
         raise InputError("there is nothing to train on: the data set has no rows")
     lengths = lengths_of(examples)
-    plan = plan_rows(lengths, row_length, epochs=epochs, seed=seed)
-    if plan.too_long:
+    if too_long := int((lengths > row_length).sum()):
         worst = int(lengths.argmax())
         raise InputError(
-            f"{len(plan.too_long)} examples are longer than row_length={row_length} tokens (the longest, "
+            f"{too_long} examples are longer than row_length={row_length} tokens (the longest, "
             f"{examples[worst].id}, has {lengths[worst]}); raise row_length, or set on_too_long: drop"
         )
+    plan = plan_rows(lengths, row_length, epochs=epochs, seed=seed)
     own = range(batch_rows) if own is None else own
     batches = _Batches(plan, examples, lengths, trained_lengths_of(examples), row_length, batch_rows, own)
     dataset = grain.MapDataset.source(batches)[start:]

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from rmr1_jax.data.packing import Batch, assemble, pack, renumber
+from rmr1_jax.data.packing import Batch, assemble, pack
 from rmr1_jax.distributed.mesh import (
     own_rows,
     place_rows,
@@ -61,7 +61,7 @@ def mini_batch(
     lengths = responses + [len(g.prompt.tokens) for g, _ in members]
     keep_all = not skip_unmixed or aggregation == "micro_batch"
     kept = [m for m, (g, i) in enumerate(members) if keep_all or g.advantages[i] != 0]
-    rows = pack(lengths, row_length, kept, most=max_segments)
+    rows = pack(lengths, row_length, kept, max_items=max_segments)
     count = max(1, -(-len(rows) // micro_rows))
     room = 2 ** (count - 1).bit_length()
     micro_of = np.full(len(members), -1)
@@ -70,10 +70,9 @@ def mini_batch(
     weights = aggregation_weights(responses, aggregation, micro_batch_of=micro_of, max_length=max_new_tokens)
     rows += [[]] * (room * micro_rows - len(rows))
     own = range(micro_rows) if own is None else own
-    items, numbered = renumber([rows[a * micro_rows + b] for a in range(room) for b in own])
-    sequences = [_sequence(*members[m], weights[m]) for m in items]
-    values = {name: [getattr(s, name) for s in sequences] for name in ("weights", "advantages", "sampler_logp")}
-    batch = assemble(numbered, sequences, row_length, **values)
+    packed = [rows[a * micro_rows + b] for a in range(room) for b in own]
+    sequences = [[_sequence(*members[m], weights[m]) for m in row] for row in packed]
+    batch = assemble(sequences, row_length, ["weights", "advantages", "sampler_logp"])
     batch = {k: v.reshape(room, len(own), row_length) for k, v in batch.items()}
     return batch, count, lengths[kept].tolist()
 

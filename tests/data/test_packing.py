@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -41,32 +42,31 @@ def test_pack_is_first_fit():
 
 
 def test_pack_closes_a_row_that_holds_its_most():
-    assert pack([1] * 5, 10, most=2) == [[0, 1], [2, 3], [4]]
-    assert pack([9, 1, 1, 1, 1], 10, most=2) == [[0, 1], [2, 3], [4]]
+    assert pack([1] * 5, 10, max_items=2) == [[0, 1], [2, 3], [4]]
+    assert pack([9, 1, 1, 1, 1], 10, max_items=2) == [[0, 1], [2, 3], [4]]
 
 
 def test_a_plan_is_a_function_of_lengths_and_seed():
     lengths = lognormal(100)
     plan = plan_rows(lengths, 4096, epochs=3, seed=1)
     assert plan == plan_rows(lengths, 4096, epochs=3, seed=1)
-    assert plan.rows != plan_rows(lengths, 4096, epochs=3, seed=2).rows
-    shorter = plan_rows(lengths, 4096, epochs=2, seed=1).rows
-    assert plan.rows[: len(shorter)] == shorter  # more epochs change nothing of the first ones
+    assert plan != plan_rows(lengths, 4096, epochs=3, seed=2)
+    shorter = plan_rows(lengths, 4096, epochs=2, seed=1)
+    assert plan[: len(shorter)] == shorter  # more epochs change nothing of the first ones
 
 
 def test_every_epoch_has_every_example_once_in_an_order_of_its_own():
     lengths = [*lognormal(60), 5000]
     one, two, three = (plan_rows(lengths, 4096, epochs=n, seed=0) for n in (1, 2, 3))
-    epochs = [one.rows, two.rows[len(one.rows) :], three.rows[len(two.rows) :]]
+    epochs = [one, two[len(one) :], three[len(two) :]]
     for rows in epochs:
         assert Counter(i for row in rows for i in row) == Counter(range(60))
     assert len({str(rows) for rows in epochs}) == 3
-    assert one.too_long == [60]
 
 
 def test_emptier_rows_are_not_all_at_the_end():
     lengths = lognormal(3000)
-    filled = [sum(lengths[i] for i in row) for row in plan_rows(lengths, 4096, epochs=1, seed=0).rows]
+    filled = [sum(lengths[i] for i in row) for row in plan_rows(lengths, 4096, epochs=1, seed=0)]
     assert np.argmin(filled) < 0.9 * len(filled)
 
 
@@ -79,7 +79,7 @@ def test_rows_of_the_published_lengths_are_97_percent_full(shared_data):
     tokens = (characters * ([1151, 626] / characters.mean(0))).sum(1).astype(int)
     for seed in range(3):
         lengths = np.random.default_rng(seed).choice(tokens, 8700)
-        packed = plan_rows(lengths, 12288, epochs=1, seed=seed).rows
+        packed = plan_rows(lengths, 12288, epochs=1, seed=seed)
         assert lengths.sum() / (12288 * len(packed)) >= 0.97
         assert sorted(i for row in packed for i in row) == list(range(8700))
         assert max(lengths[row].sum() for row in packed) <= 12288
@@ -88,15 +88,18 @@ def test_rows_of_the_published_lengths_are_97_percent_full(shared_data):
 def test_epochs_do_not_pack_the_same_examples_together():
     """Only a window is sorted: whom an example stands beside is drawn anew."""
     lengths = lognormal(2000)
-    one, two = plan_rows(lengths, 4096, epochs=1, seed=0).rows, plan_rows(lengths, 4096, epochs=2, seed=0).rows
+    one, two = plan_rows(lengths, 4096, epochs=1, seed=0), plan_rows(lengths, 4096, epochs=2, seed=0)
     pairs = [{(a, b) for row in rows for a in row for b in row if a < b} for rows in (one, two[len(one) :])]
     assert len(pairs[0] & pairs[1]) < 0.05 * len(pairs[0])
 
 
 def test_assemble():
-    items = examples_of([3, 2, 4])
     scores = [np.asarray(x, np.float32) for x in ([1, 2, 3], [4, 5], [6, 7, 8, 9])]
-    batch = assemble([[0, 1], [2], []], items, 6, scores=scores)
+    a, b, c = (
+        SimpleNamespace(tokens=example.tokens, scores=x)
+        for example, x in zip(examples_of([3, 2, 4]), scores, strict=True)
+    )
+    batch = assemble([[a, b], [c], []], 6, ["scores"])
     expected = {
         "tokens": [[1, 1, 1, 2, 2, 0], [3, 3, 3, 3, 0, 0], [0] * 6],
         "positions": [[0, 1, 2, 0, 1, 0], [0, 1, 2, 3, 0, 0], [0] * 6],

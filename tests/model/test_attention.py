@@ -1,5 +1,7 @@
 """Attention against plain NumPy loops; the sampler's two forms; packed rows against rows of their own."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -186,7 +188,7 @@ def test_packed_is_unpacked(model_type):
         Example(str(n), rng.integers(0, 61, n).astype(np.int32), np.arange(n) >= rng.integers(1, n)) for n in lengths
     ]
     total = sum(x.trained.sum() for x in examples)
-    weights = [(x.trained / total).astype(np.float32) for x in examples]
+    items = [SimpleNamespace(tokens=x.tokens, weights=(x.trained / total).astype(np.float32)) for x in examples]
     packed, alone = [[0, 1, 2, 5], [3, 4], [], [], [], []], [[i] for i in range(6)]
 
     @jax.jit
@@ -199,7 +201,7 @@ def test_packed_is_unpacked(model_type):
 
     results = []
     for rows in (packed, alone):
-        batch = assemble(rows, examples, T, weights=weights)
+        batch = assemble([[items[i] for i in row] for row in rows], T, ["weights"])
         states, value = run(params, batch)
         places = [(b, row.index(i)) for i in range(6) for b, row in enumerate(rows) if i in row]
         starts = [sum(lengths[j] for j in rows[b][:at]) for b, at in places]
