@@ -1,7 +1,17 @@
-"""YAML -> frozen dataclasses, dotted overrides, and the resolved run written back.
+"""Settings: frozen dataclasses that pydantic checks, read from YAML files with dotted overrides, and written back.
 
-Each module owns its config dataclass; this file only fills one in. Types and ranges are checked by pydantic; unknown
-keys are refused here, with the nearest known one named: a misspelt setting that is silently ignored costs a run.
+A module that has settings declares them as a `config_dataclass`, whose annotations say what each value may be:
+
+    @config_dataclass
+    class CacheConfig:
+        pages: PositiveInt = 16                     # from pydantic
+        policy: Literal["fifo", "lru"] = "lru"
+
+    CacheConfig(pages=0)    # InputError: CacheConfig: pages: Input should be greater than 0 (got 0)
+    load_config(CacheConfig, "cache.yaml", ["policy=fifo"])
+
+Unknown keys are refused, and the nearest known key is named: a misspelt setting that is silently ignored costs a run.
+Next: `train/config.py`, the settings of training.
 """
 
 from __future__ import annotations
@@ -11,8 +21,9 @@ import difflib
 import types
 import typing
 from collections.abc import Mapping, Sequence
+from functools import cache, wraps
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, dataclass_transform
 
 import pydantic
 import yaml
@@ -22,6 +33,24 @@ from rmr1_jax.errors import InputError
 C = TypeVar("C")
 
 RENAMED = {"harmless": "escape_untrusted"}  # keys in files of earlier versions, and their names today
+
+
+@dataclass_transform(kw_only_default=True, frozen_default=True)
+def config_dataclass(cls: type[C]) -> type[C]:
+    """Make `cls` a frozen, keyword-only dataclass whose constructor checks and converts values by their annotations.
+
+    Checks of several fields together belong in `__post_init__`, which sees the converted values and raises InputError.
+    The constructor raises InputError for every value that is wrong, with its dotted path.
+    """
+    checked = dataclasses.dataclass(frozen=True, kw_only=True)(cls)
+
+    @wraps(checked.__init__)
+    def __init__(self, **values: Any) -> None:
+        # pydantic constructs a dataclass without its __init__.
+        vars(self).update(vars(build_config(type(self), values, source=type(self).__name__)))
+
+    checked.__init__ = __init__
+    return checked
 
 
 def load_config(cls: type[C], path: str | Path, overrides: Sequence[str] = ()) -> C:
@@ -44,7 +73,11 @@ def load_config(cls: type[C], path: str | Path, overrides: Sequence[str] = ()) -
 
 
 def build_config(cls: type[C], tree: Mapping[str, Any], *, source: str) -> C:
-    """A `cls` from a tree of plain values; `source` is named in errors."""
+    """Construct a `cls` from a tree of plain values. Errors begin with `source`.
+
+    Raises:
+        InputError: as `load_config`.
+    """
     tree = current_names(tree)
     unknown = list(_unknown_keys(cls, tree))
     if unknown:
@@ -53,17 +86,9 @@ def build_config(cls: type[C], tree: Mapping[str, Any], *, source: str) -> C:
     declared = {f.name: f.default for f in dataclasses.fields(cls)}
     sections = {k: dataclasses.asdict(v) for k, v in declared.items() if dataclasses.is_dataclass(v)}
     try:
-        return pydantic.TypeAdapter(cls).validate_python(_over(sections, tree))
+        return _adapter(cls).validate_python(_over(sections, tree))
     except pydantic.ValidationError as e:
-        # A check of our own in __post_init__ reaches us wrapped: its message is the one to show.
-        lines = []
-        for error in e.errors():
-            where = ".".join(str(x) for x in error["loc"])
-            given = "" if error["type"] == "missing" else f" (got {error['input']!r})"
-            lines.append(
-                f"{where}: {error['msg']}{given}" if error["type"] != "value_error" else str(error["ctx"]["error"])
-            )
-        raise InputError(f"{source}: " + "; ".join(lines)) from e
+        raise InputError(f"{source}: " + "; ".join(_explain(error) for error in e.errors())) from e
 
 
 def current_names(tree: Mapping[str, Any]) -> dict[str, Any]:
@@ -71,12 +96,7 @@ def current_names(tree: Mapping[str, Any]) -> dict[str, Any]:
     return {RENAMED.get(key, key): value for key, value in tree.items()}
 
 
-def check_least(config: Any, least: int, *names: str) -> None:
-    """Fields that must not be below a number; None is no number.
-
-    Raises:
-        InputError: names the first that is, with its value.
-    """
+def check_least(config: Any, least: int, *names: str) -> None:  # goes as soon as no room uses it
     for name in names:
         value = getattr(config, name)
         if value is not None and value < least:
@@ -98,6 +118,18 @@ def config_differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: s
         elif a != b:
             found[prefix + key] = (a, b)
     return found
+
+
+@cache
+def _adapter(cls: Any) -> pydantic.TypeAdapter:
+    return pydantic.TypeAdapter(cls)
+
+
+def _explain(error: Any) -> str:
+    if error["type"] == "value_error":  # raised by a __post_init__, whose message is complete
+        return str(error["ctx"]["error"])
+    given = "" if error["type"] == "missing" else f" (got {error['input']!r})"
+    return f"{'.'.join(map(str, error['loc']))}: {error['msg']}{given}"
 
 
 def _override(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:

@@ -1,30 +1,31 @@
-"""Configs: overrides, what a misspelt or ill-typed setting says, defaults of sections, and the dump that reads back."""
+"""Configs: overrides, errors for misspelt and ill-typed settings, defaults of sections, and dumps that read back."""
 
 import dataclasses
 from typing import Literal
 
 import pytest
 import yaml
+from pydantic import PositiveFloat, PositiveInt
 
-from rmr1_jax.config import build_config, config_differences, dump_config, load_config
+from rmr1_jax.config import build_config, config_dataclass, config_differences, dump_config, load_config
 from rmr1_jax.errors import InputError
 from rmr1_jax.train.config import GrpoConfig, SftConfig
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@config_dataclass
 class Inner:
-    rate: float = 0.1
+    rate: PositiveFloat = 0.1
     kind: Literal["x", "y"] = "x"
 
     def __post_init__(self):
-        if self.rate <= 0:
-            raise InputError(f"inner.rate={self.rate} must be above 0")
+        if self.kind == "y" and self.rate > 100:
+            raise InputError(f"rate={self.rate} is too high for kind y")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@config_dataclass
 class Outer:
     out: str
-    steps: int | None = None
+    steps: PositiveInt | None = None
     inner: Inner = Inner(rate=0.5, kind="y")
     maybe: Inner | None = None
     several: tuple[Inner, ...] = ()
@@ -107,12 +108,29 @@ def test_a_section_starts_from_its_own_field_s_defaults():
         ({"out": "a", "inner": 3}, "inner: Input should be a dictionary or an instance of Inner (got 3)"),
         ({"out": "a", "inner": None}, "inner: Input should be"),
         ({"out": "a", "inner": {"rate": "x", "kind": "z"}}, "(got 'x'); inner.kind"),
-        ({"out": "a", "inner": {"rate": -1}}, "t: inner.rate=-1.0 must be above 0"),
+        ({"out": "a", "inner": {"rate": -1}}, "t: inner.rate: Input should be greater than 0 (got -1)"),
+        ({"out": "a", "steps": 0}, "t: steps: Input should be greater than 0 (got 0)"),
+        ({"out": "a", "inner": {"rate": "101"}}, "t: rate=101.0 is too high for kind y"),
     ],
     ids=str,
 )
-def test_what_is_wrong_is_named(tree, message):
+def test_an_error_names_the_field_the_value_and_what_is_expected(tree, message):
     assert message in error_of(build_config, Outer, tree, source="t")
+    assert message.removeprefix("t: ") in error_of(Outer, **tree)  # the constructor checks the same
+
+
+def test_the_constructor_checks_and_converts():
+    assert error_of(Inner, rate=0, kind="z") == (
+        "Inner: rate: Input should be greater than 0 (got 0); kind: Input should be 'x' or 'y' (got 'z')"
+    )
+    assert error_of(Inner, rat=1) == "Inner: unknown key rat; did you mean rate?"
+    assert error_of(dataclasses.replace, Inner(), rate=float("nan")).endswith("greater than 0 (got nan)")
+    outer = Outer(out="a", inner={"rate": "1e-6"}, several=[Inner()])
+    assert outer == Outer(out="a", inner=Inner(rate=1e-6, kind="y"), several=(Inner(),)) and hash(outer)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        outer.out = "b"
+    with pytest.raises(TypeError):
+        Inner(0.1)
 
 
 def test_our_own_checks_reach_the_user_as_they_are():

@@ -9,7 +9,6 @@ Next: `model/qwen.py`, where each weight's letters are declared.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -18,6 +17,7 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
+from rmr1_jax.config import config_dataclass
 from rmr1_jax.errors import InputError
 
 AXES = ("replica", "fsdp", "tensor")
@@ -29,7 +29,7 @@ WEIGHT_AXES = {"D": ("fsdp",), "N": ("tensor",), "K": ("tensor",), "F": ("tensor
 ACTIVATION_AXES = {"B": ("replica", "fsdp"), "N": ("tensor",), "K": ("tensor",), "F": ("tensor",), "V": ("tensor",)}
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@config_dataclass
 class MeshConfig:
     """Sizes of the mesh axes. `fsdp=-1` takes every device that the other two leave."""
 
