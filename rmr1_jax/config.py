@@ -65,7 +65,7 @@ def load_config(cls: type[C], path: str | Path, overrides: Sequence[str] = ()) -
         raise InputError(f"cannot read the config {path}: {e}; give the path of a YAML file") from e
     try:
         tree = yaml.safe_load(text) or {}
-    except yaml.YAMLError as e:
+    except (yaml.YAMLError, RecursionError) as e:
         raise InputError(f"{path} is not valid YAML: {e}") from e
     if not isinstance(tree, dict):
         raise InputError(f"{path} holds a {type(tree).__name__}; expected `key: value` lines")

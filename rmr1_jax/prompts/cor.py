@@ -1,9 +1,9 @@
-"""The project's own prompts: Chain-of-Rubrics, the reasoning-model prompt, and the two ablations.
+"""Holds the project's own prompts: Chain-of-Rubrics, the prompt for reasoning models, and the two ablations.
 
 The wording is ours. The tags and delimiters are the published ones, because checkpoints expect them to the letter; a
 published checkpoint also expects its own sentences, which `recover_prompt` takes from the rows it was trained on.
 
-Next: `prompts/prompt.py` for what a prompt is; `prompts/trace.py`, which reads what the judge writes back.
+Next: `prompts/trace.py`, which parses the text that the judge writes.
 """
 
 from __future__ import annotations
@@ -14,19 +14,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from rmr1_jax.errors import InputError
-from rmr1_jax.prompts.prompt import Messages, Prompt, load_prompt, published_frames, save_prompt, split_user_turn
-from rmr1_jax.prompts.recover import recover_prompt
-
-__all__ = [
-    "PROMPTS",
-    "Messages",
-    "Prompt",
-    "get_prompt",
-    "load_prompt",
-    "recover_prompt",
-    "save_prompt",
-    "split_user_turn",
-]
+from rmr1_jax.prompts.prompt import Prompt, load_prompt, published_frames
 
 _TASK = """\
 You are given what a client wrote and what two chatbots, A and B, wrote back: one exchange each, or a longer \
@@ -145,9 +133,9 @@ PROMPTS: Mapping[str, Prompt] = MappingProxyType(
 
 
 def get_prompt(name_or_path: str | Path | Prompt) -> Prompt:
-    """A prompt by name ("cor", "reasoning", "compare", "rubric"), or from a YAML file; a `Prompt` is given back as is.
+    """Return the prompt of that name ("cor", "reasoning", "compare", "rubric") or YAML file; a `Prompt` unchanged.
 
-    Raises InputError for a name that is neither, naming the nearest one.
+    Raises InputError for a name that is neither, and names the nearest known one.
     """
     if isinstance(name_or_path, Prompt):
         return name_or_path

@@ -1,15 +1,16 @@
 """Recovers the exact text of a published prompt from rows that were rendered with it.
 
 A published checkpoint was trained on one exact system text, or on one exact text around the delimited answers. The rows
-of the published data sets hold that text, so the project needs no copy of it: the system message is taken as it stands,
-and the texts before, between and after the delimited parts are what all rows agree on.
+of the published data sets hold that text, so the project needs no copy of it: the system message is used unchanged, and
+the texts before, between and after the delimited parts are those on which all rows agree.
 
-Next: `prompts/prompt.py`, whose `save_prompt` puts the result into a file.
+Next: `prompts/prompt.py`, whose `save_prompt` writes the result to a file.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from rmr1_jax.errors import InputError
 from rmr1_jax.prompts.prompt import CONVERSATIONS, QUESTION, RESPONSES, Prompt, published_frames, split_frame
@@ -18,18 +19,20 @@ Numbered = list[tuple[int, str]]  # (row number, user text)
 
 
 def recover_prompt(rows: Iterable[Sequence[Mapping[str, str]] | Mapping], name: str = "recovered") -> Prompt:
-    """The prompt that all `rows` were rendered with.
+    """Return the prompt that all `rows` were rendered with.
+
+    Every row is checked: the recovered frame around the row's own parts must give the row's text, character by
+    character. Where all rows are single-turn, or all are multi-turn, the frame of the other kind is the published
+    delimiters between the same texts, and `note` says so. One row is enough; with several, delimiters inside an answer
+    cannot mislead.
 
     Args:
-        rows: the messages of each row, [system and] user; or the published rows as they are, with `context_messages`.
-        name: the name that the prompt gets.
+        rows: the messages of each row, [system and] user; or published rows as dicts with `context_messages`.
+        name: the name of the prompt.
 
-    Every row is checked: the prompt's frame around the row's own parts is the row's text, character by character. Where
-    rows of one kind only (single- or multi-turn) are given, the other kind's frame is the published delimiters between
-    the same texts, and `note` says so. One row is enough; with several, delimiters inside an answer cannot mislead.
-
-    Raises InputError, with the row's number from 1, where there are no rows, messages are of another form, delimiters
-    are absent, or rows disagree.
+    Raises:
+        InputError: there are no rows, messages have another form, delimiters are absent, or rows disagree. The message
+            names the row by its number from 1.
     """
     single: Numbered = []
     multi: Numbered = []
@@ -42,7 +45,7 @@ def recover_prompt(rows: Iterable[Sequence[Mapping[str, str]] | Mapping], name: 
             raise InputError(f"row {number}: its system text differs from row 1's {_difference(row_system, system)}")
         (multi if _is_multi_turn(user, number) else single).append((number, user))
     if not single and not multi:
-        raise InputError("a prompt is recovered from published rows; there are none")
+        raise InputError("there are no rows to recover a prompt from; give rows of a published data set")
     found = []
     if single:
         found.append(_recover_texts(single, QUESTION, RESPONSES))
@@ -74,7 +77,7 @@ def _system_and_user(row: Sequence[Mapping[str, str]] | Mapping, number: int) ->
 
 
 def _is_multi_turn(user: str, number: int) -> bool:
-    # The one that comes first is the frame's; the other can only stand in what a client or a chatbot wrote.
+    # The frame's own delimiter comes first; the other kind can only stand in a text of the client or of a chatbot.
     question, conversation = user.find(QUESTION), user.find(CONVERSATIONS[0])
     if question < 0 and conversation < 0:
         raise InputError(f"row {number}: the user turn holds neither {QUESTION!r} nor {CONVERSATIONS[0]!r}")
@@ -82,9 +85,9 @@ def _is_multi_turn(user: str, number: int) -> bool:
 
 
 def _recover_texts(rows: Numbered, opening: str, delimiters: Sequence[str]) -> tuple[str, str, str]:
-    """The texts before the opening delimiter, between A's end and B's start, and after B's end, common to all rows.
+    """Return the texts before the opening delimiter, between A's end and B's start, and after B's end.
 
-    The candidates come from the shortest row, which holds the fewest delimiters by chance; of those that every row has,
+    The candidates come from the shortest row, which holds the fewest delimiters by chance. Of those that every row has,
     the shortest is the frame's.
     """
     _, end_a, start_b, end_b = delimiters
@@ -94,7 +97,7 @@ def _recover_texts(rows: Numbered, opening: str, delimiters: Sequence[str]) -> t
             raise InputError(f"row {number}: the delimiter {missing[0]!r} is absent")
     _, shortest = min(rows, key=lambda row: len(row[1]))
     before = [shortest[:start] for start in _occurrences(shortest, opening)]
-    after = [shortest[start + len(end_b) :] for start in reversed(_occurrences(shortest, end_b))]
+    after = [shortest[start + len(end_b) :] for start in _occurrences(shortest, end_b)]
     between = []
     for start in _occurrences(shortest, end_a):
         end = shortest.find(start_b, start)
@@ -107,7 +110,8 @@ def _recover_texts(rows: Numbered, opening: str, delimiters: Sequence[str]) -> t
     )
 
 
-def _common(candidates: list[str], rows: Numbered, where: str, has) -> str:
+def _common(candidates: list[str], rows: Numbered, where: str, has: Callable[[str, str], bool]) -> str:
+    """Return the shortest candidate that every row has, where has(text of the row, candidate)."""
     candidates = sorted(set(candidates), key=len)
     for number, text in rows:
         left = [candidate for candidate in candidates if has(text, candidate)]
@@ -118,11 +122,7 @@ def _common(candidates: list[str], rows: Numbered, where: str, has) -> str:
 
 
 def _occurrences(text: str, delimiter: str) -> list[int]:
-    starts, start = [], text.find(delimiter)
-    while start >= 0:
-        starts.append(start)
-        start = text.find(delimiter, start + 1)
-    return starts
+    return [match.start() for match in re.finditer(f"(?={re.escape(delimiter)})", text)]  # overlapping ones too
 
 
 def _difference(one: str | None, other: str | None) -> str:

@@ -1,8 +1,8 @@
-"""Reads a judge's trace: text -> Trace(kind, rubric, justify, solution, evaluation, quotes, verdict).
+"""Parses a judge's trace: text -> Trace(kind, rubric, justify, solution, evaluation, quotes, verdict).
 
-A policy under training writes anything, so nothing here raises on a text, and everything runs in time linear in its
-length: one pass finds the tags, passes from the end pair them. Tags inside a quotation or a solution are text there, so
-a judge may quote an answer that imitates its format.
+A policy under training writes anything, so no function here raises on any text, and all run in time linear in its
+length: one pass finds the tags, a pass from the end pairs them. Tags inside a quotation or a solution are plain text,
+so a judge may quote an answer that imitates its format.
 
 Next: `prompts/verdict.py`, the three rules that turn a text into a verdict or a reward.
 """
@@ -16,27 +16,16 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 PARTS = ("type", "rubric", "solution", "eval", "answer")  # in the order in which a trace has them
-
-
-HOLDERS = ("rubric", "eval")  # hold sections; all others hold text
-
-
+HOLDERS = ("rubric", "eval")  # the parts that contain sections; all others contain plain text
 QUOTATIONS = ("quote_A", "summary_A", "quote_B", "summary_B")
 
-
 _TAG = re.compile(rf"<(/?)({'|'.join((*PARTS, 'justify', *QUOTATIONS))})>")
-
-
 _VERDICT = re.compile(r"\[\[([AB])\]\]")
-
-
 _OPEN_THOUGHT = re.compile(r"\s*<think>")
-
-
 _ANSWER = re.compile(r"<answer>[^<\[]{0,80}\[\[([AB])\]\]")
 
-# What a trace must have, by what its prompt asks for (`Prompt.structure`). "task" is a solution where the kind is
-# reasoning and a rubric where it is chat.
+# The parts that a trace must have, by the structure that its prompt asks for (`Prompt.structure`). "task" is a solution
+# where the kind is reasoning and a rubric where it is chat.
 STRUCTURES = MappingProxyType(
     {
         "cor": ("kind", "task", "eval", "answer"),
@@ -48,7 +37,7 @@ STRUCTURES = MappingProxyType(
 
 
 class Section(NamedTuple):
-    """What stands between a tag and its end: offsets into the whole text, and the section around it, if any."""
+    """The text between a tag and its end, as offsets into the whole text, and the name of the section around it."""
 
     name: str
     start: int
@@ -59,7 +48,7 @@ class Section(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Quote:
-    """Evidence from one side: its own words ("quote") or a paraphrase ("summary"), and where it stands in the text."""
+    """Evidence from one side: its own words (kind "quote") or a paraphrase ("summary"), and its offsets in the text."""
 
     side: str
     kind: str
@@ -73,8 +62,8 @@ class Trace:
     """The parts of a trace, stripped; None for a part that is absent.
 
     `kind` is "reasoning", "chat" or None; `rubric` is without its `justify`; `evaluation` keeps its quotation tags;
-    `verdict` is what the trace's answer says, "A", "B" or None, and None where its answers name both. `flaws` says what
-    is out of form: a part that is not closed, stands twice, out of order or inside another.
+    `verdict` is "A" or "B" as the trace's answer says, or None, also where its answers name both sides. `flaws` lists
+    the errors of form: a part that is not closed, repeated, out of order or inside another.
     """
 
     kind: str | None = None
@@ -88,15 +77,15 @@ class Trace:
 
     @property
     def is_valid(self) -> bool:
-        """Whether this is a whole Chain-of-Rubrics trace: kind, solution or rubric, evaluation, verdict, in form."""
+        """Whether this is a complete, well-formed Chain-of-Rubrics trace."""
         return self.is_complete("cor")
 
     def is_complete(self, structure: str = "cor") -> bool:
-        """Whether the trace has, in form, all that a prompt of this structure asks for (`Prompt.structure`)."""
+        """Return whether the trace is well formed and has all parts of this structure (`Prompt.structure`)."""
         return not self.flaws and not self.missing(structure)
 
     def missing(self, structure: str = "cor") -> tuple[str, ...]:
-        """Which of the things that the structure asks for are absent or empty."""
+        """Return which parts of the structure are absent or empty."""
         has = {
             "kind": self.kind,
             "task": {"reasoning": self.solution, "chat": self.rubric}.get(self.kind or ""),
@@ -108,11 +97,11 @@ class Trace:
 
 
 def parse_trace(text: str) -> Trace:
-    """The parts of the trace in `text`, after the last `</think>`. Never raises on a str; linear in its length."""
+    """Parse the trace that follows the last `</think>` in `text`. Never raises on a str; linear in its length."""
     begin = after_thinking(text)
     sections = find_sections(text, begin)
     first: dict[str, Section] = {}
-    # A part that stands on its own goes before one inside another, which may be only mentioned there.
+    # A part at the top level takes precedence over one inside another, which may only be mentioned there.
     for section in sorted(sections, key=lambda section: section.inside is not None):
         first.setdefault(section.name, section)
 
@@ -133,17 +122,17 @@ def parse_trace(text: str) -> Trace:
 
 
 def after_thinking(text: str) -> int:
-    """Where the judgement begins: after the last `</think>`; at the text's end where a thought is still open."""
+    """Return the offset at which the judgement begins: after the last `</think>`, or at the end of an open thought."""
     begin = text.rfind("</think>")
     begin = 0 if begin < 0 else begin + len("</think>")
-    # Only at the start: a `<think>` further on is one that the judge mentions.
+    # Only a `<think>` at the start opens a thought; the judge may mention one further on.
     return len(text) if _OPEN_THOUGHT.match(text, begin) else begin
 
 
 def find_sections(text: str, begin: int = 0) -> list[Section]:
-    """All tagged sections from offset `begin` on, in order, for reading them or for colouring a trace.
+    """Return all tagged sections from offset `begin` on, in order.
 
-    A section ends at its own closing tag; one that has none ends at the next part's opening tag (a quotation or
+    A section ends at its own closing tag; without one it ends at the opening tag of the next part (a quotation or
     justify: at the next tag of any kind). Stray closing tags are ignored.
     """
     tags = _visible(list(_TAG.finditer(text, begin)))
@@ -161,7 +150,7 @@ def find_sections(text: str, begin: int = 0) -> list[Section]:
 
 
 def _visible(tags: list[re.Match[str]]) -> list[re.Match[str]]:
-    """The tags that are not inside a closed section that holds text, such as a quotation."""
+    """Return the tags that are not inside a closed section of plain text, such as a quotation."""
     ends, visible, index = _pair(tags, 0), [], 0
     while index < len(tags):
         tag, (_, closing) = tags[index], ends[index]
@@ -171,9 +160,9 @@ def _visible(tags: list[re.Match[str]]) -> list[re.Match[str]]:
 
 
 def _pair(tags: list[re.Match[str]], length: int) -> list[tuple[int, int | None]]:
-    """For every opening tag: where its section ends, and the index of its closing tag (None: it has none)."""
+    """Return for every opening tag the offset at which its section ends, and the index of its closing tag or None."""
     ends: list[tuple[int, int | None]] = [(length, None)] * len(tags)
-    closing: dict[str, int] = {}  # the nearest closing tag to the right that no opening tag has taken
+    closing: dict[str, int] = {}  # name -> the nearest closing tag to the right that is not paired yet
     next_part = next_tag = length
     for index in range(len(tags) - 1, -1, -1):
         tag, name = tags[index], tags[index][2]
@@ -192,7 +181,7 @@ def _pair(tags: list[re.Match[str]], length: int) -> list[tuple[int, int | None]
 
 
 def _without(text: str, section: Section | None, cut: Section | None) -> str | None:
-    """The section's text, less the whole `<justify>...</justify>` inside it."""
+    """Return the section's text without the `<justify>...</justify>` inside it."""
     if section is None:
         return None
     if cut is None or not section.start <= cut.start <= cut.end <= section.end:
@@ -214,7 +203,7 @@ def _verdict(text: str, begin: int, sections: list[Section]) -> str | None:
     named: set[str] = set()
     for answer in answers:
         named.update(_VERDICT.findall(text, answer.start, answer.end))
-    if not answers:  # none in its place: one inside another part will do
+    if not answers:  # an answer inside another part counts where there is none at the top level
         named.update(_ANSWER.findall(text, begin))
     return named.pop() if len(named) == 1 else None
 

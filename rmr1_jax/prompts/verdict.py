@@ -1,7 +1,7 @@
-"""Which answer a judge's text names: three rules, and the two rewards that training uses.
+"""Reads which answer a judge's text names, by three rules, and computes the two rewards of training.
 
-Two rules are the published ones to the letter, so that published numbers can be reproduced; each can be fooled by a
-text that imitates a verdict. The strict one is ours, and the judge uses it.
+Two rules are exactly the published ones, so that published numbers can be reproduced; a text that imitates a verdict
+can fool each of them. The strict rule is ours, and the judge uses it.
 
 | rule | reads | names X where |
 |---|---|---|
@@ -9,7 +9,7 @@ text that imitates a verdict. The strict one is ours, and the judge uses it.
 | `eval_verdict` | the whole text | `[[X]]` stands in it, and not the other one |
 | `strict_verdict` | what follows the last `</think>` | it ends with `<answer>[[X]]</answer>`, no answer has the other |
 
-Next: `judge.py` and `train/rollout.py`, which call these.
+Next: `judge/judgement.py` and `train/rollout.py`, which call these functions.
 """
 
 from __future__ import annotations
@@ -19,10 +19,8 @@ import re
 from rmr1_jax.errors import InputError
 from rmr1_jax.prompts.trace import after_thinking, parse_trace
 
-# One published 32B judge in twelve closes a tag too many after its answer: that leaves no doubt of what it said.
+# One in twelve traces of a published 32B judge closes a tag too many after its answer; the verdict is still clear.
 _FINAL_ANSWER = re.compile(r"<answer>\[\[([AB])\]\]</answer>(?:\s*</(?:type|rubric|solution|eval|answer)>)*\Z")
-
-
 _ANY_ANSWER = re.compile(r"<answer>\s*\[\[([AB])\]\]")
 
 SIDES = ("A", "B")  # the letters of the two answers, in the order in which the judge sees them
@@ -37,9 +35,10 @@ def other_side(side: str | None) -> str | None:
 
 
 def training_reward(text: str, right: str, last_chars: int = 80) -> float:
-    """1.0 if the end of `text` gives the verdict `right` ("A" or "B") and not the other one, else -1.0.
+    """Return 1.0 if the end of `text` gives the verdict `right` ("A" or "B") and not the other one, else -1.0.
 
-    `last_chars` is how many characters the end has, 80 as published (arXiv 2505.02387 and its code).
+    `last_chars` is the length of the end in characters, 80 in the published rule (arXiv 2505.02387 and its code).
+    Raises InputError where `right` is another value or `last_chars` is not positive.
     """
     if right not in SIDES:
         raise InputError(f"right={right!r}: the better answer is named 'A' or 'B'")
@@ -51,15 +50,15 @@ def training_reward(text: str, right: str, last_chars: int = 80) -> float:
 
 
 def format_reward(text: str, structure: str = "cor") -> float:
-    """1.0 if `text` is a whole trace in form, else 0.0: the format term of cold-start RL (format + right answer).
+    """Return 1.0 if `text` is a complete, well-formed trace, else 0.0: the format reward of cold-start RL.
 
-    `structure` is what the prompt asks for (`Prompt.structure`), the full Chain-of-Rubrics trace by default.
+    `structure` names the parts that the prompt asks for (`Prompt.structure`), by default those of Chain-of-Rubrics.
     """
     return float(parse_trace(text).is_complete(structure))
 
 
 def eval_verdict(text: str) -> str | None:
-    """The published evaluation rule: "A" or "B" if only that one of `[[A]]`, `[[B]]` stands in the text, else None."""
+    """Return "A" or "B" if only that one of `[[A]]`, `[[B]]` occurs in the text, else None: the published rule."""
     has_a, has_b = "[[A]]" in text, "[[B]]" in text
     if has_a == has_b:
         return None
@@ -67,10 +66,10 @@ def eval_verdict(text: str) -> str | None:
 
 
 def strict_verdict(text: str) -> str | None:
-    """The verdict that `text` ends with, "A" or "B"; None where it is not beyond doubt.
+    """Return the verdict that `text` ends with, "A" or "B"; None where it is open to doubt.
 
-    Only what follows the last `</think>` counts. It must end, but for white space and stray closing tags of a trace,
-    with one `<answer>[[X]]</answer>`, and no answer in it may name the other side, not even a quoted one.
+    Only the text after the last `</think>` counts. It must end, apart from white space and stray closing tags of a
+    trace, with one `<answer>[[X]]</answer>`, and no answer in it may name the other side, not even a quoted one.
     """
     judgement = text[after_thinking(text) :].rstrip()
     start = judgement.rfind("<answer>")

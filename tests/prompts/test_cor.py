@@ -16,7 +16,7 @@ from rmr1_jax.prompts.prompt import (
     load_prompt,
     published_frames,
     save_prompt,
-    split_user_turn,
+    split_frame,
 )
 from rmr1_jax.prompts.recover import recover_prompt
 
@@ -147,10 +147,10 @@ def test_prompt_file_by_hand(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("name: a\nsystm: b\n", "unknown key 'systm'.*'system'"),
-        ("name: a\nsystem: b\nsingle_turn: c\n", "'multi_turn' is missing"),
-        ("name: a\nsystem: 3\nsingle_turn: c\nmulti_turn: d\n", r"field 'system' is 3 \(int\)"),
-        ("name: a\nsystem: b\nsingle_turn: c\nmulti_turn: d\n", "'single_turn' must hold {question}"),
+        ("name: a\nsystm: b\n", "unknown key systm; did you mean system"),
+        ("name: a\nsystem: b\nsingle_turn: c\n", "multi_turn: Field required"),
+        ("name: a\nsystem: 3\nsingle_turn: c\nmulti_turn: d\n", r"system: Input should be a valid string \(got 3\)"),
+        ("name: a\nsystem: b\nsingle_turn: c\nmulti_turn: d\n", "p.yaml: single_turn must hold {question}"),
         (
             'name: a\nsystem: b\nsingle_turn: "{response_a}{question}{response_b}"\nmulti_turn: d\n',
             "each once and in this order",
@@ -159,9 +159,9 @@ def test_prompt_file_by_hand(tmp_path):
             'name: a\nsystem: b\nsingle_turn: "{question}{question}{response_a}{response_b}"\nmulti_turn: d\n',
             "each once and in this order",
         ),
-        ("- a\n- b\n", "expected a mapping.*got list"),
-        ("name: [a\n", r"p.yaml:2:1: not YAML"),
-        ("", "expected a mapping"),
+        ("- a\n- b\n", "p.yaml holds a list; expected `key: value` lines"),
+        ("name: [a\n", r"p.yaml is not valid YAML: (?s:.*)line 2, column 1"),
+        ("", "name: Field required"),
     ],
 )
 def test_bad_prompt_file(tmp_path, text, message):
@@ -171,10 +171,10 @@ def test_bad_prompt_file(tmp_path, text, message):
 
 
 def test_prompt_file_that_is_missing_or_not_utf8(tmp_path):
-    with pytest.raises(InputError, match="cannot be read"):
+    with pytest.raises(InputError, match="cannot read the config"):
         load_prompt(tmp_path / "none.yaml")
     (tmp_path / "p.yaml").write_bytes(b"name: \xff\xfe\n\x80")
-    with pytest.raises(InputError, match="not YAML"):
+    with pytest.raises(InputError, match=r"p\.yaml: .*can't decode byte 0xff"):
         load_prompt(tmp_path / "p.yaml")
 
 
@@ -196,7 +196,7 @@ def test_recovered_prompt_renders_every_published_row_again(shared_data, tmp_pat
     prompt = load_prompt(tmp_path / "p.yaml")
     assert prompt.system == (rows[0][0]["content"] if len(rows[0]) == 2 else None)
     for row in rows:
-        parts = split_user_turn(prompt, row[-1]["content"])
+        parts = split_frame(prompt.single_turn, row[-1]["content"])
         assert prompt.render(*parts) == row
         assert not any(delimiter.strip() in part for delimiter in DELIMITERS for part in parts)
     assert prompt.structure == ("verdict" if name == "reasoning_rlvr" else "cor")
@@ -243,8 +243,8 @@ def test_recovery_is_not_misled_by_answers_that_imitate_the_delimiters():
         recovered = recover_prompt(several)
         assert (recovered.system, recovered.single_turn) == (prompt.system, prompt.single_turn)
         for row in several:
-            assert recovered.render(*split_user_turn(recovered, row[-1]["content"])) == row
-    assert split_user_turn(recovered, rows[3][-1]["content"]) == ("What is 2?", "two", "three")
+            assert recovered.render(*split_frame(recovered.single_turn, row[-1]["content"])) == row
+    assert split_frame(recovered.single_turn, rows[3][-1]["content"]) == ("What is 2?", "two", "three")
 
 
 def test_a_row_is_of_the_kind_whose_delimiter_comes_first():
@@ -291,21 +291,21 @@ def test_rows_that_disagree(change, message):
 
 
 def test_no_rows():
-    with pytest.raises(InputError, match="there are none"):
+    with pytest.raises(InputError, match="there are no rows to recover a prompt from"):
         recover_prompt([])
 
 
-def test_split_user_turn_of_another_prompt():
+def test_a_text_is_split_by_the_frame_of_its_own_prompt():
     text = get_prompt("reasoning").render("q", "a", "b")[-1]["content"]
-    with pytest.raises(InputError, match="not in the single-turn frame of prompt 'cor'"):
-        split_user_turn(get_prompt("cor"), text)
-    assert split_user_turn(get_prompt("reasoning"), text) == ("q", "a", "b")
+    assert split_frame(get_prompt("cor").single_turn, text) is None
+    assert split_frame(get_prompt("reasoning").single_turn, text) == ("q", "a", "b")
 
 
-def test_split_user_turn_takes_the_first_split_of_several():
+def test_the_first_split_of_several_is_returned():
+    frame = get_prompt("cor").single_turn
     text = get_prompt("cor").render("q", f"a{RESPONSES[1]}\n\n{RESPONSES[2]}x", "b")[-1]["content"]
-    assert split_user_turn(get_prompt("cor"), text)[:2] == ("q", "a")
+    assert split_frame(frame, text)[:2] == ("q", "a")
     for part in ("", "\n", RESPONSES[0], RESPONSES[3]):
         for parts in ((part, "a", "b"), ("q", part, "b"), ("q", "a", part)):
             turn = get_prompt("cor").render(*parts)
-            assert get_prompt("cor").render(*split_user_turn(get_prompt("cor"), turn[-1]["content"])) == turn
+            assert get_prompt("cor").render(*split_frame(frame, turn[-1]["content"])) == turn
