@@ -1,9 +1,10 @@
-"""The whole method in minutes on a CPU: a small world, a teacher with shallow tastes, SFT, GRPO, and honest numbers.
+"""The whole method in minutes on a CPU: a small world, a biased teacher, SFT, GRPO, and an evaluation of each stage.
 
 A Qwen-shaped policy of a million parameters learns from a teacher's traces to judge pairs of answers. The teacher
-evaluates rightly, but where the worse answer has what it likes (a confident opening) its verdict often follows the
-liking. Distillation copies that too; GRPO's verifiable reward then corrects it. Evaluation is greedy, on questions that
-no stage saw, A and B balanced. The settings here were chosen on the split "dev"; what is reported is the split "test".
+evaluates correctly, but where only the worse answer sounds confident, its verdict often names that one. Distillation
+copies the bias too; GRPO's verifiable reward then corrects it. Evaluation is greedy, on questions that no stage saw,
+the better answer as often A as B. The settings below were chosen on the split "dev"; the reported scores are of the
+split "test". Read next: `world.py` (the questions and the teacher), `rmr1_jax/train/sft.py`, `rmr1_jax/train/grpo.py`.
 """
 
 from __future__ import annotations
@@ -11,13 +12,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from rmr1_jax.data.examples import sft_example
+from rmr1_jax.data.examples import Example, sft_example
 from rmr1_jax.judge.judge import Judge
 from rmr1_jax.judge.judgement import Judgement
 from rmr1_jax.model.config import QwenConfig
@@ -35,15 +36,9 @@ from rmr1_jax.train.optim import OptimConfig
 from rmr1_jax.train.rollout import RlPrompt
 from rmr1_jax.train.sft import sft
 
-SFT_ITEMS = 14000  # pairs, each seen once: repeated, a policy of this size learns them by heart
-
-
+SFT_ITEMS = 14000  # pairs, each seen once: a policy of this size memorizes pairs that it sees again
 GRPO_ITEMS = 2000
-
-
 TEST_ITEMS = 1024
-
-
 MAX_TRACE = 80  # tokens; the longest trace of the teacher has 70
 
 MODEL = QwenConfig(
@@ -55,7 +50,7 @@ MODEL = QwenConfig(
     num_heads=4,
     num_kv_heads=2,
     head_dim=40,
-    rope_theta=1e3,  # for rows of a hundred tokens, not of thousands
+    rope_theta=1e3,  # suits rows of a hundred tokens, not of thousands
     rms_norm_eps=1e-6,
     tie_word_embeddings=True,
     qkv_bias=True,
@@ -63,20 +58,18 @@ MODEL = QwenConfig(
     max_position_embeddings=256,
 )
 
-
 SFT = SftConfig(
     out="",
     epochs=1,
-    row_length=240,  # two texts
+    row_length=240,  # holds two texts
     rows_per_step=8,
     micro_rows=8,
     optimizer=OptimConfig(lr=2e-3, final_ratio=0.1, warmup_ratio=0.03),
     dtype="float32",
     remat="dots",
-    attention="xla",  # a TPU's kernel takes rows of whole blocks only, and this is to run on any machine
+    attention="xla",  # the TPU kernel requires longer rows, and the quickstart must run on any machine
     save_every=200,
 )
-
 
 GRPO = GrpoConfig(
     out="",
@@ -84,7 +77,7 @@ GRPO = GrpoConfig(
     prompts_per_step=32,
     mini_batch_prompts=32,
     max_prompt_length=64,
-    row_length=520,  # four of the longest texts, or five of the shortest
+    row_length=520,  # holds four of the longest texts, or five of the shortest
     micro_rows=1,
     sampling=SamplingConfig(n=8, max_new_tokens=MAX_TRACE),
     loss=PolicyLossConfig(kl_coef=0.0),
@@ -95,15 +88,25 @@ GRPO = GrpoConfig(
     save_every=20,
 )
 
+NOTES = (
+    "The teacher evaluates correctly, but where only the worse answer opens with confidence (Surely!, Certainly!), its "
+    f"verdict names that answer {100 * world.TEACHER_BIAS:.0f}% of the time. These are a quarter of all questions; on "
+    "the others its verdict is right. In the questions, an opening says nothing about which answer is better.",
+    "GRPO sees other questions than SFT, with the reward +1 for the right verdict and -1 otherwise. The scores are "
+    "greedy judgements of questions that neither stage saw, the better answer as often A as B.",
+)
+
 
 def quickstart(out: str | Path, *, seed: int = 0, control: bool = False) -> dict[str, Any]:
-    """Run everything, and leave `results.json`, `report.html`, `samples.jsonl` and the runs under `out`.
+    """Run all stages; writes `results.json`, `report.html`, `samples.jsonl` and the training runs to `out`.
 
-    A run that was cut off goes on when it is called again. With `control`, the policy after SFT also gets as many
-    seconds of further SFT on the same teacher as GRPO took.
+    An interrupted run resumes when it is called again with the same arguments.
+
+    Args:
+      control: also give the policy after SFT as many seconds of further SFT on the same teacher as GRPO took.
 
     Returns:
-        What `results.json` holds; the README names its keys.
+      The content of `results.json`; the README of this directory describes its keys.
     """
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
@@ -112,63 +115,66 @@ def quickstart(out: str | Path, *, seed: int = 0, control: bool = False) -> dict
     save_prompt(world.world_prompt(), prompt_file)
     policy = fresh_policy(MODEL, out / "tokenizer", seed=seed)
     test = world.make_items(TEST_ITEMS, split="test", seed=seed)
-    results: dict[str, Any] = {"seed": seed, "n": len(test), "seconds": {}, "notes": _notes()}
-    shown: list[dict[str, Any]] = []
+    examples = sft_examples(policy, world.make_items(SFT_ITEMS, split="sft", seed=seed), seed)
+    prompts = rl_prompts(policy, world.make_items(GRPO_ITEMS, split="grpo", seed=seed))
+    results: dict[str, Any] = {"seed": seed, "n": len(test), "seconds": {}, "notes": list(NOTES)}
+    rows: list[dict[str, Any]] = []
 
-    def stage(name: str, train, start: Policy) -> Policy:
+    def stage(name: str, train: Callable[[], Policy]) -> Policy:
         began = time.perf_counter()
-        trained = train(start) if train else start
+        trained = train()
         results["seconds"][name] = round(time.perf_counter() - began, 1)
-        results[name], rows = evaluate(trained, test)
-        shown.extend({"stage": name} | row for row in rows)
-        _say(name, results[name])
+        scores, judged = evaluate(trained, test)
+        results[name] = scores
+        rows.extend({"stage": name} | row for row in judged)
+        accuracy, valid = 100 * scores["accuracy"], 100 * scores["valid"]
+        print(f"{name}: accuracy {accuracy:.1f}%, valid traces {valid:.1f}%", flush=True)
         return trained
 
-    taught = world.make_items(SFT_ITEMS, split="sft", seed=seed)
-    prompts = rl_prompts(policy, world.make_items(GRPO_ITEMS, split="grpo", seed=seed))
-    examples = sft_examples(policy, taught, seed)
     sft_config = dataclasses.replace(SFT, out=str(out / "sft"), seed=seed)
     grpo_config = dataclasses.replace(GRPO, out=str(out / "grpo"), seed=seed)
-    stage("before", None, policy)
-    distilled = stage("sft", lambda p: sft(sft_config, policy=p, examples=examples), policy)
-    stage("grpo", lambda p: grpo(grpo_config, policy=p, prompts=prompts), distilled)
+    stage("before", lambda: policy)
+    distilled = stage("sft", lambda: sft(sft_config, policy=policy, examples=examples))
+    stage("grpo", lambda: grpo(grpo_config, policy=distilled, prompts=prompts))
     if control:
-        more = _as_long(sft_config, out / "control", seconds=_seconds(out / "grpo"), per_step=_median(out / "sft"))
-        stage("control", lambda p: sft(more, policy=p, examples=examples), distilled)
-    (out / "samples.jsonl").write_text("".join(json.dumps(r) + "\n" for r in _a_dozen(shown)), encoding="utf-8")
+        more = _control_config(sft_config, out / "control", sft_run=out / "sft", grpo_run=out / "grpo")
+        stage("control", lambda: sft(more, policy=distilled, examples=examples))
+    samples = "".join(json.dumps(row) + "\n" for row in _select_samples(rows))
+    (out / "samples.jsonl").write_text(samples, encoding="utf-8")
     (out / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     report = write_report([out], out / "report.html")
-    print(f"\n{table(results)}\n\nThe report: {report}\nNext, let the trained judge read pairs of your own:")
+    print(f"\n{table(results)}\n\nThe report: {report}\nNext, let the trained judge compare pairs of your own:")
     print(f"    rmr1 judge --model {out}/grpo/model --prompt {prompt_file} --input pairs.jsonl --output verdicts.jsonl")
     return results
 
 
-def sft_examples(policy: Policy, items: Sequence[world.Item], seed: int) -> list:
-    """The teacher's traces as training rows."""
+def sft_examples(policy: Policy, items: Sequence[world.Item], seed: int) -> list[Example]:
+    """Tokenises the teacher's traces as training rows."""
     prompt = world.world_prompt()
     return [
         sft_example(
             policy.tokenizer,
-            i.id,
-            prompt.render(i.question, i.response_a, i.response_b),
-            world.teacher_trace(i, seed=seed),
+            item.id,
+            prompt.render(item.question, item.response_a, item.response_b),
+            world.teacher_trace(item, seed=seed),
         )
-        for i in items
+        for item in items
     ]
 
 
 def rl_prompts(policy: Policy, items: Sequence[world.Item]) -> list[RlPrompt]:
-    """The questions that GRPO samples on; which answer is better is known to the reward alone."""
+    """Renders the questions that GRPO samples on; only the reward knows which answer is better."""
     prompt = world.world_prompt()
     rendered = [policy.tokenizer.render(prompt.render(i.question, i.response_a, i.response_b)) for i in items]
     return [RlPrompt(i.id, np.asarray(ids, np.int32), i.better, i) for i, ids in zip(items, rendered, strict=True)]
 
 
 def evaluate(policy: Policy, items: Sequence[world.Item]) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    """Greedy judgements of every item: the scores, and a row for each item.
+    """Judges every item greedily.
 
-    An answer without a verdict counts as wrong. `tempted` is the accuracy where the worse answer has what the teacher
-    likes and the better one has not; `mean_tokens` is the length of a trace.
+    Returns:
+      The scores, and a row for each item. A judgement without a verdict counts as wrong. `tempted` is the accuracy
+      where only the worse answer sounds confident; `mean_tokens` is the mean length of a trace.
     """
     judge = Judge(policy, world.world_prompt(), max_new_tokens=MAX_TRACE, slots=256)
     judgements = judge.compare_many([world.to_pair(i) for i in items])
@@ -187,7 +193,7 @@ def evaluate(policy: Policy, items: Sequence[world.Item]) -> tuple[dict[str, flo
 
 
 def table(results: dict[str, Any]) -> str:
-    """The scores of every stage, as text."""
+    """Formats the scores of every stage as text."""
     columns = ("accuracy", "reasoning", "chat", "tempted", "valid")
     lines = [f"{'':9}" + "".join(f"{c:>11}" for c in columns) + f"{'tokens':>9}{'seconds':>9}"]
     for name in ("before", "sft", "grpo", "control"):
@@ -214,9 +220,11 @@ def _row(item: world.Item, judgement: Judgement) -> dict[str, Any]:
     }
 
 
-def _a_dozen(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Twelve items in the report, each after SFT and after GRPO: six whose verdict GRPO changed, six that it did not,
-    as many of either kind."""
+def _select_samples(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Selects twelve items for the report, each with its rows after SFT and after GRPO.
+
+    Six are of each kind: up to three whose correctness GRPO changed, and otherwise items on which it did not.
+    """
     by_stage = {s: {r["id"]: r for r in rows if r["stage"] == s} for s in ("sft", "grpo")}
     chosen = []
     for kind in ("reasoning", "chat"):
@@ -227,30 +235,9 @@ def _a_dozen(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [by_stage[stage][i] for i in chosen for stage in ("sft", "grpo")]
 
 
-def _as_long(config: SftConfig, out: Path, *, seconds: float, per_step: float) -> SftConfig:
-    """The same SFT for as many seconds, in an order of its own."""
-    steps = max(1, round(seconds / per_step))
+def _control_config(config: SftConfig, out: Path, *, sft_run: Path, grpo_run: Path) -> SftConfig:
+    """The same SFT in another order, for as many steps as fit in the seconds that GRPO took."""
+    budget = sum(row["seconds"] for row in read_metrics(grpo_run))
+    per_step = float(np.median([row["seconds"] for row in read_metrics(sft_run)]))
+    steps = max(1, round(budget / per_step))
     return dataclasses.replace(config, out=str(out), seed=config.seed + 1000, epochs=100, max_steps=steps)
-
-
-def _seconds(run: Path) -> float:
-    return sum(row["seconds"] for row in read_metrics(run))
-
-
-def _median(run: Path) -> float:
-    return float(np.median([row["seconds"] for row in read_metrics(run)]))
-
-
-def _say(name: str, scores: dict[str, float]) -> None:
-    print(f"{name}: accuracy {100 * scores['accuracy']:.1f}%, valid traces {100 * scores['valid']:.1f}%", flush=True)
-
-
-def _notes() -> list[str]:
-    return [
-        "The teacher: its traces evaluate rightly, but where only the worse answer opens with confidence "
-        f"(Surely!, Certainly!), its verdict follows the liking {100 * world.SHALLOW:.0f}% of the "
-        "time. That is so for a quarter of the questions; elsewhere its verdict is right. In the questions themselves, "
-        "an opening says nothing about which answer is better.",
-        "GRPO sees other questions than SFT, with the reward +1 for the right verdict and -1 otherwise. The scores are "
-        "greedy judgements of questions that neither stage saw, the better answer as often A as B.",
-    ]

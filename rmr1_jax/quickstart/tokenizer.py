@@ -1,9 +1,9 @@
 """A tokenizer trained on the spot: byte-level BPE with a ChatML template, saved as a Hugging Face directory.
 
-Two things matter to a policy of a million weights: a trace must be short, and a thing must look the same wherever it
-stands. So digits are split, words carry their leading space, and the trace's tags and the prompt's delimiters, with the
-line breaks around them, are single tokens. Those tokens are *added* but not *special*: decoding keeps them, and
-`decode(encode(text)) == text` holds for any text. Read next: `world.py` (the texts), `data/tokens.py` (the rendering).
+A policy of a million parameters needs short traces, and every word in one form wherever it stands. So digits are split,
+words carry their leading space, and the tags of a trace and the delimiters of the prompt, with the line breaks around
+them, are single tokens. Those tokens are *added* but not *special*: decoding keeps them, and `decode(encode(text)) ==
+text` holds for any text. Read next: `world.py` (the texts), `rmr1_jax/model/tokenizer.py` (chat rendering).
 """
 
 import json
@@ -13,11 +13,7 @@ from pathlib import Path
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 END, PAD = "<|im_end|>", "<|endoftext|>"
-
-
 SPECIAL = (PAD, "<|im_start|>", END)
-
-
 DELIMITERS = (
     "[Client Question]\n",
     "\n\n[The Start of Chatbot A's Response]\n",
@@ -25,34 +21,31 @@ DELIMITERS = (
     "\n\n[The Start of Chatbot B's Response]\n",
     "\n[The End of Chatbot B's Response]",
 )
-
-
 TAGS = (
     *("<type>", "</type>\n", "<solution>", "</solution>\n", "<rubric>", "</rubric>\n", "<justify>", "</justify>"),
     *("<eval>", "</eval>\n", "<answer>[[", "]]</answer>"),
     *(f"<{slash}{part}_{side}>" for part in ("quote", "summary") for side in "AB" for slash in ("", "/")),
 )
-
-
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
-
-
 ROLES = ("system\n", "user\n", "assistant\n")
-
-
-# A word with the space before it (and the line break after it: "user\n" is one token), one digit, other signs, space.
+# A word with the space before it and the line break after it ("user\n" is one token); one digit; one sign; white space.
 PIECES = r" ?\p{L}+\n?| ?\p{N}| ?[^\s\p{L}\p{N}]|\s+"
 
 
 def train_tokenizer(texts: Iterable[str], out_dir: str | Path, *, vocab_size: int = 640) -> Path:
-    """Train a byte-level BPE on `texts` and save it to `out_dir` as `tokenizer.json` and `tokenizer_config.json`.
+    """Train a byte-level BPE on `texts` and save it as `tokenizer.json` and `tokenizer_config.json`.
 
-    `vocab_size` is an upper bound: training stops earlier when every piece of the texts is one token. The result
-    depends on the texts alone. It loads with `transformers.AutoTokenizer`: end of turn `<|im_end|>`, padding
-    `<|endoftext|>`, a ChatML template. Returns the directory.
+    The result depends on the texts alone and loads with `transformers.AutoTokenizer`: end of turn `<|im_end|>`, padding
+    `<|endoftext|>`, a ChatML template.
+
+    Args:
+      vocab_size: upper bound; training stops earlier when every piece of the texts is one token.
+
+    Returns:
+      `out_dir`.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -70,8 +63,8 @@ def train_tokenizer(texts: Iterable[str], out_dir: str | Path, *, vocab_size: in
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    # The trainer sees only what lies between added tokens, as encoding does.
-    pieces = (piece for text in (*ROLES, *ROLES, *texts) for piece in _between(text))
+    # Encoding splits at the added tokens first, so the trainer gets only the text between them.
+    pieces = (piece for text in (*ROLES, *ROLES, *texts) for piece in _between_added_tokens(text))
     tokenizer.train_from_iterator(pieces, trainer)
     tokenizer.add_tokens(added)
 
@@ -90,7 +83,7 @@ def train_tokenizer(texts: Iterable[str], out_dir: str | Path, *, vocab_size: in
     return out
 
 
-def _between(text: str) -> list[str]:
+def _between_added_tokens(text: str) -> list[str]:
     for token in sorted(SPECIAL + DELIMITERS + TAGS, key=len, reverse=True):
         text = text.replace(token, "\0")
     return [piece for piece in text.split("\0") if piece]

@@ -1,4 +1,4 @@
-"""The small world: disjoint, balanced, checkable from the question alone, and short enough for a laptop."""
+"""The small world: splits are disjoint, items balanced, responses checkable from the question alone, texts short."""
 
 import re
 from collections import Counter, defaultdict
@@ -39,8 +39,8 @@ def tokenizer(tmp_path_factory):
     return AutoTokenizer.from_pretrained(train_tokenizer(world_texts(), tmp_path_factory.mktemp("tok")))
 
 
-# An independent checker: reads the question and a response as a person would, knows nothing of the item's other fields.
-# The forms are matched whole, so nothing else can stand in a question or a response.
+# An independent checker. It reads the question and a response as a person would and ignores the item's other fields.
+# The patterns match whole texts, so a question or a response contains nothing else.
 
 TASK = r"(?:(Reverse|Rotate|Swap) ([a-z] [a-z] [a-z])|(Increase) (\d \d \d))\."
 ASK = r"Ask (\w+) for the (\w+) by (\w+): (\w+), (\w+), (\w+)"
@@ -49,7 +49,7 @@ MESSAGE = r"(\w+)! Hi (\w+), send the (\w+) by (\w+) (\w+)\."
 
 
 def content(question: str) -> tuple:
-    """What a question asks, whatever the order in which it says so."""
+    """The content of a question, regardless of the order of its parts."""
     if message := re.fullmatch(ASK, question):
         return (*message.groups()[:3], frozenset(message.groups()[3:]))
     return parts(question)
@@ -62,7 +62,7 @@ def parts(question: str) -> tuple[str, str]:
 
 
 def compared(question: str, response: str) -> list[tuple[str, str]]:
-    """(what is wanted, what the response says): character by character, or quality by quality as asked."""
+    """(wanted, said by the response): character by character, or quality by quality in the order of the question."""
     if message := re.fullmatch(ASK, question):
         wanted = dict(zip(("name", "item", "day"), message.groups()[:3], strict=True)) | {"polite": "please"}
         said = dict(zip(("name", "item", "day", "polite"), re.fullmatch(MESSAGE, response).groups()[1:], strict=True))
@@ -97,7 +97,7 @@ def pair(item) -> tuple[str, str, str]:
     return item.question, *(text.removeprefix(opening(text)) for text in both)
 
 
-def liked(item, side: str) -> bool:
+def confident(item, side: str) -> bool:
     return opening(response(item, side)) in CONFIDENT
 
 
@@ -128,26 +128,26 @@ def test_no_question_is_in_two_splits_and_no_pair_twice_in_one():
 
 @pytest.mark.parametrize("kind", ["reasoning", "chat"])
 def test_there_are_enough_pairs(kind):
-    items = make_items(8000, split="sft", kinds=(kind,))  # somewhat more of a kind than the quickstart takes
+    items = make_items(8000, split="sft", kinds=(kind,))  # somewhat more of a kind than the quickstart uses
     assert {item.kind for item in items} == {kind} and len({pair(item) for item in items}) == 8000
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_the_quickstart_has_its_splits(seed):
+def test_every_split_is_large_enough_for_the_quickstart(seed):
     counts = {"sft": quickstart.SFT_ITEMS, "grpo": quickstart.GRPO_ITEMS, "test": quickstart.TEST_ITEMS}
-    questions = {"sft": 6500, "grpo": 1650, "test": 750}  # about as many, as the README says
+    questions = {"sft": 6500, "grpo": 1650, "test": 750}  # approximate numbers, stated in the README
     owner = {}
     for split, n in counts.items():
         items = make_items(n, split=split, seed=seed)
         assert len({pair(item) for item in items}) == len(items) == n
         assert {owner.setdefault(content(item.question), split) for item in items} == {split}
         assert list(owner.values()).count(split) == pytest.approx(questions[split], rel=0.03)
-        cells = Counter((item.kind, item.better, liked(item, "A"), liked(item, "B")) for item in items)
+        cells = Counter((item.kind, item.better, confident(item, "A"), confident(item, "B")) for item in items)
         assert len(cells) == 16 and set(cells.values()) == {n // 16}
 
 
-def test_questions_come_again_but_not_often():
-    """In what SFT sees: too many repetitions, and a small policy learns the questions by heart."""
+def test_questions_repeat_but_not_often():
+    """With too many repetitions in the SFT data, a small policy memorizes the questions."""
     items = make_items(quickstart.SFT_ITEMS, split="sft")
     for kind in ("reasoning", "chat"):
         times = Counter(content(item.question) for item in items if item.kind == kind)
@@ -173,7 +173,7 @@ def test_items_and_traces_depend_on_the_seed_alone(items):
     assert len({i.id for i in items}) == N
 
 
-# What is right, and that nothing but the content tells it
+# Correctness, and that only the content reveals it
 
 
 def test_exactly_the_better_response_is_right(items):
@@ -182,38 +182,38 @@ def test_exactly_the_better_response_is_right(items):
         assert is_right(item.question, item.response_b) == (item.better == "B"), item
 
 
-def test_the_worse_response_has_one_plausible_slip(items):
+def test_the_worse_response_has_one_plausible_mistake(items):
     for item in items:
         pairs = compared(item.question, response(item, other(item.better)))
         wrong = [(wanted, said) for wanted, said in pairs if wanted != said]
         if item.kind == "chat":  # it misses the quality that the item is about, and nothing else that was asked
             at = re.fullmatch(ASK, item.question).groups()[3:].index(item.task)
             assert wrong == [pairs[at]]
-        elif item.task == "increase":  # one digit is one off, around the corner from 9 to 0
+        elif item.task == "increase":  # one digit is one off, modulo 10
             assert [(int(wanted) - int(said)) % 10 for wanted, said in wrong] in ([1], [9])
         else:  # the same letters in another order
             assert {wanted for wanted, _ in wrong} == {said for _, said in wrong}
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_places_kinds_and_dress_are_balanced_exactly(split):
+def test_sides_kinds_and_openings_are_balanced_exactly(split):
     count = Counter()
     for item in make_items(1600, split=split, seed=5):
-        count[item.kind, item.better, liked(item, item.better), liked(item, other(item.better))] += 1
+        count[item.kind, item.better, confident(item, item.better), confident(item, other(item.better))] += 1
     assert set(count.values()) == {100} and len(count) == 16
 
 
-def test_tempted_is_where_only_the_worse_response_is_liked(items):
+def test_tempted_means_that_only_the_worse_response_is_confident(items):
     for item in items:
-        assert item.tempted == (liked(item, other(item.better)) and not liked(item, item.better))
+        assert item.tempted == (confident(item, other(item.better)) and not confident(item, item.better))
     assert sum(item.tempted for item in items) == N // 4
 
 
 @pytest.mark.parametrize("kind", ["reasoning", "chat"])
-def test_looks_do_not_tell_the_better_response(items, kind):
+def test_surface_features_do_not_reveal_the_better_response(items, kind):
     rules = {opening: lambda text, opening=opening: text.startswith(opening) for opening in CONFIDENT + UNSURE}
     rules |= {"confident": lambda text: text.startswith(CONFIDENT), "characters": len}
-    if kind == "reasoning":  # nor does the answer itself, to one who has not read the question
+    if kind == "reasoning":  # nor does the answer itself, without the question
         rules["order"] = lambda text: text.removeprefix(opening(text))
     for rule in rules.values():
         differs = [
@@ -224,8 +224,8 @@ def test_looks_do_not_tell_the_better_response(items, kind):
         assert_fair(sum(differs), len(differs))
 
 
-def test_length_tells_nothing(items, tokenizer):
-    """Dress included, both responses of an item have as many tokens, and every dress is two tokens."""
+def test_length_reveals_nothing(items, tokenizer):
+    """Both responses of an item have equally many tokens, and every opening is two tokens."""
     for item in items:
         a, b = (tokenizer(text)["input_ids"] for text in (item.response_a, item.response_b))
         assert len(a) == len(b), item
@@ -234,7 +234,7 @@ def test_length_tells_nothing(items, tokenizer):
             assert tokenizer.decode(ids[:2]) + " " == opening(text)
 
 
-def test_place_and_dress_do_not_depend_on_the_task(items):
+def test_sides_and_openings_do_not_depend_on_the_task(items):
     tasks = Counter(item.task for item in items)
     assert set(tasks) == {"reverse", "rotate", "swap", "increase", "name", "item", "day", "polite"}
     for task, n in tasks.items():
@@ -242,7 +242,7 @@ def test_place_and_dress_do_not_depend_on_the_task(items):
         assert n == N // 8
         assert_fair(sum(item.better == "A" for item in of_task), n)
         for better in (True, False):
-            assert_fair(sum(liked(i, i.better if better else other(i.better)) for i in of_task), n)
+            assert_fair(sum(confident(i, i.better if better else other(i.better)) for i in of_task), n)
 
 
 # Traces
@@ -255,18 +255,18 @@ def test_the_oracle_is_always_right_and_the_teacher_only_errs_where_tempted():
         better = "A" if is_right(item.question, item.response_a) else "B"
         assert verdict(oracle_trace(item)) == better
         trace = teacher_trace(item, seed=7)
-        # It evaluates rightly, always: but for the one letter of the verdict, its trace is the oracle's.
+        # It always evaluates correctly: its trace differs from the oracle's in the letter of the verdict alone.
         assert trace == oracle_trace(item).replace(f"[[{better}]]", f"[[{verdict(trace)}]]")
         wrong[item.tempted] += verdict(trace) != better
     assert wrong[False] == 0
     assert binomtest(wrong[True], 2000, 0.75).pvalue > 1e-3
-    assert all(teacher_trace(i, shallow=0.0) == oracle_trace(i) for i in items[:500])
-    assert all((teacher_trace(i, shallow=1.0) != oracle_trace(i)) == i.tempted for i in items[:500])
+    assert all(teacher_trace(i, bias=0.0) == oracle_trace(i) for i in items[:500])
+    assert all((teacher_trace(i, bias=1.0) != oracle_trace(i)) == i.tempted for i in items[:500])
 
 
-def test_every_check_is_so_and_so_is_what_it_adds_up_to(items):
-    """Each yes and no from the words themselves, each summary from the yes and no, the verdict from the summaries; and
-    a summary ends with the word that its side opens with."""
+def test_every_check_is_true_and_the_verdict_follows_from_them(items):
+    """Each yes or no follows from the words, each summary from the yes and no, the verdict from the summaries; and a
+    summary ends with the opening word of its side."""
     for item in items:
         trace, value = oracle_trace(item), {}
         for side in "AB":
@@ -288,7 +288,7 @@ def test_every_check_is_so_and_so_is_what_it_adds_up_to(items):
         assert verdict(trace) == max(value, key=value.get) and value["A"] != value["B"]
 
 
-def test_the_rubric_is_what_was_asked_in_that_order(items):
+def test_the_rubric_lists_the_requested_qualities_in_order(items):
     for item in (i for i in items if i.kind == "chat"):
         asked = re.fullmatch(ASK, item.question).groups()[3:]
         wanted = [word for word, _ in compared(item.question, item.response_a)]
@@ -298,7 +298,7 @@ def test_the_rubric_is_what_was_asked_in_that_order(items):
         assert item.rubric == tuple(zip(asked, wanted, strict=True))
 
 
-def test_a_solution_has_three_steps_and_each_is_so(items):
+def test_a_solution_has_three_steps_and_each_is_true(items):
     for item in (i for i in items if i.kind == "reasoning"):
         assert item.task == item.question.split()[0].lower()
         given, right = worked(item.question)
@@ -335,12 +335,12 @@ def test_prompts_and_traces_are_short_and_round_trip(items, tokenizer):
         ids, trace_ids = tokenizer(text)["input_ids"], tokenizer(oracle_trace(item))["input_ids"]
         assert len(ids) <= quickstart.GRPO.max_prompt_length and len(trace_ids) + 1 <= quickstart.MAX_TRACE
         assert tokenizer.decode(ids) == text and tokenizer.decode(trace_ids) == oracle_trace(item)
-        # The trace's tokens do not depend on what stands before it.
+        # The trace's tokens do not depend on the text before it.
         assert tokenizer(text + oracle_trace(item))["input_ids"] == ids + trace_ids
 
 
 def test_all_prompts_and_all_traces_of_a_kind_have_one_layout(items, tokenizer):
-    """As many tokens, and the same tags and delimiters at the same places: a policy can copy from fixed distances."""
+    """Equally many tokens, tags and delimiters at the same positions: a policy can copy from fixed distances."""
     marks = {tokenizer.convert_tokens_to_ids(token) for token in (*SPECIAL, *DELIMITERS, *TAGS)}
 
     def layout(text: str) -> tuple:
@@ -379,7 +379,7 @@ def test_every_word_letter_digit_and_tag_is_one_token(items, tokenizer):
         assert len(tokenizer(tag)["input_ids"]) == 1
 
 
-def test_the_saved_tokenizer_is_the_same_every_time_and_knows_its_ends(tmp_path, tokenizer):
+def test_the_saved_tokenizer_is_deterministic_and_has_its_special_tokens(tmp_path, tokenizer):
     texts = world_texts(400)
     first, second = (train_tokenizer(texts, tmp_path / name) for name in ("a", "b"))
     assert (first / "tokenizer.json").read_bytes() == (second / "tokenizer.json").read_bytes()
