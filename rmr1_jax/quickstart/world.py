@@ -27,6 +27,7 @@ import numpy as np
 from rmr1_jax.errors import InputError
 from rmr1_jax.pairs.pair import PreferencePair
 from rmr1_jax.prompts.prompt import Prompt, published_frames
+from rmr1_jax.prompts.verdict import other_side
 from rmr1_jax.quickstart.cases import CHAT, REASONING, Case, pick
 
 SPLITS = {"sft": 0.5, "grpo": 0.3, "dev": 0.1, "test": 0.1}  # each split's share of all questions
@@ -107,7 +108,7 @@ def teacher_trace(item: Item, *, seed: int = 0, bias: float = TEACHER_BIAS) -> s
     """
     digest = hashlib.sha256(f"teacher {seed} {item.id}".encode()).digest()
     errs = item.tempted and int.from_bytes(digest[:8], "big") < bias * 2**64
-    return _trace(item, _other(item.better) if errs else item.better)
+    return _trace(item, other_side(item.better) if errs else item.better)
 
 
 def world_prompt() -> Prompt:
@@ -219,7 +220,3 @@ def _summary(item: Item, side: str, findings: str) -> str:
 def _check(wanted: str, found: str) -> str:
     """One comparison, always in the same form: the wanted word, the word found, whether they are equal."""
     return f" {wanted} {found} {'yes' if found == wanted else 'no'}"
-
-
-def _other(side: str) -> str:
-    return "B" if side == "A" else "A"
