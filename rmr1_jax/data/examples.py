@@ -1,24 +1,41 @@
-"""A training example: token ids and which of them are trained."""
+"""From rows to training examples: the token ids of a prompt and its answer, and which of them are trained.
+
+Rows are either rendered (`context_messages` and `winner`, as published) or pairs, which a prompt renders.
+
+Next: `store.py`, which stores examples on disk; `packing.py`, which packs them into batches.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 
 from rmr1_jax.errors import InputError
-from rmr1_jax.model.tokenizer import Tokenizer
+from rmr1_jax.files.hub import locate
+from rmr1_jax.model.tokenizer import TOKENIZER_FILES, Tokenizer
 from rmr1_jax.pairs.pair import PreferencePair, render_pair
-from rmr1_jax.pairs.training_sets import PublishedRow
+from rmr1_jax.pairs.read import read_pairs
+from rmr1_jax.pairs.rows import Row, read_rows
+from rmr1_jax.pairs.training_sets import PublishedRow, read_published
 from rmr1_jax.prompts.prompt import Messages, Prompt
 from rmr1_jax.prompts.verdict import strict_verdict
+
+Stage = Literal["sft", "grpo"]
+Target = Literal["trace", "verdict"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """One training row before packing. tokens: [T] int32. trained: [T] bool, True where the loss looks (nowhere in a
-    prompt for GRPO). source: where the row is from, "" where it does not say. better: "A" or "B", the better
-    side or the one that the trace names; None: not known."""
+    """One training row before packing.
+
+    tokens: [T] int32. trained: [T] bool, True at the tokens that the loss trains (nowhere in a prompt for GRPO).
+    source: where the row comes from, "" if unknown. better: the better side or the one that the trace names, "A" or
+    "B"; None if unknown.
+    """
 
     id: str
     tokens: np.ndarray
@@ -30,8 +47,43 @@ class Example:
         return len(self.tokens)
 
 
+def load_tokenizer(model: str) -> Tokenizer:
+    """Load the tokenizer of a model, a directory or a hub id, without its weights."""
+    return Tokenizer(locate(model, kind="model", patterns=TOKENIZER_FILES))
+
+
+def first_row(path: Path) -> Row:
+    """Read the first row of `path` that is valid JSON.
+
+    Raises:
+        InputError: there is none.
+    """
+    first = next((row for row in read_rows(path) if isinstance(row, Row)), None)
+    if first is None:
+        raise InputError(f"{path}: holds no rows")
+    return first
+
+
+def is_rendered(row: Row) -> bool:
+    """Whether a row holds a rendered prompt; if not, it is a pair."""
+    return "context_messages" in row.value
+
+
+def read_source(
+    paths: Sequence[Path], prompt: Prompt | None, *, seed: int = 0, **reading: Any
+) -> Iterator[PublishedRow | PreferencePair]:
+    """Read rendered rows from `paths`, or with a prompt the pairs of its only path.
+
+    Args:
+        seed: decides the order of A and B of pairs that fix none. reading: on_bad_row, rejects, report of `keep_good`.
+    """
+    if prompt is None:
+        return read_published(paths, **reading)
+    return read_pairs(paths[0], seed=seed, **reading)
+
+
 def sft_example(tokenizer: Tokenizer, id: str, messages: Messages, trace: str) -> Example:
-    """An example for SFT: the rendered prompt, the trace and the end of the turn, of which the last two are trained."""
+    """Tokenize a rendered prompt, a trace and the end of the turn; the trace and the end of the turn are trained."""
     prompt, target = tokenizer.render(messages), [*tokenizer.encode(trace), tokenizer.stop_ids[0]]
     trained = np.arange(len(prompt) + len(target)) >= len(prompt)
     return Example(id, np.asarray(prompt + target, np.int32), trained)
@@ -40,19 +92,20 @@ def sft_example(tokenizer: Tokenizer, id: str, messages: Messages, trace: str) -
 def make_example(
     tokenizer: Tokenizer,
     row: PublishedRow | PreferencePair,
-    stage: str | None,
-    target: str = "trace",
+    stage: Stage | None,
+    target: Target = "trace",
     prompt: Prompt | None = None,
 ) -> Example:
-    """A row as it is trained on.
+    """Tokenize a row for a stage of training.
 
     Args:
-        row: a rendered row, or a pair that is rendered with `prompt`. stage: "grpo": the prompt, and which side is
-            better; "sft": the prompt and what is learnt; None: the prompt as it is, to look at. target: what SFT
-            learns, the row's "trace", or the right "verdict" alone (the baseline without reasoning).
+        row: a rendered row, or a pair, which `prompt` renders.
+        stage: "sft" gives the prompt and the target; "grpo" the prompt, which needs a better side; None the prompt
+            alone, to look at.
+        target: what SFT trains: the row's "trace", or only the right "verdict" (the baseline without reasoning).
 
     Raises:
-        InputError: the row does not have what the stage and target need, or the template refuses it.
+        InputError: the row lacks what the stage and the target need, or the chat template refuses it.
     """
     pair = isinstance(row, PreferencePair)
     source = str(row.meta.get("source") or "") if pair else row.source
@@ -75,4 +128,4 @@ def make_example(
         example = sft_example(tokenizer, row.id, messages, trace)
     except InputError as e:
         raise InputError(f"row {row.id}: {e}") from e
-    return Example(row.id, example.tokens, example.trained, source, better or strict_verdict(trace))
+    return dataclasses.replace(example, source=source, better=better or strict_verdict(trace))

@@ -1,9 +1,9 @@
-"""What a teacher is asked in the second pass, and what its chain must not say; the wording is ours.
+"""The request of the second pass, and the phrases that its chain must not have. The wording is this project's own.
 
-The second teacher gets the task as the first one had it, the chain that was turned down, and the right verdict. What it
-writes becomes a training target, in which nobody has told the judge anything: `tells` finds chains that let it show.
+The second teacher gets the task as the first one had it, the chain that was rejected, and the right verdict. Its answer
+becomes a training target for a judge that is given no verdict: `revealing_words` finds chains that mention theirs.
 
-Next: `data/teacher.py`, which runs the two passes; `prompts/cor.py` for the prompt of the first.
+Next: `chains.py`, which runs the two passes; `prompts/cor.py`, the prompt of the first.
 """
 
 from __future__ import annotations
@@ -35,10 +35,9 @@ else: not a word about an earlier attempt, about this note, or about a result th
 
 _VERDICTS = r"(?:verdicts?|judge?ments?)"
 
-
-# A chain tells where one of these stands in it, outside what it quotes. What a judge says of ordinary tasks is not
-# among them: the correct answer, my final verdict, we are given that, as instructed, the expected outcome.
-TELLING = (
+# Phrases of judges about ordinary tasks are not among them: the correct answer, my final verdict, we are given that, as
+# instructed, the expected outcome.
+_REVEALING = (
     rf"\b(?:earlier|previous|prior) (?:attempt|evaluation|comparison|{_VERDICTS})",
     rf"\b(?:original|initial|first|revised|corrected|updated) {_VERDICTS}",
     rf"\b(?:given|provided|supplied|known|stated|specified|expected|required|desired|predetermined) {_VERDICTS}",
@@ -51,30 +50,28 @@ TELLING = (
     r"\b(?:predetermined|known) (?:conclusion|outcome|result|winner)\b",
     r"\b(?:the|this) note (?:says|said|states|stated|tells|told|indicates|names)\b|\baccording to the note\b",
 )
-
-
-_TELLING = re.compile("|".join(TELLING), re.IGNORECASE)
+_REVEALING_PHRASE = re.compile("|".join(_REVEALING), re.IGNORECASE)
 
 
 def correction(messages: Messages, chain: str, right: str, reason: str) -> Messages:
-    """The messages of the second pass: those of the first, with a note behind the last one.
+    """Return the messages of the second pass: those of the first, with a note appended to the last one.
 
     Args:
-        chain: what the first pass wrote, "" where it wrote nothing. right: "A" or "B". reason: why it was turned down.
+        chain: the answer of the first pass, "" if there was none. right: "A" or "B". reason: why it was rejected.
     """
     earlier = _EARLIER.format(chain=chain) if chain else ""
     note = _CORRECTION.format(reason=reason, earlier=earlier, right=right)
     return [*messages[:-1], {**messages[-1], "content": messages[-1]["content"] + note}]
 
 
-def tells(chain: str) -> str | None:
-    """The words with which a chain shows that its verdict was given; None where it does not.
+def revealing_words(chain: str) -> str | None:
+    """Find the words with which a chain reveals that its verdict was given; None if there are none.
 
-    What it quotes from the chatbots (`<quote_A>`, `<quote_B>`) is theirs and is passed over.
+    Quotes of the chatbots (`<quote_A>`, `<quote_B>`) are skipped.
     """
-    spaced = list(re.sub(r"\s", " ", chain))  # of the same length, so that a phrase may run over a line's end
+    text = list(re.sub(r"\s", " ", chain))  # of the same length; a phrase may be broken over two lines
     for quote in parse_trace(chain).quotes:
         if quote.kind == "quote":
-            spaced[quote.start : quote.end] = " " * (quote.end - quote.start)
-    found = _TELLING.search("".join(spaced))
+            text[quote.start : quote.end] = " " * (quote.end - quote.start)
+    found = _REVEALING_PHRASE.search("".join(text))
     return found[0] if found else None

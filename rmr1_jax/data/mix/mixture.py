@@ -1,20 +1,21 @@
-"""The training mixture: pairs of several sources, filtered, drawn, without duplicates or evaluation sets, shuffled.
+"""`rmr1 data mix`: combine preference sets into the pairs to train on.
 
     report = mix(load_config(MixtureConfig, "configs/mixture_rm_r1.yaml"))     # `rmr1 data mix CONFIG.yaml`
 
-What becomes of a row, in this order: a bad one stops the run or is put aside; `where` and `exclude` filter by its own
-fields; `count` rows are drawn; a pair whose two answers are the same (both empty, say) has nothing to be judged; of
-pairs with the same question and the same answers, in either order, the first is kept, and none where they disagree on
-which is better; what overlaps with evaluation sets is removed, or only reported. Every row is counted once:
+Each row is tested in this order: a bad row stops the run or is quarantined; `where` and `exclude` filter rows by their
+fields; `count` rows are drawn; a pair with the same answer on both sides is dropped; of pairs with the same question
+and the same answers, in either order, the first is kept, or none if they disagree on which answer is better; overlaps
+with evaluation sets are removed, or only reported. Every row is counted once:
 
     read = kept + rejected + filtered + not_drawn + alike + duplicates + contradictory + overlap
 
-Then the pairs of all sources are shuffled by the seed, and the better answer is shown in A, in B, in A, ... along that
-order. The same config and sources give the same bytes; another seed gives another order of the same pairs.
+Then the pairs of all sources are shuffled by the seed, and along that order the better answer is shown in A, in B, in
+A, and so on. The same config and sources give the same bytes; another seed gives another order of the same pairs.
 
-OUT/pairs.jsonl has our own format (`data/preferences.py`); a pair's `id` is `name of the source/id in the source`, and
-`origin` is the field `source` that its row had. OUT/mixture.json has the counts; it is written last, and both whole.
-Next: `data/mixture_source.py`, `data/overlap.py`; `data/teacher.py`, which asks for chains on the pairs.
+OUT/pairs.jsonl has the project's own format (`pairs/read.py`); a pair's `id` is `SOURCE NAME/ID IN THE SOURCE`, and
+`origin` is the field `source` of its row. OUT/mixture.json holds the counts and is written last; both appear whole.
+
+Next: `sources.py`, which reads a source; `overlap.py`; `chains/chains.py`, which asks a teacher about the pairs.
 """
 
 from __future__ import annotations
@@ -22,51 +23,49 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
+from annotated_types import MinLen
+from pydantic import NonNegativeInt
 from tqdm import tqdm
 
-from rmr1_jax.config import check_least, config_differences
-from rmr1_jax.data.mix.overlap import Benchmark, Hasher, OverlapConfig, question_words, read_benchmark
+from rmr1_jax.config import config_dataclass, config_differences
+from rmr1_jax.data.mix.overlap import Benchmark, NgramHasher, OverlapConfig, question_words, read_benchmark
 from rmr1_jax.data.mix.sources import DROPPED, SourceConfig, SourceReport, read_source
 from rmr1_jax.errors import InputError
 from rmr1_jax.files.hub import commit_of, locate
-from rmr1_jax.files.write import write_whole, writing
+from rmr1_jax.files.write import hash_written, write_whole, writing
 from rmr1_jax.pairs.pair import Message, PreferencePair
 
-EXAMPLES = 5  # of overlaps that are kept, of each source with each benchmark
+EXAMPLES = 5  # overlaps that are shown for each source and benchmark
+
+Entry = tuple[PreferencePair, SourceReport]  # a pair, and the report of its source
 
 
-@dataclass(frozen=True, kw_only=True)
+@config_dataclass
 class MixtureConfig:
-    """A mixture. out: the directory to write. seed: of the order. on_bad_row: "error", or "quarantine", which puts bad
-    rows into OUT/rejects-NAME.jsonl and goes on."""
+    """The settings of `rmr1 data mix`. out: the directory to write. seed: decides the order. on_bad_row: "error", or
+    "quarantine" bad rows into OUT/rejects-NAME.jsonl."""
 
-    sources: tuple[SourceConfig, ...]
+    sources: Annotated[tuple[SourceConfig, ...], MinLen(1)]
     out: str
-    seed: int = 0
-    on_bad_row: str = "error"
+    seed: NonNegativeInt = 0
+    on_bad_row: Literal["error", "quarantine"] = "error"
     overlap: OverlapConfig = OverlapConfig()
 
     def __post_init__(self):
-        if not self.sources:
-            raise InputError("sources is empty; a mixture needs at least one")
         twice = [name for name, count in Counter(source.name for source in self.sources).items() if count > 1]
         if twice:
             raise InputError(f"sources: two are named {', '.join(twice)}; give each a `name` of its own")
-        check_least(self, 0, "seed")
-        if self.on_bad_row not in ("error", "quarantine"):
-            raise InputError(f"on_bad_row={self.on_bad_row!r} must be error or quarantine")
 
 
-@dataclass(kw_only=True)
+@dataclasses.dataclass(kw_only=True)
 class MixReport:
-    """What a mixture came to. a: pairs that show the better answer in A. sha256: of pairs.jsonl. examples: of overlaps,
-    {source, id, benchmark, kind, benchmark_id, words}."""
+    """The content of mixture.json. config: the settings without `out`. a: pairs that show the better answer in A.
+    sha256: of pairs.jsonl. examples: of overlaps, {source, id, benchmark, kind, benchmark_id, words}."""
 
     config: dict[str, Any]
     pairs: int
@@ -76,7 +75,7 @@ class MixReport:
     examples: list[dict[str, str]]
 
     def table(self) -> str:
-        """The counts by source, as text."""
+        """Format the counts by source as text."""
         reasons = [reason for reason in DROPPED if any(getattr(source, reason) for source in self.sources)]
         columns = ["read", "kept", *reasons]
         rows = [["source", *(reason.replace("_", " ") for reason in columns), "better in A"]]
@@ -96,65 +95,54 @@ class MixReport:
 
 
 def mix(config: MixtureConfig) -> MixReport:
-    """Make a mixture and write it into `config.out`; see the module's text.
+    """Make a mixture and write it into `config.out`; see the module's docstring.
 
     Raises:
-        InputError: a source cannot be read or is a benchmark; a bad row, where they stop the run; a filter on a field
+        InputError: a source cannot be read or is a benchmark; a bad row, if bad rows are errors; a filter on a field
             that no row has; `out` holds a mixture of another config; no pair is left.
-        RunError: the disk refuses the files. An older mixture's pairs.jsonl is there whole, or the new one.
+        RunError: the files cannot be written. pairs.jsonl is then either the older mixture's or the new one, whole.
     """
-    settings = _settings(config)
-    out = _take(Path(config.out), settings)
-    paths = [locate(source.path, source.revision) for source in config.sources]  # what is not there shows at once
-    hasher = Hasher(config.overlap.ngram)
+    settings = json.loads(json.dumps(dataclasses.asdict(config)))  # as it will be read from mixture.json
+    del settings["out"]
+    out = _make_output(Path(config.out), settings)
+    paths = [locate(source.path, source.revision) for source in config.sources]  # report all that is missing first
+    hasher = NgramHasher(config.overlap.ngram)
     benchmarks = [read_benchmark(name, hasher) for name in config.overlap.benchmarks]
     reports: list[SourceReport] = []
-    pairs: list[PreferencePair] = []
-    owners: list[SourceReport] = []  # of each pair
+    entries: list[Entry] = []
     with tqdm(desc="mix", unit="row", dynamic_ncols=True) as bar:
         for source, path in zip(config.sources, paths, strict=True):
-            of_source = SourceReport(name=source.name, path=source.path, commit=commit_of(path))
-            of_source.overlaps = {benchmark.name: {"exact": 0, "near": 0} for benchmark in benchmarks}
+            report = SourceReport(name=source.name, path=source.path, commit=commit_of(path))
+            report.overlaps = {benchmark.name: {"exact": 0, "near": 0} for benchmark in benchmarks}
             rejects = out / f"rejects-{source.name}.jsonl"
-            pairs += read_source(source, path, of_source, on_bad_row=config.on_bad_row, rejects=rejects, bar=bar)
-            owners += [of_source] * (len(pairs) - len(owners))
-            reports.append(of_source)
-    pairs, owners = _without(_repeated(pairs, owners), pairs, owners)
-    overlapping, examples = _overlapping(pairs, owners, benchmarks, hasher)
+            pairs = read_source(source, path, report, on_bad_row=config.on_bad_row, rejects=rejects, bar=bar)
+            entries += [(pair, report) for pair in pairs]
+            reports.append(report)
+    entries = _drop(_repeated(entries), entries)
+    overlapping, examples = _overlapping(entries, benchmarks, hasher)
     if config.overlap.action == "remove":
-        for place in overlapping:
-            owners[place].overlap += 1
-        pairs, owners = _without(overlapping, pairs, owners)
-    if not pairs:
-        raise InputError(f"of {sum(each.read for each in reports)} rows no pair is left; see the filters")
-    for owner in owners:
-        owner.kept += 1
-    assert all(each.reconciles for each in reports)
-    lines = _Lines(config.seed, pairs, owners)
+        entries = _drop(dict.fromkeys(overlapping, "overlap"), entries)
+    if not entries:
+        raise InputError(f"of {sum(report.read for report in reports)} rows no pair is left; see the filters")
+    lines = _lines(entries, config.seed)
     with writing(out / "mixture.json"):
-        (out / "mixture.json").unlink(missing_ok=True)  # it would speak of other pairs
+        (out / "mixture.json").unlink(missing_ok=True)  # it would describe other pairs
     write_whole(out / "pairs.jsonl", lines)
-    report = MixReport(
+    assert all(report.reconciles for report in reports)
+    mixed = MixReport(
         config=settings,
-        pairs=len(pairs),
-        a=sum(each.a for each in reports),
-        sha256=lines.digest.hexdigest(),
+        pairs=len(entries),
+        a=sum(report.a for report in reports),
+        sha256=hash_written(out / "pairs.jsonl")["sha256"],
         sources=reports,
         examples=examples,
     )
-    write_whole(out / "mixture.json", json.dumps(dataclasses.asdict(report), indent=1) + "\n")
-    return report
+    write_whole(out / "mixture.json", json.dumps(dataclasses.asdict(mixed), indent=1) + "\n")
+    return mixed
 
 
-def _settings(config: MixtureConfig) -> dict[str, Any]:
-    """What decides the pairs, as it will be read back from mixture.json."""
-    settings = json.loads(json.dumps(dataclasses.asdict(config)))
-    del settings["out"]
-    return settings
-
-
-def _take(out: Path, settings: dict[str, Any]) -> Path:
-    """`out`, made; refused where it holds a mixture of other settings, which chains may have been made on."""
+def _make_output(out: Path, settings: dict[str, Any]) -> Path:
+    """Create `out`; refuse it if it holds a mixture of other settings, on which chains may have been made."""
     made = out / "mixture.json"
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -171,30 +159,19 @@ def _take(out: Path, settings: dict[str, Any]) -> Path:
     return out
 
 
-# ---- what is dropped ----
-
-
-def _repeated(pairs: list[PreferencePair], owners: list[SourceReport]) -> set[int]:
-    """The places of pairs that say again what an earlier one says, and of all those that disagree; counted."""
-    first: dict[bytes, tuple[int, bytes]] = {}  # both sides in a fixed order -> the first place, and its better side
-    again: list[tuple[int, bytes]] = []
-    disagree: set[bytes] = set()
-    for place, pair in enumerate(pairs):
+def _repeated(entries: list[Entry]) -> dict[int, str]:
+    """Find the pairs that repeat or contradict others: {place in `entries`: "duplicates" or "contradictory"}."""
+    same: defaultdict[bytes, list[tuple[int, bytes]]] = defaultdict(list)  # both sides -> (place, the better side)
+    for place, (pair, _) in enumerate(entries):
         a, b = _digest(pair.conversation_a), _digest(pair.conversation_b)
-        key, better = min(a, b) + max(a, b), a if pair.better == "A" else b
-        if key not in first:
-            first[key] = (place, better)
-            continue
-        again.append((place, key))
-        if first[key][1] != better:
-            disagree.add(key)
-    contradictory = {place for place, key in again if key in disagree} | {first[key][0] for key in disagree}
-    duplicates = {place for place, _ in again} - contradictory
-    for place in contradictory:
-        owners[place].contradictory += 1
-    for place in duplicates:
-        owners[place].duplicates += 1
-    return contradictory | duplicates
+        same[min(a, b) + max(a, b)].append((place, a if pair.better == "A" else b))
+    dropped: dict[int, str] = {}
+    for group in same.values():
+        if len({better for _, better in group}) > 1:
+            dropped |= {place: "contradictory" for place, _ in group}
+        else:
+            dropped |= {place: "duplicates" for place, _ in group[1:]}
+    return dropped
 
 
 def _digest(conversation: tuple[Message, ...]) -> bytes:
@@ -202,73 +179,62 @@ def _digest(conversation: tuple[Message, ...]) -> bytes:
     return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
 
+def _drop(reasons: dict[int, str], entries: list[Entry]) -> list[Entry]:
+    """Count the entries at the places in `reasons` under their reason, and return the others."""
+    for place, reason in reasons.items():
+        report = entries[place][1]
+        setattr(report, reason, getattr(report, reason) + 1)
+    return [entry for place, entry in enumerate(entries) if place not in reasons]
+
+
 def _overlapping(
-    pairs: list[PreferencePair], owners: list[SourceReport], benchmarks: list[Benchmark], hasher: Hasher
+    entries: list[Entry], benchmarks: list[Benchmark], hasher: NgramHasher
 ) -> tuple[set[int], list[dict[str, str]]]:
-    """The places of pairs whose question stands in a benchmark, counted by benchmark; and examples."""
-    found: set[int] = set()
+    """Find the places of pairs whose question is in a benchmark, counted by benchmark; and examples of them."""
+    places: set[int] = set()
     examples: list[dict[str, str]] = []
     if not benchmarks:
-        return found, examples
-    for place, pair in enumerate(tqdm(pairs, desc="overlap", unit="pair", dynamic_ncols=True)):
+        return places, examples
+    for place, (pair, report) in enumerate(tqdm(entries, desc="overlap", unit="pair", dynamic_ncols=True)):
         words = question_words(pair)
-        windows = hasher(words)
+        hashes = hasher(words)
         for benchmark in benchmarks:
-            overlap = benchmark.find(words, windows)
+            overlap = benchmark.find(words, hashes)
             if overlap is None:
                 continue
-            found.add(place)
-            counts = owners[place].overlaps[benchmark.name]
+            places.add(place)
+            counts = report.overlaps[benchmark.name]
             counts[overlap.kind] += 1
             if sum(counts.values()) <= EXAMPLES:
-                name = owners[place].name
-                at = {"source": name, "id": f"{name}/{pair.id}", "benchmark": benchmark.name}
-                examples.append({**at, "kind": overlap.kind, "benchmark_id": overlap.id, "words": overlap.words})
-    return found, examples
+                example = {"source": report.name, "id": f"{report.name}/{pair.id}", "benchmark": benchmark.name}
+                examples.append(example | {"kind": overlap.kind, "benchmark_id": overlap.id, "words": overlap.words})
+    return places, examples
 
 
-def _without(
-    dropped: set[int], pairs: list[PreferencePair], owners: list[SourceReport]
-) -> tuple[list[PreferencePair], list[SourceReport]]:
-    kept = [place for place in range(len(pairs)) if place not in dropped]
-    return [pairs[place] for place in kept], [owners[place] for place in kept]
+def _lines(entries: list[Entry], seed: int) -> Iterator[str]:
+    """The lines of pairs.jsonl; each is counted in its source's report when it is taken."""
+
+    # Sorted by a hash of the id, not shuffled: an added or removed row leaves the order of the others.
+    def key(entry: Entry) -> bytes:
+        pair, report = entry
+        return hashlib.sha256(f"{seed}/{report.name}/{pair.id}".encode()).digest()
+
+    for number, (pair, report) in enumerate(sorted(entries, key=key)):
+        better = "AB"[number % 2]
+        report.kept += 1
+        report.a += better == "A"
+        row = _row(report.name, pair if pair.better == better else pair.swapped())
+        yield json.dumps(row, default=str) + "\n"  # Parquet has values that JSON has not, such as dates
 
 
-# ---- writing ----
-
-
-class _Lines:
-    """The lines of pairs.jsonl, in the order of the seed; `digest` is theirs when they are exhausted."""
-
-    def __init__(self, seed: int, pairs: list[PreferencePair], owners: list[SourceReport]):
-        self.seed, self.pairs, self.owners, self.digest = seed, pairs, owners, hashlib.sha256()
-
-    def __iter__(self) -> Iterator[str]:
-        # By a hash of the id and not by a shuffled list: a row more or less leaves the order of the others.
-        ids = [f"{owner.name}/{pair.id}" for owner, pair in zip(self.owners, self.pairs, strict=True)]
-        order = sorted(range(len(ids)), key=lambda k: hashlib.sha256(f"{self.seed}/{ids[k]}".encode()).digest())
-        for number, k in enumerate(order):
-            better = "AB"[number % 2]
-            pair, owner = self.pairs[k], self.owners[k]
-            owner.a += better == "A"
-            row = _row(ids[k], owner.name, pair if pair.better == better else pair.swapped())
-            line = json.dumps(row, default=str) + "\n"  # Parquet has values that JSON does not, dates for one
-            self.digest.update(line.encode())
-            yield line
-
-
-def _row(id: str, source: str, pair: PreferencePair) -> dict[str, Any]:
-    """A pair in our own format."""
+def _row(source: str, pair: PreferencePair) -> dict[str, Any]:
+    """A row of the project's own format."""
     if pair.single_turn:
-        shown: dict[str, Any] = {
-            "question": pair.question,
-            "response_a": pair.response_a,
-            "response_b": pair.response_b,
-        }
+        shown: dict[str, Any] = {name: getattr(pair, name) for name in ("question", "response_a", "response_b")}
     else:
         sides = {"conversation_a": pair.conversation_a, "conversation_b": pair.conversation_b}
         shown = {name: [message._asdict() for message in side] for name, side in sides.items()}
     meta = dict(pair.meta)
     if "source" in meta:
         meta["origin"] = meta.pop("source")
-    return {"id": id, "source": source, **shown, "better": pair.better, **meta}
+    return {"id": f"{source}/{pair.id}", "source": source, **shown, "better": pair.better, **meta}

@@ -1,13 +1,11 @@
-"""What a training mixture shares with evaluation sets: a judge that has trained on a benchmark's questions is not
-measured by it.
+"""Overlap of training questions with evaluation sets: a benchmark cannot measure a judge that trained on its questions.
 
-A question is what the client wrote, all turns of it, lower-cased, as words. A training question overlaps with one of a
-benchmark **exactly** where all their words are the same in the same order, and **nearly** where some `ngram` words in a
-row stand in both; shorter questions can only overlap exactly. 13 words is what GPT-3's authors took (arXiv 2005.14165,
-appendix C). A near overlap may be no more than a common form of words: look at the examples in `mixture.json` before
-removing.
+A question is all that the client wrote, as lower-case words. A training question overlaps with a benchmark's question
+**exactly** if all words are the same in the same order, and **nearly** if the two share `ngram` consecutive words;
+shorter questions can only overlap exactly. The default of 13 words is that of GPT-3 (arXiv 2005.14165, appendix C).
+A near overlap may be no more than a common phrase: look at the examples in `mixture.json` before removing.
 
-Next: `data/mixture.py`, which asks here.
+Next: `mixture.py`, which calls this.
 """
 
 from __future__ import annotations
@@ -16,129 +14,114 @@ import hashlib
 import re
 import unicodedata
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
+from pydantic import PositiveInt
 
+from rmr1_jax.config import config_dataclass
 from rmr1_jax.errors import InputError
 from rmr1_jax.files.hub import locate
 from rmr1_jax.pairs.pair import PreferencePair
 from rmr1_jax.pairs.read import read_pairs
 
-ACTIONS = ("report", "remove")
-
-
 _WORD = re.compile(r"\w+")
+_MULTIPLIER = 0x9E3779B97F4A7C15  # odd, so that multiplying by it modulo 2**64 loses no bits
 
 
-_STEP = 0x9E3779B97F4A7C15  # odd, so that no step of the window hash loses bits
-
-
-@dataclass(frozen=True, kw_only=True)
+@config_dataclass
 class OverlapConfig:
-    """benchmarks: paths or hub ids of evaluation sets, in any format that `read_pairs` reads. ngram: words in a row
-    that make a near overlap. action: what becomes of rows that overlap, "report" (they stay) or "remove"."""
+    """benchmarks: paths or hub ids of evaluation sets, in any format that `read_pairs` reads. ngram: the number of
+    consecutive words that make a near overlap. action: "report" rows that overlap and keep them, or "remove" them."""
 
     benchmarks: tuple[str, ...] = ()
-    ngram: int = 13
-    action: str = "report"
+    ngram: PositiveInt = 13
+    action: Literal["report", "remove"] = "report"
 
     def __post_init__(self):
-        if self.ngram < 1:
-            raise InputError(f"overlap.ngram={self.ngram} must be at least 1")
-        if self.action not in ACTIONS:
-            raise InputError(f"overlap.action={self.action!r} must be one of {', '.join(ACTIONS)}")
         if len(set(self.benchmarks)) < len(self.benchmarks):
             raise InputError(f"overlap.benchmarks={list(self.benchmarks)} names one of them twice")
 
 
 class Overlap(NamedTuple):
-    """One overlap: kind "exact" or "near", the benchmark's pair, and the words shared (of a near one: the first
-    `ngram` of them)."""
+    """kind: "exact" or "near". id: of the benchmark's pair. words: the shared words; for "near" the first `ngram`."""
 
     kind: str
     id: str
     words: str
 
 
-@dataclass
-class Benchmark:
-    """An evaluation set's questions, for `find`. Made by `read_benchmark`; about 20 bytes for a word of theirs."""
-
-    name: str
-    ngram: int
-    ids: list[str] = field(default_factory=list)  # of the first pair that asks each question
-    texts: list[str] = field(default_factory=list)  # the questions' words, joined by spaces
-    numbers: dict[str, int] = field(default_factory=dict)  # a question's words -> its number
-    hashes: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint64))  # of all n-grams, sorted, each once
-    owners: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))  # the first question with that n-gram
-
-    def find(self, words: Sequence[str], windows: np.ndarray) -> Overlap | None:
-        """The overlap of a question with this benchmark. `windows`: the hashes of its n-grams, in order."""
-        text = " ".join(words)
-        if (same := self.numbers.get(text)) is not None:
-            return Overlap("exact", self.ids[same], text[:200])
-        if not len(windows) or not len(self.hashes):
-            return None
-        places = np.minimum(np.searchsorted(self.hashes, windows), len(self.hashes) - 1)
-        for start in np.flatnonzero(self.hashes[places] == windows).tolist():
-            owner = int(self.owners[places[start]])
-            shared = " ".join(words[start : start + self.ngram])
-            if f" {shared} " in f" {self.texts[owner]} ":  # equal hashes alone prove nothing
-                return Overlap("near", self.ids[owner], shared)
-        return None
-
-
-def question_words(pair: PreferencePair) -> list[str]:
-    """The words of all that the client wrote in a pair, lower-cased; what stands on both sides once."""
-    turns = dict.fromkeys(m.content for m in (*pair.conversation_a, *pair.conversation_b) if m.role == "user")
-    return _WORD.findall(unicodedata.normalize("NFKC", "\n".join(turns)).lower())
-
-
-class Hasher:
-    """Hashes of the n-grams of questions: weighted sums of the words' numbers, one product a text."""
+class NgramHasher:
+    """Computes polynomial hashes of the n-grams of questions."""
 
     def __init__(self, ngram: int):
         self.ngram = ngram
-        self._known: dict[str, int] = {}
-        self._powers = np.array([pow(_STEP, k, 2**64) for k in range(ngram)], np.uint64)
+        self._word_hashes: dict[str, int] = {}
+        self._powers = np.array([pow(_MULTIPLIER, k, 2**64) for k in range(ngram)], np.uint64)
 
     def __call__(self, words: Sequence[str]) -> np.ndarray:
-        """[number of n-grams] uint64, in order; empty where there are fewer words than n."""
+        """Return a [number of n-grams] uint64 array, in order; it is empty if there are fewer words than `ngram`."""
         if len(words) < self.ngram:
             return np.empty(0, np.uint64)
-        numbers = np.fromiter(map(self._number, words), np.uint64, len(words))
-        return np.lib.stride_tricks.sliding_window_view(numbers, self.ngram) @ self._powers
+        hashes = np.fromiter(map(self._hash_word, words), np.uint64, len(words))
+        return np.lib.stride_tricks.sliding_window_view(hashes, self.ngram) @ self._powers
 
-    def _number(self, word: str) -> int:
-        number = self._known.get(word)
-        if number is None:
+    def _hash_word(self, word: str) -> int:
+        found = self._word_hashes.get(word)
+        if found is None:
             digest = hashlib.blake2b(word.encode(errors="surrogatepass"), digest_size=8).digest()
-            number = self._known[word] = int.from_bytes(digest, "little")
-        return number
+            found = self._word_hashes[word] = int.from_bytes(digest, "little")
+        return found
 
 
-def read_benchmark(source: str, hasher: Hasher) -> Benchmark:
-    """The questions of an evaluation set. InputError where it cannot be read, or has none."""
-    return make_benchmark(source, read_pairs(locate(source)), hasher)
+class Benchmark:
+    """An index of an evaluation set's questions. It takes about 20 bytes a word.
 
+    Raises:
+        InputError: no pair has a question.
+    """
 
-def make_benchmark(name: str, pairs: Iterable[PreferencePair], hasher: Hasher) -> Benchmark:
-    """A benchmark of these pairs' questions."""
-    found = Benchmark(name, hasher.ngram)
-    windows: list[np.ndarray] = []
-    for pair in pairs:
-        words = question_words(pair)
+    def __init__(self, name: str, pairs: Iterable[PreferencePair], hasher: NgramHasher):
+        self.name, self._ngram = name, hasher.ngram
+        self._numbers: dict[str, int] = {}  # the words of each distinct question, joined by spaces -> its number
+        self._ids: list[str] = []  # for each question, the first pair that asks it
+        hashes: list[np.ndarray] = []
+        for pair in pairs:
+            words = question_words(pair)
+            text = " ".join(words)
+            if words and text not in self._numbers:
+                self._numbers[text] = len(self._ids)
+                self._ids.append(pair.id)
+                hashes.append(hasher(words))
+        if not hashes:
+            raise InputError(f"overlap.benchmarks: {name} holds no questions")
+        self.questions = list(self._numbers)
+        # All n-gram hashes, sorted and unique; and for each the number of the first question that has it.
+        self.hashes, first = np.unique(np.concatenate(hashes), return_index=True)
+        self.owners = np.repeat(np.arange(len(hashes), dtype=np.int32), [len(each) for each in hashes])[first]
+
+    def find(self, words: Sequence[str], hashes: np.ndarray) -> Overlap | None:
+        """Find the overlap of a question, given its words and their n-gram hashes (`NgramHasher`)."""
         text = " ".join(words)
-        if words and text not in found.numbers:
-            found.numbers[text] = len(found.ids)
-            found.ids.append(pair.id)
-            found.texts.append(text)
-            windows.append(hasher(words))
-    if not windows:
-        raise InputError(f"overlap.benchmarks: {name} holds no questions")
-    owners = np.repeat(np.arange(len(windows), dtype=np.int32), [len(each) for each in windows])
-    found.hashes, first = np.unique(np.concatenate(windows), return_index=True)
-    found.owners = owners[first]
-    return found
+        if (same := self._numbers.get(text)) is not None:
+            return Overlap("exact", self._ids[same], text[:200])
+        if not len(hashes) or not len(self.hashes):
+            return None
+        places = np.minimum(np.searchsorted(self.hashes, hashes), len(self.hashes) - 1)
+        for start in np.flatnonzero(self.hashes[places] == hashes).tolist():
+            owner = int(self.owners[places[start]])
+            shared = " ".join(words[start : start + self._ngram])
+            if f" {shared} " in f" {self.questions[owner]} ":  # hashes may collide
+                return Overlap("near", self._ids[owner], shared)
+        return None
+
+
+def read_benchmark(source: str, hasher: NgramHasher) -> Benchmark:
+    """Index an evaluation set, a path or a hub id. InputError if it cannot be read or has no questions."""
+    return Benchmark(source, read_pairs(locate(source)), hasher)
+
+
+def question_words(pair: PreferencePair) -> list[str]:
+    """Return the lower-case words of all client turns of a pair; a turn that both conversations have counts once."""
+    turns = dict.fromkeys(m.content for m in (*pair.conversation_a, *pair.conversation_b) if m.role == "user")
+    return _WORD.findall(unicodedata.normalize("NFKC", "\n".join(turns)).lower())

@@ -1,7 +1,6 @@
-"""One source of a training mixture: what a config says of it, how its rows are read, filtered and drawn, and the counts
-of what became of them.
+"""One source of a training mixture: its config, how its rows are read, filtered and drawn, and their counts.
 
-Next: `data/mixture.py`, which puts sources together.
+Next: `mixture.py`, which combines sources.
 """
 
 from __future__ import annotations
@@ -9,39 +8,41 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
+from pydantic import NonNegativeInt, PositiveInt
 from tqdm import tqdm
 
+from rmr1_jax.config import config_dataclass
 from rmr1_jax.errors import InputError
 from rmr1_jax.pairs.pair import PreferencePair
 from rmr1_jax.pairs.read import BENCHMARKS, FORMATS, read_pairs, source_format
 from rmr1_jax.pairs.rows import ReadReport, Row
 
+# The counts of a SourceReport for rows that are not kept, in the order in which rows are tested.
 DROPPED = ("rejected", "filtered", "not_drawn", "alike", "duplicates", "contradictory", "overlap")
-
 Value = str | int | float | bool | None
-
-
 Filters = dict[str, tuple[Value, ...]]
 
 
-@dataclass(frozen=True, kw_only=True)
+@config_dataclass
 class SourceConfig:
     """One source of a mixture.
 
     path: a file, a folder or a hub id; revision: pins a hub id. format: see `read_pairs`; benchmarks are refused. name:
-    default the path's last part. count: how many rows to draw (None: all): the first ones, or with `shuffle`, a seed,
-    the first of NumPy's `default_rng(shuffle).permutation(rows)`, which is what `datasets.Dataset.shuffle` takes.
-    where: fields, and the values of which a row must have one; exclude: fields, and values that a row must not have.
+    by default the last part of the path. count: the rows to draw (None: all): the first ones, or with `shuffle`, a
+    seed, the first of NumPy's `default_rng(shuffle).permutation(rows)`, the order of `datasets.Dataset.shuffle`.
+    where: fields, each with the values of which a row must have one; exclude: fields, each with the values that a row
+    must not have.
     """
 
     path: str
     name: str = ""
     format: str = "auto"
     revision: str | None = None
-    count: int | None = None
-    shuffle: int | None = None
+    count: PositiveInt | None = None
+    shuffle: NonNegativeInt | None = None
     where: Filters = field(default_factory=dict)
     exclude: Filters = field(default_factory=dict)
 
@@ -50,21 +51,20 @@ class SourceConfig:
         if re.fullmatch(r"[\w.-]+", name) is None:
             raise InputError(f"sources: name={name!r} of {self.path!r} must be letters, digits, '.', '-' and '_'")
         object.__setattr__(self, "name", name)
-        known = [each for each in FORMATS if each not in BENCHMARKS]
-        if self.format not in ("auto", *known):
-            raise InputError(f"source {name}: format={self.format!r} must be one of auto, {', '.join(known)}")
-        if self.count is not None and self.count < 1:
-            raise InputError(f"source {name}: count={self.count} must be at least 1; leave it out to take all rows")
-        if self.shuffle is not None and (self.count is None or self.shuffle < 0):
-            raise InputError(
-                f"source {name}: shuffle={self.shuffle} must be a seed, at least 0, by which `count` rows are drawn"
-            )
+        known = ("auto", *(each for each in FORMATS if each not in BENCHMARKS))
+        if self.format not in known:
+            raise InputError(f"source {name}: format={self.format!r} must be one of {', '.join(known)}")
+        if self.shuffle is not None and self.count is None:
+            raise InputError(f"source {name}: shuffle={self.shuffle} is the seed that draws `count` rows; give count")
 
 
 @dataclass(kw_only=True)
 class SourceReport:
-    """What became of a source's rows. Of those kept, `a` show the better answer in A. both_empty is a part of alike.
-    overlaps: rows by benchmark and kind, also where they stay. notes: what looks like a mistake in the config."""
+    """The counts of a source's rows: read = kept + those in `DROPPED`.
+
+    a: kept pairs that show the better answer in A. both_empty: part of alike. overlaps: rows by benchmark and kind,
+    counted whether or not they are removed. notes: what looks like a mistake in the config.
+    """
 
     name: str
     path: str
@@ -86,18 +86,24 @@ class SourceReport:
 
     @property
     def reconciles(self) -> bool:
-        """Whether every row that was read is accounted for, once."""
+        """Whether every row that was read is counted exactly once."""
         return self.read == self.kept + sum(getattr(self, reason) for reason in DROPPED)
 
 
 def read_source(
-    source: SourceConfig, path: Path, report: SourceReport, *, on_bad_row: str, rejects: Path, bar: tqdm
+    source: SourceConfig,
+    path: Path,
+    report: SourceReport,
+    *,
+    on_bad_row: Literal["error", "quarantine"],
+    rejects: Path,
+    bar: tqdm,
 ) -> list[PreferencePair]:
-    """The pairs of a source that are drawn and can be judged; `report` gets the counts.
+    """Read, filter and draw the pairs of a source, without those whose answers are the same; update `report`.
 
     Args:
-        path: where the source lies on this machine. rejects: the file for bad rows, where on_bad_row="quarantine"; it
-            is there afterwards only if there were any. bar: is moved by the rows read.
+        path: where the source is on this machine. rejects: the file for bad rows, for on_bad_row="quarantine"; it is
+            removed if there were none. bar: is advanced by the rows read.
     """
     report.format = source_format(path) if source.format == "auto" else source.format
     if report.format in BENCHMARKS:
@@ -105,18 +111,19 @@ def read_source(
             f"source {source.name}: {source.path} is an evaluation set ({report.format}); a judge that trains on it "
             "cannot be measured by it: it belongs in overlap.benchmarks"
         )
-    wanted, read = _Wanted(source, report, bar), ReadReport()
-    put_aside = rejects if on_bad_row == "quarantine" else None
-    pairs = list(read_pairs(path, report.format, select=wanted, on_bad_row=on_bad_row, rejects=put_aside, report=read))
-    if put_aside and not read.rejected:
-        put_aside.unlink()
+    row_filter, read = _RowFilter(source, report, bar), ReadReport()
+    quarantine = rejects if on_bad_row == "quarantine" else None
+    reading = {"on_bad_row": on_bad_row, "rejects": quarantine, "report": read}
+    pairs = list(read_pairs(path, report.format, select=row_filter, **reading))
+    if quarantine and not read.rejected:
+        quarantine.unlink()
     report.read, report.rejected = read.read, read.rejected
-    wanted.check_names()
+    row_filter.check_names()
     drawn = _draw(source, pairs, report)
-    can_be_judged = [pair for pair in drawn if pair.response_a.strip() != pair.response_b.strip()]
-    report.alike = len(drawn) - len(can_be_judged)
+    different = [pair for pair in drawn if pair.response_a.strip() != pair.response_b.strip()]
+    report.alike = len(drawn) - len(different)
     report.both_empty = sum("both_empty" in pair.meta for pair in drawn)
-    return can_be_judged
+    return different
 
 
 def _draw(source: SourceConfig, pairs: list[PreferencePair], report: SourceReport) -> list[PreferencePair]:
@@ -131,8 +138,8 @@ def _draw(source: SourceConfig, pairs: list[PreferencePair], report: SourceRepor
     return [pairs[k] for k in order[: source.count]]
 
 
-class _Wanted:
-    """Whether a row is wanted, by its own fields. It counts the others, and knows which filters never met a row."""
+class _RowFilter:
+    """Selects rows by their own fields, counts the others, and remembers the fields and values that occurred."""
 
     def __init__(self, source: SourceConfig, report: SourceReport, bar: tqdm):
         self.source, self.report, self.bar = source, report, bar
@@ -153,11 +160,11 @@ class _Wanted:
             return False
         if self.report.format == "pairs" and "chosen" not in row.value and row.value.get("better") is None:
             field_name = "better" if "better" in row.value else None
-            raise row.bad(field_name, "says no better answer; a pair to train on needs better: 'A' or 'B'")
+            raise row.bad(field_name, "names no better answer; a pair to train on needs better: 'A' or 'B'")
         return True
 
     def check_names(self) -> None:
-        """Refuses a filter on a field that no row has, and notes one on a value that no row has: misspelt, it seems."""
+        """Refuse a filter on a field that no row has, and note a value that no row has: both are probably misspelt."""
         for name in self.values:
             if self.fields and name not in self.fields:
                 has = ", ".join(sorted(self.fields))
