@@ -68,11 +68,12 @@ class DataChains:
 
     def run(self) -> None:
         from rmr1_jax.config import load_config
-        from rmr1_jax.data.chains.chains import ChainsConfig, make_chains, read_to_judge
+        from rmr1_jax.data.chains.chains import make_chains, read_known_pairs
+        from rmr1_jax.data.chains.config import ChainsConfig
         from rmr1_jax.endpoint import Endpoint
 
         config = load_config(ChainsConfig, self.config, self.overrides)
-        pairs = read_to_judge(config)  # before a model is loaded: a bad row shows now
+        pairs = read_known_pairs(config)  # before a model is loaded: a bad row shows now
         second = Endpoint(config.second) if config.second else None
         if config.policy:
             from rmr1_jax.data.chains.policy_teacher import PolicyTeacher

@@ -1,6 +1,6 @@
-"""`rmr1 data show`: rows as the model will see them, token by token, and which of them are trained.
+"""`rmr1 data show`: print rows as the model sees them, token by token, with the trained tokens marked.
 
-Next: `data/store.py`, where the examples come from.
+Next: `examples.py` and `store.py`, which the examples come from.
 """
 
 from __future__ import annotations
@@ -10,53 +10,58 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from rmr1_jax.data.examples import Example, make_example
-from rmr1_jax.data.store import PreparedExamples, is_prepared, read_manifest, refuse_other_tokenizer
+from rmr1_jax.data.examples import Example, first_row, is_rendered, load_tokenizer, make_example, read_source
+from rmr1_jax.data.store import PreparedExamples, is_prepared, read_manifest
 from rmr1_jax.errors import InputError
 from rmr1_jax.files.hub import locate
-from rmr1_jax.model.tokenizer import TOKENIZER_FILES, Tokenizer
-from rmr1_jax.pairs.read import read_pairs
-from rmr1_jax.pairs.rows import Row, read_rows
-from rmr1_jax.pairs.training_sets import read_published
+from rmr1_jax.model.tokenizer import Tokenizer
 from rmr1_jax.prompts.cor import get_prompt
 
-# Colours by (trained, number of the token is odd): neighbours differ, so that the cuts between tokens show.
+# Colours by (trained, the token's number is odd): neighbouring tokens differ in colour.
 _COLOURS = {(False, 0): "\x1b[2m", (False, 1): "\x1b[90m", (True, 0): "\x1b[30;42m", (True, 1): "\x1b[30;102m"}
-
-
-_UNSEEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff]")
+_INVISIBLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff]")
 
 
 def show(
     path: str | Path, *, model: str | None = None, prompt: str | None = None, count: int = 3, colour: bool = False
 ) -> Iterator[str]:
-    """A text for each of the first `count` rows of a prepared set, of rendered rows, or of pairs.
+    """Yield a text for each of the first `count` rows of a prepared set, of rendered rows, or of pairs.
 
     Args:
-        model: whose tokenizer; a prepared set knows its own. prompt: renders pairs. colour: mark trained tokens by
-            terminal colours, else by brackets ⟦ ⟧ around each.
+        model: whose tokenizer is used; a prepared set names its own. prompt: renders pairs. colour: mark trained tokens
+            by terminal colours; otherwise by brackets ⟦ ⟧ around each.
 
     Raises:
-        InputError: bad input, a prepared set of another tokenizer, or no model given where one is needed.
+        InputError: bad input, a set that was prepared with another tokenizer, or no model where one is needed.
     """
     if count < 1:
         raise InputError(f"-n {count}: expected at least 1 row")
     prepared = is_prepared(path)
     name = model or (read_manifest(path)["config"]["model"] if prepared else None)
     if name is None:
-        raise InputError(f"{path}: tokens are a model's; give --model, a directory or hub id")
-    tokenizer = Tokenizer(locate(name, kind="model", patterns=TOKENIZER_FILES))
+        raise InputError(f"{path}: tokens depend on a model; give --model, a directory or hub id")
+    tokenizer = load_tokenizer(name)
     if prepared:
         examples = PreparedExamples(path)
-        refuse_other_tokenizer(examples, tokenizer)
+        examples.check_tokenizer(tokenizer)
     else:
-        examples = _made(locate(path), tokenizer, prompt)
+        examples = _examples(locate(path), tokenizer, prompt)
     for example in itertools.islice(examples, count):
         yield show_example(example, tokenizer, colour=colour)
 
 
+def _examples(path: Path, tokenizer: Tokenizer, prompt: str | None) -> Iterator[Example]:
+    rendered = is_rendered(first_row(path))
+    if not rendered and prompt is None:
+        raise InputError(f"{path}: a prompt renders pairs; give --prompt (cor, reasoning, a file)")
+    template = None if rendered else get_prompt(prompt)
+    for row in read_source([path], template):
+        stage = "sft" if rendered and row.trace is not None else None
+        yield make_example(tokenizer, row, stage, prompt=template)
+
+
 def show_example(example: Example, tokenizer: Tokenizer, *, colour: bool = False) -> str:
-    """A line of facts, and the example's text with its trained tokens marked."""
+    """Format an example: a line of facts, then its text with the trained tokens marked."""
     trained = int(example.trained.sum())
     facts = [f"{len(example)} tokens: {len(example) - trained} of the prompt, {trained} trained"]
     facts += [f"source {example.source}"] if example.source else []
@@ -72,9 +77,9 @@ def show_example(example: Example, tokenizer: Tokenizer, *, colour: bool = False
 
 
 def pieces(example: Example, tokenizer: Tokenizer) -> Iterator[tuple[str, bool]]:
-    """Each token's text, control tokens included, and whether it is trained; joined, the texts are the whole row.
+    """Yield each token's text, control tokens included, and whether it is trained. Joined, the texts are the whole row.
 
-    Tokens that end within a character go together with the next ones, up to its end.
+    A token that ends within a character is joined with the next ones up to the character's end.
     """
     waiting: list[int] = []
     for token, trained in zip(example.tokens.tolist(), example.trained.tolist(), strict=True):
@@ -89,20 +94,7 @@ def pieces(example: Example, tokenizer: Tokenizer) -> Iterator[tuple[str, bool]]
 
 
 def visible(text: str) -> str:
-    """The text with what a terminal would obey or hide written out: rows are not trusted."""
-    return _UNSEEN.sub(
+    """Escape control characters and invisible characters, because rows are untrusted."""
+    return _INVISIBLE.sub(
         lambda found: f"\\x{ord(found[0]):02x}" if ord(found[0]) < 256 else f"\\u{ord(found[0]):04x}", text
     )
-
-
-def _made(path: Path, tokenizer: Tokenizer, prompt: str | None) -> Iterator[Example]:
-    first = next((row for row in read_rows(path) if isinstance(row, Row)), None)
-    if first is not None and "context_messages" in first.value:
-        for row in read_published(path):
-            yield make_example(tokenizer, row, None if row.trace is None else "sft")
-        return
-    if prompt is None:
-        raise InputError(f"{path}: pairs are shown as a prompt renders them; give --prompt (cor, reasoning, a file)")
-    template = get_prompt(prompt)
-    for pair in read_pairs(path):
-        yield make_example(tokenizer, pair, None, prompt=template)

@@ -21,7 +21,6 @@ from rmr1_jax.judge.judgement import (
     check_rule,
     judgement_of,
     nothing_to_judge,
-    prompt_line,
     temperature_for,
     unasked,
 )
@@ -106,7 +105,7 @@ class EndpointJudge(AnyJudge):
     def settings(self, votes: int = 1, both_orders: bool = False, seed: int = 0) -> dict[str, Any]:
         """All that decides a verdict beside the pairs, as plain values; no key among them."""
         told = self._sampling(votes, seed).settings()
-        own = {"prompt": prompt_line(self.prompt), "escape_untrusted": self.prompt.escape_untrusted, "rule": self.rule}
+        own = {"prompt": self.prompt.identity, "escape_untrusted": self.prompt.escape_untrusted, "rule": self.rule}
         return {"kind": "endpoint", **told, **own, "votes": votes, "both_orders": both_orders, "seed": seed}
 
     def _sampling(self, votes: int, seed: int) -> Endpoint:

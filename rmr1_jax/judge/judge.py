@@ -21,7 +21,6 @@ from rmr1_jax.judge.judgement import (
     check_rule,
     judgement_of,
     nothing_to_judge,
-    prompt_line,
     temperature_for,
     unasked,
 )
@@ -133,7 +132,7 @@ class Judge(AnyJudge):
         """All that decides a verdict beside the policy and the pairs, as plain values."""
         sampling = self._sampling(votes, seed)
         return {
-            "prompt": prompt_line(self.prompt),
+            "prompt": self.prompt.identity,
             "escape_untrusted": self.prompt.escape_untrusted,
             "rule": self.rule,
             "votes": votes,

@@ -8,9 +8,7 @@ Next: `judge_file.py`, which judges files with any of them; `prompts/verdict.py`
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import itertools
-import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
@@ -18,7 +16,6 @@ from typing import Any, Literal, Protocol, get_args
 
 from rmr1_jax.errors import InputError
 from rmr1_jax.pairs.pair import PreferencePair
-from rmr1_jax.prompts.prompt import Prompt
 from rmr1_jax.prompts.trace import Trace, parse_trace
 from rmr1_jax.prompts.verdict import eval_verdict, strict_verdict
 
@@ -194,9 +191,3 @@ def as_pair(pair: PreferencePair | Sequence[str], number: int) -> PreferencePair
     if isinstance(pair, Sequence) and len(pair) == 3 and all(isinstance(text, str) for text in pair):
         return PreferencePair.from_answers(str(number), *pair)
     raise InputError(f"pair {number} is {pair!r:.80}; expected a PreferencePair or (question, response_a, response_b)")
-
-
-def prompt_line(prompt: Prompt) -> str:
-    """A prompt's name and a hash of its wording, for a judge's settings."""
-    told = json.dumps([prompt.system, prompt.single_turn, prompt.multi_turn])
-    return f"{prompt.name} (sha256 {hashlib.sha256(told.encode()).hexdigest()[:16]})"

@@ -10,6 +10,8 @@ Next: `prompts/cor.py`, the prompts by name; `prompts/recover.py`, which recover
 from __future__ import annotations
 
 import functools
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,6 +94,17 @@ class Prompt:
             if tag in instructions:
                 return structure
         return "verdict"
+
+    @property
+    def digest(self) -> str:
+        """16 hexadecimal digits of the SHA-256 of the system text and the frames."""
+        wording = json.dumps([self.system, self.single_turn, self.multi_turn])
+        return hashlib.sha256(wording.encode()).hexdigest()[:16]
+
+    @property
+    def identity(self) -> str:
+        """The name and the digest, which the settings of a run record."""
+        return f"{self.name} (sha256 {self.digest})"
 
     def _messages(self, user: str) -> Messages:
         system = [] if self.system is None else [{"role": "system", "content": self.system}]

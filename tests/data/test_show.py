@@ -100,7 +100,7 @@ def test_prepare_on_the_command_line(tmp_path, world_tokenizer, capsys):
     out = capsys.readouterr().out
     assert "4 kept" in out and "1 left out" in out and f"data={tmp_path / 'set'} model={world_tokenizer}" in out
     assert main(["data", "prepare", str(config)]) == 2
-    assert "is there already" in capsys.readouterr().err
+    assert "exists already" in capsys.readouterr().err
     assert main(["data", "prepare", str(config), "max_lenght=4"]) == 2
     assert "did you mean max_length?" in capsys.readouterr().err
     assert main(["report", str(tmp_path / "set")]) == 0

@@ -255,8 +255,8 @@ def test_what_a_config_cannot_be(tmp_path, source, world_tokenizer):
         ({"data": str(pairs)}, "no rendered row.*for pairs set `prompt`"),
         ({"data": str(pairs), "prompt": "cor", "stage": "grpo"}, "row 1 has no better side"),
         ({"data": str(tmp_path / "nowhere.jsonl")}, "nowhere.jsonl"),
-        ({"out": str(source)}, "is there already"),
-        ({"out": str(source.parent)}, "is there already"),
+        ({"out": str(source)}, "exists already"),
+        ({"out": str(source.parent)}, "exists already"),
         ({"model": str(tmp_path)}, "no tokenizer could be read"),
     ):
         with pytest.raises(InputError, match=message):
@@ -292,7 +292,7 @@ def test_a_file_that_is_absent_or_cut_is_named(prepared):
         message = error_of(PreparedExamples, prepared)
         assert f"{name} has {len(whole) - 1} bytes, was written with {len(whole)}" in message
         name.unlink()
-        assert f"{name} is not there" in error_of(PreparedExamples, prepared)
+        assert f"{name} is missing" in error_of(PreparedExamples, prepared)
         name.write_bytes(whole)
     assert len(PreparedExamples(prepared)) == 150
 
@@ -351,6 +351,15 @@ def test_a_changed_description_is_refused_and_runs_nothing(prepared, file, old, 
         list(PreparedExamples(prepared))
     assert str(prepared) in str(caught.value)
     assert "antigravity" not in sys.modules
+
+
+def test_the_module_that_a_set_names_need_not_exist(prepared):
+    """TFDS records the module that wrote a set. Sets of earlier layouts of the package open all the same."""
+    path = prepared / "rows" / "dataset_info.json"
+    text = path.read_text()
+    assert '"moduleName": "rmr1_jax.data.store"' in text
+    path.write_text(text.replace("rmr1_jax.data.store", "rmr1_jax.data.gone_"))
+    assert len(list(PreparedExamples(prepared))) == 150
 
 
 def test_another_tokenizer_template_or_end_of_turn_is_refused(prepared, world_tokenizer, tokenizer, tmp_path):

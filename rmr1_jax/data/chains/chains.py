@@ -169,9 +169,9 @@ class _Budget:
 def _request(each: PairAttempts, prompt: Prompt, turn: Turn) -> Request:
     messages: Messages = render_pair(prompt, each.pair)
     if turn[0] == 2:
-        last, rejection = each.attempts[-1], each.rejections[-1]
+        last = each.attempts[-1]
         chain = "" if last.answer.error else each.chain(last)
-        messages = correction(messages, chain, each.pair.better, rejection.words)
+        messages = correction(messages, chain, each.pair.better, last.rejection.words)
     return Request(each.pair.id, messages, turn[1])
 
 

@@ -35,12 +35,12 @@ class ChainsConfig:
 
     pairs: a file or folder of pairs whose better answer is known, such as a mixture's pairs.jsonl. prompt: by name or
     file. escape_untrusted: whether the texts of the pairs are escaped (`prompts/escape.py`); by default they are shown
-    unchanged, like all
-    other training rows. teacher or policy: the model of the first pass. second: the model of the second pass; None: no
-    second pass. tries: attempts of the first pass at a pair. keep_thinking: whether the text before `</think>` belongs
-    to the chain. budget_requests, budget_tokens: no request begins when `out` has used that many, over all runs; tokens
-    of prompts and answers count, retries after an error do not. on_bad_row: "error", or "quarantine" bad rows into
-    OUT/rejects.jsonl. seed: decides the order of chosen and rejected answers, where the rows fix none.
+    unchanged, like all other training rows. teacher or policy: the model of the first pass. second: the model of the
+    second pass; None: no second pass. tries: attempts of the first pass at a pair. keep_thinking: whether the text
+    before `</think>` belongs to the chain. budget_requests, budget_tokens: no request begins when `out` has used that
+    many, over all runs; tokens of prompts and answers count, retries after an error do not. on_bad_row: "error", or
+    "quarantine" bad rows into OUT/rejects.jsonl. seed: decides the order of chosen and rejected answers, where the rows
+    fix none.
     """
 
     pairs: str

@@ -34,18 +34,19 @@ STATES = ("right_at_first", "right_at_second", "failed", "open")
 Turn = tuple[int, int]  # the pass, 1 or 2, and the number of the try in it, from 0
 
 
-class Attempt(NamedTuple):
-    """One answer about one pair, and its turn."""
-
-    turn: Turn
-    answer: Answer
-
-
 class Rejection(NamedTuple):
     """Why a chain is rejected: one of `REASONS`, and the words that the second teacher reads."""
 
     reason: str
     words: str
+
+
+class Attempt(NamedTuple):
+    """One answer about one pair, its turn, and why its chain was rejected; None: it was not checked, or accepted."""
+
+    turn: Turn
+    answer: Answer
+    rejection: Rejection | None = None
 
 
 class PairAttempts:
@@ -59,12 +60,11 @@ class PairAttempts:
     def __init__(self, pair: PreferencePair, structure: str, turns: Sequence[Turn], keep_thinking: bool = False):
         self.pair, self.structure, self.turns, self.keep_thinking = pair, structure, turns, keep_thinking
         self.attempts: list[Attempt] = []
-        self.rejections: list[Rejection | None] = []  # one for each attempt; None: accepted
 
     @property
     def accepted(self) -> Attempt | None:
         """The accepted attempt, which is always the last one."""
-        return self.attempts[-1] if self.rejections and self.rejections[-1] is None else None
+        return self.attempts[-1] if self.attempts and self.attempts[-1].rejection is None else None
 
     @property
     def state(self) -> str:
@@ -79,11 +79,10 @@ class PairAttempts:
         return self.turns[len(self.attempts)] if self.state == "open" else None
 
     def add(self, attempt: Attempt) -> None:
-        """Append the next attempt. ValueError if its turn is not `next_turn`."""
+        """Check the next attempt and append it. ValueError if its turn is not `next_turn`."""
         if attempt.turn != self.next_turn:
             raise ValueError(f"pair {self.pair.id!r}: pass, try {attempt.turn}, expected {self.next_turn}")
-        self.attempts.append(attempt)
-        self.rejections.append(self._check(attempt))
+        self.attempts.append(attempt._replace(rejection=self._check(attempt)))
 
     def chain(self, attempt: Attempt) -> str:
         """The chain in an answer."""
@@ -155,8 +154,9 @@ def make_ledger(all_attempts: Iterable[PairAttempts]) -> Ledger:
     by_turn: dict[Turn, Counter[str]] = {}
     sources: dict[str, Counter[str]] = {}
     for each in all_attempts:
-        for attempt, rejection in zip(each.attempts, each.rejections, strict=True):
-            by_turn.setdefault(attempt.turn, Counter())[rejection.reason if rejection else "right"] += 1
+        for attempt in each.attempts:
+            reason = attempt.rejection.reason if attempt.rejection else "right"
+            by_turn.setdefault(attempt.turn, Counter())[reason] += 1
         sources.setdefault(str(each.pair.meta.get("source", "")), Counter())[each.state] += 1
     total = sum(sources.values(), Counter())
     return Ledger(

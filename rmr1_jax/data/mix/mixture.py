@@ -26,19 +26,19 @@ import json
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from annotated_types import MinLen
 from pydantic import NonNegativeInt
 from tqdm import tqdm
 
 from rmr1_jax.config import config_dataclass, config_differences
-from rmr1_jax.data.mix.overlap import Benchmark, NgramHasher, OverlapConfig, question_words, read_benchmark
+from rmr1_jax.data.mix.overlap import Benchmark, NgramHasher, OverlapConfig, question_words
 from rmr1_jax.data.mix.sources import DROPPED, SourceConfig, SourceReport, read_source
 from rmr1_jax.errors import InputError
 from rmr1_jax.files.hub import commit_of, locate
 from rmr1_jax.files.write import hash_written, write_whole, writing
 from rmr1_jax.pairs.pair import Message, PreferencePair
+from rmr1_jax.pairs.read import read_pairs
 
 EXAMPLES = 5  # overlaps that are shown for each source and benchmark
 
@@ -50,13 +50,15 @@ class MixtureConfig:
     """The settings of `rmr1 data mix`. out: the directory to write. seed: decides the order. on_bad_row: "error", or
     "quarantine" bad rows into OUT/rejects-NAME.jsonl."""
 
-    sources: Annotated[tuple[SourceConfig, ...], MinLen(1)]
+    sources: tuple[SourceConfig, ...]
     out: str
     seed: NonNegativeInt = 0
     on_bad_row: Literal["error", "quarantine"] = "error"
     overlap: OverlapConfig = OverlapConfig()
 
     def __post_init__(self):
+        if not self.sources:
+            raise InputError("sources is empty; a mixture needs at least one")
         twice = [name for name, count in Counter(source.name for source in self.sources).items() if count > 1]
         if twice:
             raise InputError(f"sources: two are named {', '.join(twice)}; give each a `name` of its own")
@@ -107,7 +109,7 @@ def mix(config: MixtureConfig) -> MixReport:
     out = _make_output(Path(config.out), settings)
     paths = [locate(source.path, source.revision) for source in config.sources]  # report all that is missing first
     hasher = NgramHasher(config.overlap.ngram)
-    benchmarks = [read_benchmark(name, hasher) for name in config.overlap.benchmarks]
+    benchmarks = [Benchmark(name, read_pairs(locate(name)), hasher) for name in config.overlap.benchmarks]
     reports: list[SourceReport] = []
     entries: list[Entry] = []
     with tqdm(desc="mix", unit="row", dynamic_ncols=True) as bar:

@@ -21,9 +21,7 @@ from pydantic import PositiveInt
 
 from rmr1_jax.config import config_dataclass
 from rmr1_jax.errors import InputError
-from rmr1_jax.files.hub import locate
 from rmr1_jax.pairs.pair import PreferencePair
-from rmr1_jax.pairs.read import read_pairs
 
 _WORD = re.compile(r"\w+")
 _MULTIPLIER = 0x9E3779B97F4A7C15  # odd, so that multiplying by it modulo 2**64 loses no bits
@@ -114,11 +112,6 @@ class Benchmark:
             if f" {shared} " in f" {self.questions[owner]} ":  # hashes may collide
                 return Overlap("near", self._ids[owner], shared)
         return None
-
-
-def read_benchmark(source: str, hasher: NgramHasher) -> Benchmark:
-    """Index an evaluation set, a path or a hub id. InputError if it cannot be read or has no questions."""
-    return Benchmark(source, read_pairs(locate(source)), hasher)
 
 
 def question_words(pair: PreferencePair) -> list[str]:

@@ -14,7 +14,8 @@ from chat_server import KEY, ChatServer, Reply
 from teachers import OTHER, better, chain, rows, write_pairs
 
 from rmr1_jax.config import build_config, load_config
-from rmr1_jax.data.chains.chains import ChainsConfig, PolicyConfig, make_chains, read_to_judge
+from rmr1_jax.data.chains.chains import make_chains, read_known_pairs
+from rmr1_jax.data.chains.config import ChainsConfig, PolicyConfig
 from rmr1_jax.data.chains.correction import correction
 from rmr1_jax.data.chains.policy_teacher import PolicyTeacher
 from rmr1_jax.endpoint import Answer, Endpoint, EndpointConfig
@@ -59,7 +60,7 @@ def first(wrong=(), invalid=(), **settings):
 def run(pairs_file, asked, second=None, **options):
     out = str(pairs_file.parent / "out")
     config = ChainsConfig(**{"pairs": str(pairs_file), "out": out, "teacher": EndpointConfig(model="m"), **options})
-    return make_chains(config, read_to_judge(config), asked, second)
+    return make_chains(config, read_known_pairs(config), asked, second)
 
 
 def test_two_passes(pairs_file):
@@ -191,7 +192,7 @@ def test_what_gets_no_answer_stays_open(pairs_file):
     def busy(n, request):
         return Answer(error="503: busy", failure="gave_up") if n in (3, 5) else chain(better(n))
 
-    with pytest.raises(RunError, match=r"2 pairs got no answer, 'p3' for one: 503: busy; .* run the same command"):
+    with pytest.raises(RunError, match=r"2 pairs got no answer, for example 'p3': 503: busy; .* run the same command"):
         run(pairs_file, Scripted(busy), Scripted(busy))
     ledger = json.loads((pairs_file.parent / "out" / "ledger.json").read_text())
     assert (ledger["right_at_first"], ledger["open"], ledger["requests"]) == (10, 2, 10)
@@ -272,9 +273,9 @@ def test_another_config_in_the_same_place_is_refused_with_the_difference(pairs_f
         ("oops", "Expecting value"),
         ('{"id": "p0"}', "pass"),
         ('{"id": "nobody", "pass": 1, "try": 0, "text": "x"}', "there is no pair 'nobody'"),
-        ('{"id": "p0", "pass": 2, "try": 0, "text": "x"}', "pass 2, try 0, where None is due"),
-        ('{"id": "p1", "pass": 1, "try": 0, "text": 7}', "7 in the place"),
-        ('{"id": "p1", "pass": 1, "try": 0, "text": "x", "more": 1}', "more"),
+        ('{"id": "p0", "pass": 2, "try": 0, "text": "x"}', r"pass, try \(2, 0\), expected None"),
+        ('{"id": "p1", "pass": 1, "try": 0, "text": 7}', r"answer: text: Input should be a valid string \(got 7\)"),
+        ('{"id": "p1", "pass": 1, "try": 0, "text": "x", "more": 1}', "answer: unknown key more"),
     ],
 )
 def test_answers_that_are_none(pairs_file, line, said):
@@ -306,14 +307,17 @@ def test_pairs_that_cannot_be_asked_about(tmp_path):
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"teacher": None}, "one of teacher"),
-        ({"policy": {"model": "m"}}, "one of teacher"),
-        ({"tries": 0}, "tries=0"),
-        ({"budget_tokens": 0}, "budget_tokens=0"),
+        ({"teacher": None}, "give either teacher"),
+        ({"policy": {"model": "m"}}, "give either teacher"),
+        ({"tries": 0}, "tries: Input should be greater than 0 .got 0."),
+        ({"budget_tokens": 0}, "budget_tokens: Input should be greater than 0 .got 0."),
         ({"tries": 2, "teacher": {"model": "m", "temperature": 0}}, "tries=2 with temperature=0"),
-        ({"on_bad_row": "skip"}, "on_bad_row='skip'"),
+        ({"on_bad_row": "skip"}, "on_bad_row: Input should be 'error' or 'quarantine' .got 'skip'."),
         ({"teacher": {"model": "m", "modle": "n"}}, "unknown key teacher.modle; did you mean teacher.model"),
-        ({"teacher": None, "policy": {"model": "m", "batch_size": 0}}, "policy.batch_size=0"),
+        (
+            {"teacher": None, "policy": {"model": "m", "batch_size": 0}},
+            "policy.batch_size: Input should be greater than 0",
+        ),
     ],
 )
 def test_a_config_that_cannot_be(given, said):

@@ -3,20 +3,23 @@
 import pytest
 from teachers import chain
 
-from rmr1_jax.data.chains.correction import tells
-from rmr1_jax.data.chains.ledger import Attempt, Case
+from rmr1_jax.data.chains.correction import revealing_words
+from rmr1_jax.data.chains.ledger import Attempt, PairAttempts
 from rmr1_jax.endpoint import Answer
 from rmr1_jax.pairs.pair import PreferencePair
 from rmr1_jax.pairs.training_sets import read_published
 from rmr1_jax.prompts.verdict import strict_verdict
 
 
-def found(text, right="A", stage=1, structure="cor", keep_thinking=False, **answer):
-    case = Case(PreferencePair.from_answers("p", "q", "a", "b", better=right), structure, [(stage, 0)], keep_thinking)
-    case.add(Attempt(stage, 0, Answer(text=text, **answer)))
-    assert (case.accepted is None) == (case.found[0] is not None) == bool(case.reason(case.attempts[0]))
-    assert case.state == (f"right_at_{['first', 'second'][stage - 1]}" if case.accepted else "failed")
-    return case.found[0], case.chain(case.attempts[0])
+def found(text, right="A", pass_number=1, structure="cor", keep_thinking=False, **answer):
+    pair = PreferencePair.from_answers("p", "q", "a", "b", better=right)
+    attempts = PairAttempts(pair, structure, [(pass_number, 0)], keep_thinking)
+    attempts.add(Attempt((pass_number, 0), Answer(text=text, **answer)))
+    [attempt] = attempts.attempts
+    assert (attempts.accepted is None) == (attempt.rejection is not None) == bool(attempt.rejection)
+    assert attempt.rejection is None or attempt.rejection.words
+    assert attempts.state == (f"right_at_{['first', 'second'][pass_number - 1]}" if attempts.accepted else "failed")
+    return attempt.rejection and attempt.rejection.reason, attempts.chain(attempt)
 
 
 @pytest.mark.parametrize(
@@ -49,8 +52,8 @@ def test_more_reasons_to_turn_it_down():
     assert found("", error="400: filtered", failure="refused")[0] == "refused"
     telling = chain("A", "I was told that B is worse.")
     assert found(telling)[0] is None  # nobody told the first teacher anything
-    assert found(telling, stage=2)[0] == "telling"
-    assert found(chain("A"), stage=2)[0] is None
+    assert found(telling, pass_number=2)[0] == "telling"
+    assert found(chain("A"), pass_number=2)[0] is None
 
 
 def test_thoughts_go_or_stay():
@@ -64,7 +67,7 @@ def test_thoughts_go_or_stay():
 
 def test_published_traces_are_accepted(shared_data):
     traces = [row.trace for row in read_published(shared_data / "published_rows" / "distill_sft.jsonl")]
-    verdicts = [found(trace, right=strict_verdict(trace), stage=2)[0] for trace in traces]
+    verdicts = [found(trace, right=strict_verdict(trace), pass_number=2)[0] for trace in traces]
     assert len(traces) == 65 and verdicts.count(None) == 64
     assert verdicts[[v is not None for v in verdicts].index(True)] == "invalid"  # its <solution> is not closed
 
@@ -85,9 +88,9 @@ def test_published_traces_are_accepted(shared_data):
     ],
 )
 def test_chains_that_tell(words):
-    assert tells(chain("A", words))
-    assert tells(chain("A", f"A writes <quote_A>{words}</quote_A>")) is None  # the chatbot's words
-    assert tells(chain("A", f"A says <summary_A>{words}</summary_A>"))  # the judge's
+    assert revealing_words(chain("A", words))
+    assert revealing_words(chain("A", f"A writes <quote_A>{words}</quote_A>")) is None  # the chatbot's words
+    assert revealing_words(chain("A", f"A says <summary_A>{words}</summary_A>"))  # the judge's
 
 
 @pytest.mark.parametrize(
@@ -100,4 +103,4 @@ def test_chains_that_tell(words):
     ],
 )
 def test_chains_that_do_not(words):
-    assert tells(chain("A", words)) is None
+    assert revealing_words(chain("A", words)) is None

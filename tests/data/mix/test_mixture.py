@@ -367,25 +367,30 @@ def test_whatever_the_rows_are_they_reconcile(tmp_path):
         ({"sources": [{"path": "o/n@v1"}, {"path": "n"}]}, "two are named n"),
         ({"sources": [{"path": "x", "name": "a b"}]}, "name='a b' of 'x' must be letters"),
         ({"sources": [{"path": "x", "format": "rm-bench"}]}, "format='rm-bench' must be one of auto, pairs, skywork"),
-        ({"sources": [{"path": "x", "count": 0}]}, "source x: count=0 must be at least 1"),
+        ({"sources": [{"path": "x", "count": 0}]}, "sources.0.count: Input should be greater than 0 (got 0)"),
         (
             {"sources": [{"path": "x", "shuffle": 1}]},
-            "source x: shuffle=1 must be a seed, at least 0, by which `count`",
+            "source x: shuffle=1 is the seed that draws `count` rows; give count",
         ),
         ({"sources": [{"path": "x", "shufle": 1}]}, "unknown key sources.0.shufle; did you mean sources.0.shuffle?"),
         (
             {"sources": [{"path": "x", "exclude": {"source": "y"}}]},
             "sources.0.exclude.source: Input should be a valid tuple",
         ),
-        ({"seed": -1}, "seed=-1 must be at least 0"),
-        ({"on_bad_row": "skip"}, "on_bad_row='skip' must be error or quarantine"),
-        ({"overlap": {"action": "drop"}}, "overlap.action='drop' must be one of report, remove"),
+        ({"seed": -1}, "seed: Input should be greater than or equal to 0 (got -1)"),
+        ({"on_bad_row": "skip"}, "on_bad_row: Input should be 'error' or 'quarantine' (got 'skip')"),
+        ({"overlap": {"action": "drop"}}, "overlap.action: Input should be 'report' or 'remove' (got 'drop')"),
         ({"overlap": {"bench": []}}, "unknown key overlap.bench"),
     ],
     ids=str,
 )
 def test_configs_that_cannot_be(tmp_path, change, message):
     assert message in error_of(made, {"out": "o", "sources": [{"path": "x"}], **change}, tmp_path)
+
+
+def test_an_absent_benchmark_is_refused(tmp_path):
+    tree = simple(tmp_path, [own(0)]) | {"overlap": {"benchmarks": [str(tmp_path / "none")]}}
+    assert "is no file or folder and no hub id" in error_of(made, tree, tmp_path)
 
 
 def test_a_benchmark_is_no_source(tmp_path):

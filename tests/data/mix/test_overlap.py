@@ -6,9 +6,10 @@ import random
 import numpy as np
 import pytest
 
-from rmr1_jax.data.mix.overlap import Hasher, OverlapConfig, make_benchmark, question_words, read_benchmark
+from rmr1_jax.data.mix.overlap import Benchmark, NgramHasher, OverlapConfig, question_words
 from rmr1_jax.errors import InputError
 from rmr1_jax.pairs.pair import PreferencePair
+from rmr1_jax.pairs.read import read_pairs
 
 WORDS = [f"w{k}" for k in range(1, 16)]
 
@@ -18,8 +19,8 @@ def ask(question: str, id: str = "x") -> PreferencePair:
 
 
 def overlap(question: str, benchmark: list[str], ngram: int = 13):
-    hasher = Hasher(ngram)
-    made = make_benchmark("bench", [ask(text, f"id {k}") for k, text in enumerate(benchmark)], hasher)
+    hasher = NgramHasher(ngram)
+    made = Benchmark("bench", [ask(text, f"id {k}") for k, text in enumerate(benchmark)], hasher)
     words = question_words(ask(question))
     return made.find(words, hasher(words))
 
@@ -56,7 +57,7 @@ def test_short_questions_overlap_only_exactly():
 
 
 def test_equal_hashes_alone_prove_nothing():
-    made = make_benchmark("bench", [ask(" ".join(WORDS))], Hasher(13))
+    made = Benchmark("bench", [ask(" ".join(WORDS))], NgramHasher(13))
     made.hashes, made.owners = np.zeros(1, np.uint64), made.owners[:1]  # as if every n-gram had the same hash
     for words, kind in (([f"v{k}" for k in range(15)], None), (WORDS[:14], "near")):
         found = made.find(words, np.zeros(len(words) - 12, np.uint64))
@@ -80,11 +81,11 @@ def test_as_a_plain_search_finds_it():
 
 
 def test_the_real_benchmarks(shared_data):
-    hasher = Hasher(13)
+    hasher = NgramHasher(13)
     paths = ["rewardbench/filtered_sample.jsonl", "rm_bench/dataset_sample.json", "rmb/Pairwise_set"]
-    made = [read_benchmark(str(shared_data / path), hasher) for path in paths]
+    made = [Benchmark(path, read_pairs(shared_data / path), hasher) for path in paths]
     rows = [json.loads(line) for line in (shared_data / paths[0]).read_text().splitlines()]
-    assert len(made[0].texts) == len({" ".join(question_words(ask(row["prompt"]))) for row in rows})
+    assert len(made[0].questions) == len({" ".join(question_words(ask(row["prompt"]))) for row in rows})
     for row in rows:
         words = question_words(ask(row["prompt"]))
         assert made[0].find(words, hasher(words)).kind == "exact"
@@ -94,15 +95,13 @@ def test_the_real_benchmarks(shared_data):
         assert made[2].find(words, hasher(words)) is None
 
 
-def test_what_is_refused(tmp_path):
+def test_what_is_refused():
     for wrong, message in [
-        ({"ngram": 0}, "overlap.ngram=0 must be at least 1"),
-        ({"action": "drop"}, "overlap.action='drop' must be one of report, remove"),
+        ({"ngram": 0}, "ngram: Input should be greater than 0 .got 0."),
+        ({"action": "drop"}, "action: Input should be 'report' or 'remove' .got 'drop'."),
         ({"benchmarks": ("a", "a")}, "names one of them twice"),
     ]:
         with pytest.raises(InputError, match=message):
             OverlapConfig(**wrong)
     with pytest.raises(InputError, match="bench holds no questions"):
-        make_benchmark("bench", [], Hasher(13))
-    with pytest.raises(InputError, match="is no file or folder and no hub id"):
-        read_benchmark(str(tmp_path / "none"), Hasher(13))
+        Benchmark("bench", [], NgramHasher(13))
