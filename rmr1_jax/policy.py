@@ -6,24 +6,26 @@ Everything above (training, judging) holds one of these; everything below works 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
-from functools import cached_property
+import functools
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax.sharding import Mesh
 
 from rmr1_jax.distributed.exchange import first, wait
 from rmr1_jax.distributed.mesh import single_device_mesh
 from rmr1_jax.errors import InputError
 from rmr1_jax.files.hub import locate
-from rmr1_jax.model import hf, qwen
+from rmr1_jax.model import hf
 from rmr1_jax.model.config import QwenConfig, read_config
+from rmr1_jax.model.qwen import Params, Qwen, init_params, split, with_params
 from rmr1_jax.model.tokenizer import Tokenizer
-from rmr1_jax.sampler.engine import engine_for, generate
-from rmr1_jax.sampler.sample import Sample, SampleStats, SamplingConfig
+from rmr1_jax.sampler.engine import Engine
+from rmr1_jax.sampler.sample import Sample, SamplingConfig
 from rmr1_jax.sampler.weights import Weights, sampling_weights
 
 MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.jinja")  # of a hub repository
@@ -45,20 +47,22 @@ class Completion:
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
-    """A Qwen with its tokenizer on a mesh. `params` is the tree that `model/qwen.py` describes; `dtype` is what the
-    matrix products run in. Made by `load`, or from the parts."""
+    """A model with its tokenizer on a mesh, made by `load` or from its parts.
 
-    config: QwenConfig
-    params: qwen.Params
+    model: the Flax NNX module with its arrays. dtype: what the matrix products run in, "bfloat16" or "float32"; the
+    arrays may have another.
+    """
+
+    model: Qwen
     tokenizer: Tokenizer
     mesh: Mesh
     dtype: str = "float32"
 
     def logits(self, tokens, positions=None, segment_ids=None) -> jax.Array:
-        """[B, T] int32 -> [B, T, V] float32. positions and segment_ids: [B, T] int32, see `qwen.forward`."""
+        """[B, T] int32 -> [B, T, V] float32. positions and segment_ids: [B, T] int32, see `Qwen.hidden_states`."""
         arrays = [None if x is None else jnp.asarray(x) for x in (tokens, positions, segment_ids)]
         with jax.set_mesh(self.mesh):
-            return _forward(self.config, self.params, *arrays, dtype=DTYPES[self.dtype])
+            return _logits(*split(self.model), *arrays, dtype=DTYPES[self.dtype])
 
     def sample(
         self,
@@ -79,20 +83,10 @@ class Policy:
         sampling = SamplingConfig(
             n=n, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed
         )
-        groups, _ = self.generate(ids, sampling, stop_token_ids=stop_token_ids)
-        return [[self._completion(s) for s in group] for group in groups]
-
-    def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        sampling: SamplingConfig,
-        *,
-        stop_token_ids: Sequence[int] | None = None,
-        on_done: Callable[[int], None] | None = None,
-    ) -> tuple[list[list[Sample]], SampleStats]:
-        """As `sample`, in tokens, with what it took. on_done: called with 1 for every prompt that is finished."""
-        stops = self.tokenizer.stop_ids if stop_token_ids is None else stop_token_ids
-        return generate(self.config, self._weights, prompts, sampling, stops, mesh=self.mesh, on_done=on_done)
+        groups: list[list] = [[None] * n for _ in ids]
+        for prompt, number, sample in self.stream(ids, sampling, stop_token_ids=stop_token_ids):
+            groups[prompt][number] = self._completion(sample)
+        return groups
 
     def stream(
         self,
@@ -101,45 +95,62 @@ class Policy:
         *,
         stop_token_ids: Sequence[int] | None = None,
     ) -> Iterator[tuple[int, int, Sample]]:
-        """As `generate`: (prompt, number, sample), each as soon as it is finished."""
+        """As `sample`, in tokens: yields (prompt, number, sample), each as soon as it is finished."""
         stops = self.tokenizer.stop_ids if stop_token_ids is None else stop_token_ids
-        engine = engine_for(self.config, self._weights, prompts, sampling, mesh=self.mesh)
+        engine = Engine.for_prompts(self.model, self._weights, prompts, sampling, mesh=self.mesh)
         return engine.stream(self._weights, prompts, stops)
 
     def save(self, directory: str | Path, *, dtype: str | None = None) -> None:
         """Write a Hugging Face directory: weights (in the params' own dtype unless given), config, tokenizer. All
         processes must call it; the first one writes, and no other returns before it is there."""
         dtype = dtype or str(self.params["embed"].dtype)
-        hf.save_params(directory, self.config, self.params, dtype=dtype)
+        hf.save_params(directory, self.model, self.params, dtype=dtype)
         if first():
             hf.copy_side_files(self.tokenizer.directory, directory)
         wait("model saved")
 
-    def with_params(self, params: qwen.Params) -> Policy:
-        """The same policy with other weights."""
-        return dataclasses.replace(self, params=params)
+    @property
+    def config(self) -> QwenConfig:
+        return self.model.config
 
-    @cached_property
+    @property
+    def params(self) -> Params:
+        """The model's arrays as a plain tree, as training and checkpoints have them."""
+        return split(self.model)[1]
+
+    def with_params(self, params: Params) -> Policy:
+        """The same policy with other weights."""
+        return dataclasses.replace(self, model=with_params(self.model, params))
+
+    @functools.cached_property
     def _weights(self) -> Weights:
         with jax.set_mesh(self.mesh):
-            return sampling_weights(self.config, self.params, dtype=DTYPES[self.dtype])
+            return sampling_weights(self.model, dtype=DTYPES[self.dtype])
 
     def _completion(self, sample: Sample) -> Completion:
         text = self.tokenizer.decode(sample.token_ids)
         return Completion(text, sample.token_ids, np.asarray(sample.logprobs).tolist(), sample.finish_reason)
 
 
-_forward = jax.jit(qwen.forward, static_argnames=("config", "dtype"))
+@functools.partial(jax.jit, static_argnames=("graphdef", "dtype"))
+def _logits(graphdef: nnx.GraphDef, params: Params, tokens, positions, segment_ids, *, dtype) -> jax.Array:
+    return nnx.merge(graphdef, params)(tokens, positions, segment_ids, dtype=dtype)
 
 
 def load(
-    model: str | Path, dtype: str = "bfloat16", mesh: Mesh | None = None, *, master_dtype: str | None = None
+    model: str | Path,
+    dtype: str = "bfloat16",
+    mesh: Mesh | None = None,
+    *,
+    master_dtype: str | None = None,
+    module: type[Qwen] = Qwen,
 ) -> Policy:
     """Load a policy from a Hugging Face directory or a hub id.
 
     Args:
         dtype: of the matrix products, "bfloat16" or "float32". master_dtype: of the weights that are kept (training
-            wants "float32"); default `dtype`. mesh: default one device.
+            wants "float32"); default `dtype`. mesh: default one device. module: a subclass of `Qwen` to put the weights
+            into.
 
     Raises:
         InputError: not a directory or a reachable hub id, or anything wrong in it (all differences at once).
@@ -151,13 +162,14 @@ def load(
     config, tokenizer = read_config(directory), Tokenizer(directory)
     if len(tokenizer.hf) > config.vocab_size:
         raise InputError(f"{directory}: the tokenizer has {len(tokenizer.hf)} tokens, the model {config.vocab_size}")
-    params = hf.load_params(directory, config, dtype=DTYPES[master_dtype or dtype], mesh=mesh)
-    return Policy(config, params, tokenizer, mesh, dtype)
+    declared = module(config)
+    params = hf.load_params(directory, declared, dtype=DTYPES[master_dtype or dtype], mesh=mesh)
+    return Policy(with_params(declared, params), tokenizer, mesh, dtype)
 
 
 def fresh_policy(config: QwenConfig, tokenizer_directory: str | Path, *, seed: int, mesh: Mesh | None = None) -> Policy:
     """Random float32 weights with an existing tokenizer: a policy to train from nothing."""
     mesh = mesh or single_device_mesh()
     with jax.set_mesh(mesh):
-        params = qwen.init_params(config, jax.random.key(seed), mesh=mesh)
-    return Policy(config, params, Tokenizer(tokenizer_directory), mesh)
+        params = init_params(Qwen(config), jax.random.key(seed), mesh=mesh)
+    return Policy(with_params(Qwen(config), params), Tokenizer(tokenizer_directory), mesh)

@@ -78,7 +78,7 @@ class Sample(Comparison):
 
         from rmr1_jax.distributed.mesh import single_device_mesh
         from rmr1_jax.model.hf import save_params
-        from rmr1_jax.model.qwen import init_params
+        from rmr1_jax.model.qwen import Qwen, init_params, with_params
         from rmr1_jax.sampler.engine import Engine
         from rmr1_jax.sampler.sample import SamplingConfig
         from rmr1_jax.sampler.weights import sampling_weights
@@ -88,12 +88,12 @@ class Sample(Comparison):
         slots = {} if self.slots is None else {"slots": self.slots}
         sampling = SamplingConfig(n=self.group, max_new_tokens=self.max_new, seed=self.seed, **slots)
         longest = max(map(len, work["prompts"]))
-        engine = Engine(config, sampling, prompts=self.prompts, longest=longest, mesh=mesh)
-        params = init_params(config, jax.random.key(self.seed), mesh=mesh)
+        engine = Engine(Qwen(config), sampling, prompts=self.prompts, longest=longest, mesh=mesh)
+        params = init_params(Qwen(config), jax.random.key(self.seed), mesh=mesh)
         if model_dir:
-            save_params(model_dir, config, params, dtype="float32")
+            save_params(model_dir, Qwen(config), params, dtype="float32")
         with jax.set_mesh(mesh):
-            weights = jax.block_until_ready(sampling_weights(config, params))
+            weights = jax.block_until_ready(sampling_weights(with_params(Qwen(config), params)))
         say("rmr1_jax: warming up")
         start = time.perf_counter()
         engine.warm_up(weights)
@@ -164,7 +164,7 @@ class Steps(Shape):
         import numpy as np
 
         from rmr1_jax.distributed.mesh import single_device_mesh
-        from rmr1_jax.model.qwen import init_params
+        from rmr1_jax.model.qwen import Qwen, init_params, with_params
         from rmr1_jax.sampler import programs
         from rmr1_jax.sampler.engine import Engine
         from rmr1_jax.sampler.programs import make_controls, to_slots
@@ -174,19 +174,20 @@ class Steps(Shape):
 
         config, mesh = model_config(self, self.prompt_length[1] + self.max_new), single_device_mesh()
         sampling = SamplingConfig(max_new_tokens=self.max_new, slots=self.slots)
-        engine = Engine(config, sampling, prompts=self.slots, longest=self.prompt_length[1], mesh=mesh)
+        engine = Engine(Qwen(config), sampling, prompts=self.slots, longest=self.prompt_length[1], mesh=mesh)
         bank = Bank(*engine.shapes.sizes[0])
         for number in range(self.slots):
             bank.admit(number, np.zeros(self.prompt_length[1], np.int32), number, 1)
         bank.seat(1)
         with jax.set_mesh(mesh):
-            weights = sampling_weights(config, init_params(config, jax.random.key(0), mesh=mesh))
+            model = with_params(Qwen(config), init_params(Qwen(config), jax.random.key(0), mesh=mesh))
+            weights = sampling_weights(model)
             for width in engine.shapes.widths:
                 cache, seconds = engine.empty_cache(width), []
                 for _ in range(6):
                     start = time.perf_counter()
                     cache, drawn = programs.decode(
-                        config, weights, make_controls(sampling, ()), cache, to_slots([bank], [0])
+                        engine.graphdef, weights, make_controls(sampling, ()), cache, to_slots([bank], [0])
                     )
                     jax.block_until_ready(drawn)
                     seconds.append((time.perf_counter() - start) / programs.STEPS)

@@ -56,14 +56,14 @@ class Train(Comparison):
 
         from rmr1_jax.distributed.mesh import single_device_mesh
         from rmr1_jax.model.hf import save_params
-        from rmr1_jax.model.qwen import init_params
+        from rmr1_jax.model.qwen import Qwen, init_params, split
         from rmr1_jax.train.optim import OptimConfig, compile_update, init_state, make_optimizer
         from rmr1_jax.train.sft import sft_micro_loss
 
         config, mesh = model_config(self, self.length), single_device_mesh()
-        params = init_params(config, jax.random.key(self.seed), mesh=mesh)
+        params = init_params(Qwen(config), jax.random.key(self.seed), mesh=mesh)
         if model_dir:
-            save_params(model_dir, config, params, dtype="float32")
+            save_params(model_dir, Qwen(config), params, dtype="float32")
         rows = self.rows()[None]
         places = np.broadcast_to(np.arange(self.length, dtype=np.int32), rows.shape)
         weights = np.full(rows.shape, 1 / (self.batch * (self.length - 1)), np.float32) * (places > 0)
@@ -71,7 +71,7 @@ class Train(Comparison):
         optimizer = make_optimizer(OptimConfig(lr=LEARNING_RATE, schedule="constant", warmup_ratio=0.0), self.steps)
         with jax.set_mesh(mesh):
             state = init_state(params, optimizer)
-            loss = functools.partial(sft_micro_loss, config, remat=self.remat)
+            loss = functools.partial(sft_micro_loss, split(Qwen(config))[0], remat=self.remat)
             start = time.perf_counter()
             lowered = compile_update(state, loss=loss, optimizer=optimizer, clip=1.0).lower(state, batch, 1)
             step = lowered.compile()

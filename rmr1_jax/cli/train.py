@@ -105,7 +105,7 @@ class Export:
 
         policy = load(self.model or self._model_of_run(), self.dtype)
         like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), policy.params)
-        policy = policy.with_params({})  # the old weights go before the new ones come
+        policy = policy.with_params(like)  # the old weights go before the new ones come
         policy.with_params(restore_params(self.checkpoint, like)).save(self.out)
         print(f"written: {self.out}")
 

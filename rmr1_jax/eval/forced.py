@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from tqdm import tqdm
 
 from rmr1_jax.distributed.mesh import rows_divisor
@@ -30,8 +31,7 @@ from rmr1_jax.files.untrusted import read_object
 from rmr1_jax.judge.judge import Judge
 from rmr1_jax.judge.judgement import RULES
 from rmr1_jax.judge.scalar import batches, last_states
-from rmr1_jax.model import qwen
-from rmr1_jax.model.config import QwenConfig
+from rmr1_jax.model.qwen import Params, split
 from rmr1_jax.model.tokenizer import completion_text
 from rmr1_jax.pairs.pair import PreferencePair, render_pair
 from rmr1_jax.policy import DTYPES
@@ -137,7 +137,7 @@ def _answers(judge: Judge, asked: list[_Question], batch_tokens: int) -> Iterato
         choices = np.zeros((len(batch.counts), 2), np.int32)
         choices[: len(batch.numbers)] = [asked[number].choices for number in batch.numbers]
         with jax.set_mesh(policy.mesh):
-            found = _logits(policy.config, policy.params, *batch[1:], choices, dtype=DTYPES[policy.dtype])
+            found = _logits(*split(policy.model), *batch[1:], choices, dtype=DTYPES[policy.dtype])
         for number, (a, b) in zip(batch.numbers, np.asarray(found).tolist(), strict=False):
             yield asked[number], "A" if a >= b else "B"
 
@@ -147,12 +147,13 @@ def _longest(judge: Judge) -> int:
     return min(positions, judge.policy.config.sliding_window or positions)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "dtype"))
+@functools.partial(jax.jit, static_argnames=("graphdef", "dtype"))
 def _logits(
-    config: QwenConfig, params: qwen.Params, tokens: jax.Array, counts: jax.Array, choices: jax.Array, *, dtype
+    graphdef: nnx.GraphDef, params: Params, tokens: jax.Array, counts: jax.Array, choices: jax.Array, *, dtype
 ) -> jax.Array:
     """tokens [B, T], counts [B], choices [B, 2] token ids -> their logits after each row, [B, 2] float32."""
-    last = last_states(config, params, tokens, counts, dtype=dtype)  # [B, D]
-    weight, letters = qwen.head_weight(config, params)
-    chosen = weight[choices] if letters == "VD" else jnp.moveaxis(weight[:, choices], 0, -1)  # [B, 2, D]
+    model = nnx.merge(graphdef, params)
+    last = last_states(model, tokens, counts, dtype=dtype)  # [B, D]
+    weight, dims = model.output_weight.get_value(), model.output_weight.dims
+    chosen = weight[choices] if dims == "VD" else jnp.moveaxis(weight[:, choices], 0, -1)  # [B, 2, D]
     return jnp.einsum("BD,BXD->BX", last, chosen.astype(dtype), preferred_element_type=jnp.float32)

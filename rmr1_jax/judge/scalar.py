@@ -22,14 +22,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax.sharding import Mesh
 
 from rmr1_jax.distributed.mesh import rows_divisor, single_device_mesh
 from rmr1_jax.errors import InputError, RunError
 from rmr1_jax.files.hub import locate
 from rmr1_jax.judge.judgement import AnyJudge, Judgement, count_votes, nothing_to_judge, unasked
-from rmr1_jax.model import hf, qwen
+from rmr1_jax.model import hf
 from rmr1_jax.model.config import QwenConfig, read_config
+from rmr1_jax.model.qwen import Params, ScalarQwen, Transformer, split, with_params
 from rmr1_jax.model.tokenizer import Tokenizer
 from rmr1_jax.pairs.pair import Message, PreferencePair
 from rmr1_jax.policy import DTYPES, MODEL_FILES
@@ -74,10 +76,10 @@ def batches(rows: Sequence[Sequence[int]], *, longest: int, batch_tokens: int, d
             yield Batch(numbers, tokens, counts)
 
 
-def last_states(config: QwenConfig, params: qwen.Params, tokens: jax.Array, counts: jax.Array, *, dtype) -> jax.Array:
+def last_states(model: Transformer, tokens: jax.Array, counts: jax.Array, *, dtype) -> jax.Array:
     """tokens [B, T] int32, of which the first counts [B] of each row are real -> [B, D] in `dtype`. To be jitted."""
     segment_ids = (jnp.arange(tokens.shape[1]) < counts[:, None]).astype(jnp.int32)  # [B, T]
-    x = qwen.hidden_states(config, params, tokens, segment_ids=segment_ids, dtype=dtype)  # [B, T, D]
+    x = model.hidden_states(tokens, segment_ids=segment_ids, dtype=dtype)  # [B, T, D]
     return jnp.take_along_axis(x, counts[:, None, None] - 1, axis=1)[:, 0]
 
 
@@ -85,11 +87,14 @@ def last_states(config: QwenConfig, params: qwen.Params, tokens: jax.Array, coun
 class ScalarModel:
     """A scalar reward model with its tokenizer on a mesh; `dtype` is what the matrix products run in."""
 
-    config: QwenConfig
-    params: qwen.Params
+    model: ScalarQwen
     tokenizer: Tokenizer
     mesh: Mesh
     dtype: str = "float32"
+
+    @property
+    def config(self) -> QwenConfig:
+        return self.model.config
 
     @property
     def max_tokens(self) -> int:
@@ -110,15 +115,15 @@ class ScalarModel:
         divisor = rows_divisor(self.mesh)
         for batch in batches(rows, longest=self.max_tokens, batch_tokens=batch_tokens, divisor=divisor):
             with jax.set_mesh(self.mesh):
-                found = _scores(self.config, self.params, batch.tokens, batch.counts, dtype=DTYPES[self.dtype])
+                found = _scores(*split(self.model), batch.tokens, batch.counts, dtype=DTYPES[self.dtype])
             yield from zip(batch.numbers, np.asarray(found)[: len(batch.numbers)].tolist(), strict=True)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "dtype"))
-def _scores(config: QwenConfig, params: qwen.Params, tokens: jax.Array, counts: jax.Array, *, dtype) -> jax.Array:
+@functools.partial(jax.jit, static_argnames=("graphdef", "dtype"))
+def _scores(graphdef: nnx.GraphDef, params: Params, tokens: jax.Array, counts: jax.Array, *, dtype) -> jax.Array:
     """[B, T], [B] -> [B] float32; see `last_states`."""
-    last = last_states(config, params, tokens, counts, dtype=dtype)
-    return jnp.einsum("BD,OD->B", last.astype(jnp.float32), params["score"].astype(jnp.float32))
+    model = nnx.merge(graphdef, params)
+    return model(last_states(model, tokens, counts, dtype=dtype))
 
 
 def load_scalar(model: str | Path, dtype: str = "bfloat16", mesh: Mesh | None = None) -> ScalarModel:
@@ -134,9 +139,9 @@ def load_scalar(model: str | Path, dtype: str = "bfloat16", mesh: Mesh | None = 
     config, tokenizer = read_config(directory, scalar=True), Tokenizer(directory)
     if len(tokenizer.hf) > config.vocab_size:
         raise InputError(f"{directory}: the tokenizer has {len(tokenizer.hf)} tokens, the model {config.vocab_size}")
-    return ScalarModel(
-        config, hf.load_params(directory, config, dtype=DTYPES[dtype], mesh=mesh), tokenizer, mesh, dtype
-    )
+    declared = ScalarQwen(config)
+    params = hf.load_params(directory, declared, dtype=DTYPES[dtype], mesh=mesh)
+    return ScalarModel(with_params(declared, params), tokenizer, mesh, dtype)
 
 
 class ScalarJudge(AnyJudge):

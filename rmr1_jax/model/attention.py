@@ -8,7 +8,8 @@ two places: a prompt that a group of samples shares, and each sample's own token
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from typing import Literal
 
 import jax
@@ -22,6 +23,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
     make_splash_mha_single_device,
 )
 from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Array, Float, Int
 
 from rmr1_jax.distributed.mesh import activation_spec
 from rmr1_jax.errors import InputError
@@ -31,6 +33,9 @@ Implementation = Literal["auto", "xla", "splash", "interpret"]
 
 # Finite, so that a padding query (which sees nothing) gets a uniform softmax instead of NaN.
 MASKED = -1e30
+
+# An elementwise function of scores, applied before the mask.
+Transform = Callable[[jax.Array], jax.Array]
 
 # Queries in a block, and the most blocks of a row (they are unrolled, so compile time grows with their number).
 QUERY_BLOCK = 128
@@ -51,31 +56,46 @@ def choose(implementation: Implementation, mesh: Mesh) -> Implementation:
 
 
 def attend(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    positions: Int[Array, "B T"],
+    segment_ids: Int[Array, "B T"],
+    implementation: Implementation = "xla",
+    transform_scores: Transform | None = None,
+) -> Float[Array, "B T N H"]:
+    """Causal self-attention within segments. The tokens of a segment must lie in the order of their positions.
+
+    Args:
+        q, k, v: N is a multiple of K. segment_ids: segment 0 is padding, whose result means nothing.
+        implementation: one that `choose` returned. transform_scores: see `qwen.Attention`.
+
+    Returns:
+        The attended values in q's dtype; scores and softmax are computed in float32.
+
+    Raises:
+        InputError: the implementation cannot transform scores, or takes no rows of this length.
+    """
+    q = q * q.shape[-1] ** -0.5
+    assert implementation != "auto"
+    if implementation == "xla":
+        return _attend_blocks(q, k, v, positions, segment_ids, transform_scores)
+    if transform_scores:
+        raise InputError(
+            f"attention={implementation}: the splash kernel cannot transform scores, as this model's attention does; "
+            "set attention=xla"
+        )
+    return splash_attend(q, k, v, segment_ids, interpret=implementation == "interpret")
+
+
+def _attend_blocks(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
     positions: jax.Array,
     segment_ids: jax.Array,
-    implementation: Implementation = "xla",
+    transform_scores: Transform | None,
 ) -> jax.Array:
-    """Causal self-attention within segments. Tokens of a segment must lie in the order of their positions.
-
-    Args:
-        q: [B, T, N, H]; k, v: [B, T, K, H], N a multiple of K.
-        positions, segment_ids: [B, T] int32; segment 0 is padding, and what it gets means nothing.
-        implementation: one that `choose` gave.
-
-    Returns:
-        [B, T, N, H] in q's dtype; scores and softmax in float32.
-    """
-    q = q * q.shape[-1] ** -0.5
-    assert implementation != "auto"
-    if implementation == "xla":
-        return _attend_blocks(q, k, v, positions, segment_ids)
-    return splash_attend(q, k, v, segment_ids, interpret=implementation == "interpret")
-
-
-def _attend_blocks(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array, segment_ids: jax.Array) -> jax.Array:
     """`attend` with q scaled, by XLA: queries in blocks, each against the keys up to its own end, so that the upper
     triangle is never computed and no [T, T] matrix exists."""
     B, T, N, H = q.shape
@@ -83,21 +103,29 @@ def _attend_blocks(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Arra
     # Heads first and a head's G queries side by side: each product is then one plain matrix product per key-value head,
     # which on CPU is three times as fast as the same einsum over [B, T, K, G, H].
     q = q.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
-    out = _flash(q, k.swapaxes(1, 2), v.swapaxes(1, 2), positions, segment_ids)
+    out = _flash(transform_scores, q, k.swapaxes(1, 2), v.swapaxes(1, 2), positions, segment_ids)
     return out.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
 
 
-@jax.custom_vjp
-def _flash(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array, segment_ids: jax.Array) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _flash(
+    transform: Transform | None,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    positions: jax.Array,
+    segment_ids: jax.Array,
+) -> jax.Array:
     """q: [B, K, G, T, H], scaled. k, v: [B, K, T, H]. Returns q's shape. The backward pass computes a block's weights
     again from the scores' logsumexp, so that of T x T numbers none is kept (FlashAttention, arXiv 2205.14135)."""
-    return _flash_forward(q, k, v, positions, segment_ids)[0]
+    return _flash_forward(transform, q, k, v, positions, segment_ids)[0]
 
 
-def _flash_forward(q, k, v, positions, segment_ids):
+def _flash_forward(transform, q, k, v, positions, segment_ids):
     outs, normalizers = [], []
     for block, end in _blocks(q.shape[3]):
-        scores = _block_scores(q[:, :, :, block], k[:, :, :end], _mask(positions, segment_ids, block, end))
+        scores, _ = _block_scores(transform, q[:, :, :, block], k[:, :, :end])
+        scores += _mask(positions, segment_ids, block, end)
         highest = jnp.max(scores, axis=-1, keepdims=True)
         weights = jnp.exp(scores - highest)
         total = jnp.sum(weights, axis=-1, keepdims=True)
@@ -109,7 +137,7 @@ def _flash_forward(q, k, v, positions, segment_ids):
     return out, (q, k, v, positions, segment_ids, out, normalizer)
 
 
-def _flash_backward(saved, d_out):
+def _flash_backward(transform, saved, d_out):
     q, k, v, positions, segment_ids, out, normalizer = saved
     # The softmax's gradient is weights x (d_weights - this); Dao's D.
     inner = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1, keepdims=True)
@@ -118,9 +146,10 @@ def _flash_backward(saved, d_out):
     d_k = d_v = jnp.zeros((*k.shape[:2], k.shape[3], k.shape[2]), jnp.float32)
     for block, end in _blocks(q.shape[3]):
         q_block, d_block, inner_block, normalizer_block = (x[:, :, :, block] for x in (q, d_out, inner, normalizer))
-        scores = _block_scores(q_block, k[:, :, :end], _mask(positions, segment_ids, block, end))
+        scores, pull_back = _block_scores(transform, q_block, k[:, :, :end])
+        scores += _mask(positions, segment_ids, block, end)
         weights = jnp.exp(scores - normalizer_block)
-        d_scores = (weights * (_by_keys(d_block, v[:, :, :end]) - inner_block)).astype(q.dtype)
+        d_scores = pull_back(weights * (_by_keys(d_block, v[:, :, :end]) - inner_block)).astype(q.dtype)
         d_v = d_v.at[..., :end].add(_over_queries(d_block, weights.astype(q.dtype)))
         d_k = d_k.at[..., :end].add(_over_queries(q_block, d_scores))
         d_q.append(_over_keys(d_scores, k[:, :, :end]).astype(q.dtype))
@@ -145,15 +174,20 @@ def _blocks(T: int) -> Iterator[tuple[slice, int]]:
 
 
 def _mask(positions: jax.Array, segment_ids: jax.Array, block: slice, end: int) -> jax.Array:
-    """[B, t, S] float32, to be added to a block's scores."""
+    """[B, 1, 1, t, S] float32, to be added to a block's scores."""
     visible = _visible(positions[:, block], segment_ids[:, block], positions[:, :end], segment_ids[:, :end])
     # Once for all heads: fused into the scores, XLA on CPU would compare again for each of them.
-    return jax.lax.optimization_barrier(jnp.where(visible, 0.0, MASKED))
+    return jax.lax.optimization_barrier(jnp.where(visible, 0.0, MASKED))[:, None, None]
 
 
-def _block_scores(q: jax.Array, k: jax.Array, mask: jax.Array) -> jax.Array:
-    """q: [B, K, G, t, H], k: [B, K, S, H], mask: [B, t, S] -> [B, K, G, t, S] float32."""
-    return _by_keys(q, k) + mask[:, None, None]
+def _block_scores(transform: Transform | None, q: jax.Array, k: jax.Array) -> tuple[jax.Array, Transform]:
+    """q: [B, K, G, t, H], k: [B, K, S, H] -> the scores [B, K, G, t, S] float32, and the function from the gradient of
+    these to that of the products."""
+    scores = _by_keys(q, k)
+    if transform is None:
+        return scores, lambda d_scores: d_scores
+    scores, pull_back = jax.vjp(transform, scores)
+    return scores, lambda d_scores: pull_back(d_scores)[0]
 
 
 # The three products of attention. A head's G groups of queries are side by side in each.

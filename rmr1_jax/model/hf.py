@@ -27,7 +27,7 @@ from rmr1_jax.distributed.mesh import single_device_mesh, weight_sharding
 from rmr1_jax.errors import InputError
 from rmr1_jax.files.untrusted import own_file
 from rmr1_jax.model.config import QwenConfig, config_to_hf
-from rmr1_jax.model.qwen import Params, param_dims, param_shapes
+from rmr1_jax.model.qwen import Params, Transformer, param_dims, split
 from rmr1_jax.model.tensor_files import INDEX, SINGLE, StoredTensor, find_tensors, write_json, write_tensors
 
 BLOCK_BYTES = 4 * 2**20  # what the host holds of a tensor at a time
@@ -59,19 +59,19 @@ TABLE = (
     Weight("score.weight", "score", "O,D"),
     Weight("model.norm.weight", "final_norm", "D"),
     Weight("model.layers.{l}.input_layernorm.weight", "layers.attn_norm", "D"),
-    Weight("model.layers.{l}.self_attn.q_proj.weight", "layers.q", "NH,D"),
-    Weight("model.layers.{l}.self_attn.k_proj.weight", "layers.k", "KH,D"),
-    Weight("model.layers.{l}.self_attn.v_proj.weight", "layers.v", "KH,D"),
-    Weight("model.layers.{l}.self_attn.q_proj.bias", "layers.q_bias", "NH"),
-    Weight("model.layers.{l}.self_attn.k_proj.bias", "layers.k_bias", "KH"),
-    Weight("model.layers.{l}.self_attn.v_proj.bias", "layers.v_bias", "KH"),
-    Weight("model.layers.{l}.self_attn.q_norm.weight", "layers.q_norm", "H"),
-    Weight("model.layers.{l}.self_attn.k_norm.weight", "layers.k_norm", "H"),
-    Weight("model.layers.{l}.self_attn.o_proj.weight", "layers.o", "D,NH"),
+    Weight("model.layers.{l}.self_attn.q_proj.weight", "layers.attn.q", "NH,D"),
+    Weight("model.layers.{l}.self_attn.k_proj.weight", "layers.attn.k", "KH,D"),
+    Weight("model.layers.{l}.self_attn.v_proj.weight", "layers.attn.v", "KH,D"),
+    Weight("model.layers.{l}.self_attn.q_proj.bias", "layers.attn.q_bias", "NH"),
+    Weight("model.layers.{l}.self_attn.k_proj.bias", "layers.attn.k_bias", "KH"),
+    Weight("model.layers.{l}.self_attn.v_proj.bias", "layers.attn.v_bias", "KH"),
+    Weight("model.layers.{l}.self_attn.q_norm.weight", "layers.attn.q_norm", "H"),
+    Weight("model.layers.{l}.self_attn.k_norm.weight", "layers.attn.k_norm", "H"),
+    Weight("model.layers.{l}.self_attn.o_proj.weight", "layers.attn.o", "D,NH"),
     Weight("model.layers.{l}.post_attention_layernorm.weight", "layers.mlp_norm", "D"),
-    Weight("model.layers.{l}.mlp.gate_proj.weight", "layers.gate", "F,D"),
-    Weight("model.layers.{l}.mlp.up_proj.weight", "layers.up", "F,D"),
-    Weight("model.layers.{l}.mlp.down_proj.weight", "layers.down", "D,F"),
+    Weight("model.layers.{l}.mlp.gate_proj.weight", "layers.mlp.gate", "F,D"),
+    Weight("model.layers.{l}.mlp.up_proj.weight", "layers.mlp.up", "F,D"),
+    Weight("model.layers.{l}.mlp.down_proj.weight", "layers.mlp.down", "D,F"),
 )
 
 
@@ -105,30 +105,35 @@ class Leaf(NamedTuple):
 
 
 def load_params(
-    model_dir: str | Path, config: QwenConfig, *, dtype: Any = jnp.float32, mesh: Mesh | None = None
+    model_dir: str | Path, module: Transformer, *, dtype: Any = jnp.float32, mesh: Mesh | None = None
 ) -> Params:
     """Reads the weights of a Hugging Face directory onto `mesh` (default: one device), cast to `dtype`.
 
-    Returns the tree of `qwen.param_dims`, sharded by `mesh.weight_sharding`. The host's memory beyond the result stays
-    within a few blocks of 4 MiB.
+    Args:
+        module: declares the parameters; see `qwen.module_for`.
 
-    Raises InputError before anything is allocated, naming every missing, extra or misshapen tensor at once; or the
-    file that is absent, cut short, or something else than safetensors.
+    Returns:
+        The tree of `qwen.param_dims(module)`, sharded by `mesh.weight_sharding`. The host's memory beyond the result
+        stays within a few blocks of 4 MiB.
+
+    Raises:
+        InputError: before anything is allocated, naming every missing, extra or misshapen tensor at once; or a file is
+            absent, cut short, or not safetensors.
     """
     mesh = mesh or single_device_mesh()
     stored = find_tensors(Path(model_dir))
-    leaves = _leaves(config)
-    _check_tensors(Path(model_dir), config, leaves, stored)
-    params: Params = {"layers": {}}
+    leaves = _leaves(module)
+    _check_tensors(Path(model_dir), module.config, leaves, stored)
+    params: Params = {}
     for leaf in leaves:
         *parents, last = leaf.weight.path.split(".")
-        tree = functools.reduce(operator.getitem, parents, params)
+        tree = functools.reduce(lambda tree, name: tree.setdefault(name, {}), parents, params)
         tree[last] = _load_leaf(leaf, [stored[name] for name in leaf.names], mesh, jnp.dtype(dtype))
     return params
 
 
 def save_params(
-    model_dir: str | Path, config: QwenConfig, params: Params, *, dtype: Any, max_shard_bytes: int = 5 * 10**9
+    model_dir: str | Path, module: Transformer, params: Params, *, dtype: Any, max_shard_bytes: int = 5 * 10**9
 ) -> None:
     """Writes `params` as a Hugging Face directory: safetensors in `dtype` (float32 or bfloat16) and `config.json`.
 
@@ -137,7 +142,7 @@ def save_params(
     export there are replaced. With several processes all must call it; the first one writes.
     """
     out, dtype = Path(model_dir), jnp.dtype(dtype)
-    shards = _shards(_leaves(config), dtype.itemsize, max_shard_bytes)
+    shards = _shards(_leaves(module), dtype.itemsize, max_shard_bytes)
     files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     files = [SINGLE] if len(shards) == 1 else files
     if not first():
@@ -156,7 +161,7 @@ def save_params(
             total = sum(math.prod(leaf.stored_shape) for _, leaf, _ in itertools.chain(*shards)) * dtype.itemsize
             write_json(temporary / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
             files.append(INDEX)
-        write_json(temporary / "config.json", config_to_hf(config, dtype.name))
+        write_json(temporary / "config.json", config_to_hf(module.config, dtype.name))
         _publish(temporary, out, files)
 
 
@@ -176,14 +181,27 @@ def copy_side_files(source: str | Path, target: str | Path) -> list[str]:
     return names
 
 
-def _leaves(config: QwenConfig) -> list[Leaf]:
-    """The rows of the table that `config` has."""
-    dims, shapes = param_dims(config), param_shapes(config)
+def _leaves(module: Transformer) -> list[Leaf]:
+    """The rows of the table that `module` has.
 
-    def at(tree: Params, path: str) -> Any:
-        return functools.reduce(lambda node, key: node.get(key) if node else None, path.split("."), tree)
+    Raises:
+        InputError: a parameter has no row in the table, and so no place in a checkpoint.
+    """
+    dims, shapes = _flat(param_dims(module)), _flat(split(module)[1])
+    known = {weight.path: weight for weight in TABLE}
+    if unknown := dims.keys() - known.keys():
+        raise InputError(
+            f"{type(module).__name__} has parameters that no Hugging Face checkpoint of this architecture has: "
+            f"{', '.join(sorted(unknown))}; add their names to TABLE in rmr1_jax/model/hf.py"
+        )
+    return [Leaf(weight, dims[path], shapes[path].shape) for path, weight in known.items() if path in dims]
 
-    return [Leaf(weight, at(dims, weight.path), at(shapes, weight.path)) for weight in TABLE if at(dims, weight.path)]
+
+def _flat(tree: Params) -> dict[str, Any]:
+    """The leaves of a tree by their dotted path."""
+    return {
+        jax.tree_util.keystr(p, simple=True, separator="."): x for p, x in jax.tree_util.tree_leaves_with_path(tree)
+    }
 
 
 def _shards(leaves: list[Leaf], itemsize: int, max_bytes: int) -> list[list[tuple[str, Leaf, int | None]]]:

@@ -1,9 +1,17 @@
-"""Qwen2.5 and Qwen3: the parameters and the forward pass.
+"""Qwen2.5 and Qwen3 as Flax NNX modules: `Qwen`, `Block`, `Attention`, `Mlp`, and `ScalarQwen`, whose head is a score.
 
-A weight is declared once, in `param_dims`: its letters give its shape, its place in the einsums and its sharding.
-Layers are stacked on a leading axis L and run by `jax.lax.scan`, so compile time does not grow with depth. `Qwen` is
-the Flax NNX module that holds the weights; the arithmetic is in pure functions of `(config, params)`, which is what the
-training steps and the sampler call. Next: `attention.py`, then `hf.py` for the names that weights have on disk.
+A parameter is declared once, by `weight`: a string of dimension letters gives its shape, its place in the einsums and
+its sharding. Making a module allocates nothing: its parameters hold shapes until `init_params` or `hf.load_params`
+gives arrays. The blocks are one `Block` whose parameters have a leading axis L; `jax.lax.scan` runs over them, so
+compile time does not grow with depth.
+
+Training steps and the sampler are compiled functions of `(graphdef, params)`, from `split`: the structure without
+arrays, which is hashable and a static argument, and a tree of arrays. `nnx.merge(graphdef, params)` inside the traced
+function makes the module again. To change a part, subclass it and name it in the class that holds it
+(`Block.Attention`, `Block.Mlp`, `Qwen.Block`); README.md has an example.
+
+Letters: B rows, T positions, L layers, D width, N and K query and key-value heads, H head size, F MLP width,
+V vocabulary, O the one score of a scalar reward model. Read `attention.py` next, then `hf.py` for the names on disk.
 """
 
 from __future__ import annotations
@@ -17,211 +25,289 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
 
 from rmr1_jax.distributed.mesh import constrain, constrain_weight, single_device_mesh, weight_sharding
 from rmr1_jax.errors import InputError
 from rmr1_jax.model.attention import ATTENTION, Implementation, attend
 from rmr1_jax.model.config import QwenConfig
-from rmr1_jax.model.rope import rope_table, rotate
+from rmr1_jax.model.rope import Rope, rope_table, rotate
 
-Params = dict[str, Any]
+Params = dict[str, Any]  # a tree of arrays: what `split` gives beside the structure
+Attend = Callable[..., jax.Array]  # (q, k, v, transform_scores) -> the attended values, in q's shape
 
+LAYER_INPUT = "layer_input"  # the name under which a remat policy finds a layer's input
 
-LAYER_INPUT = "layer_input"
-
-
-# What the backward pass does not keep, it computes again. none: everything is kept. dots: what the large products and
-# attention gave. full: a layer's input alone. offload: the same, in the host's memory.
+# What the backward pass does not keep, it computes again. none: everything is kept. dots: the results of the large
+# products and of attention are kept. full: a layer's input alone. offload: the same, in the host's memory.
 Remat = Literal["none", "dots", "full", "offload"]
 
 
-def param_dims(config: QwenConfig) -> Params:
-    """The tree of dimension letters: L layers, D width, N and K query and key-value heads, H head size, F MLP width,
-    V vocabulary, O the one score of a scalar reward model."""
-    layers = {
-        "attn_norm": "LD",
-        "q": "LDNH",
-        "k": "LDKH",
-        "v": "LDKH",
-        "o": "LNHD",
-        "mlp_norm": "LD",
-        "gate": "LDF",
-        "up": "LDF",
-        "down": "LFD",
-    }
-    if config.qkv_bias:
-        layers |= {"q_bias": "LNH", "k_bias": "LKH", "v_bias": "LKH"}
-    if config.qk_norm:
-        layers |= {"q_norm": "LH", "k_norm": "LH"}
-    dims = {"embed": "VD", "final_norm": "D", "layers": layers}
-    if config.scalar:
-        return dims | {"score": "OD"}
-    return dims if config.tie_word_embeddings else dims | {"head": "DV"}
-
-
-def param_shapes(config: QwenConfig) -> Params:
-    """The tree of shapes, from the letters."""
-    sizes = _sizes(config)
-    return jax.tree.map(lambda dims: tuple(sizes[d] for d in dims), param_dims(config))
-
-
-def param_shardings(config: QwenConfig, mesh: Mesh) -> Params:
-    """The tree of `NamedSharding`s that training keeps the weights in."""
-    dims, shapes = param_dims(config), param_shapes(config)
-    return jax.tree.map(lambda d, s: weight_sharding(mesh, d, s), dims, shapes)
-
-
-def init_params(config: QwenConfig, key: jax.Array, *, dtype=jnp.float32, mesh: Mesh | None = None) -> Params:
-    """Random weights, made in place on the mesh: normal with variance 1 / fan-in, norms one, biases zero."""
-    mesh = mesh or single_device_mesh()
-    dims, shapes = param_dims(config), param_shapes(config)
-    names = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(dims)]
-
-    def one(key, name, dims, shape):
-        if "norm" in name:
-            return jnp.ones(shape, dtype)
-        if "bias" in name:
-            return jnp.zeros(shape, dtype)
-        summed = dims[1:-1] if dims in ("LNHD", "LFD") else "D"
-        fan_in = math.prod(_sizes(config)[d] for d in summed)
-        return (jax.random.normal(key, shape, jnp.float32) * fan_in**-0.5).astype(dtype)
-
-    def build(key):
-        flat_dims, tree = jax.tree.flatten(dims)
-        flat_shapes = tree.flatten_up_to(shapes)
-        leaves = [
-            one(jax.random.fold_in(key, i), *x) for i, x in enumerate(zip(names, flat_dims, flat_shapes, strict=True))
-        ]
-        return tree.unflatten(leaves)
-
-    return jax.jit(build, out_shardings=param_shardings(config, mesh))(key)
-
-
-class Qwen(nnx.Module):
-    """The weights as a Flax NNX module, for tools that want one (`nnx.split`, `nnx.state`, Qwix).
-
-    `params_of(model)` gives the plain tree that every function of this project takes.
-    """
-
-    def __init__(self, config: QwenConfig, params: Params):
-        self.config = config
-        self.embed = nnx.Param(params["embed"])
-        self.final_norm = nnx.Param(params["final_norm"])
-        self.layers = nnx.Dict({name: nnx.Param(x) for name, x in params["layers"].items()})
-        if not config.tie_word_embeddings:
-            self.head = nnx.Param(params["head"])
-
-    def __call__(self, tokens, positions=None, segment_ids=None, **options) -> jax.Array:
-        """See `forward`."""
-        return forward(self.config, params_of(self), tokens, positions, segment_ids, **options)
-
-
-def params_of(model: Qwen) -> Params:
-    """The plain tree of arrays that a `Qwen` holds."""
-    return nnx.to_pure_dict(nnx.state(model, nnx.Param))
-
-
-def forward(config: QwenConfig, params: Params, tokens, positions=None, segment_ids=None, **options) -> jax.Array:
-    """Logits for whole rows. Training never calls this: see `train/losses.py` for the head in chunks.
+def weight(config: QwenConfig, dims: str, *, summed: str = "", fill: float | None = None) -> nnx.Param:
+    """Declares a parameter: a shape, and what `linear`, `init_params` and the sharding tables need to know of it.
 
     Args:
-        tokens: [B, T] int32. positions: [B, T] int32, default 0..T-1. segment_ids: [B, T] int32, 0 is padding,
-            default all 1. options: see `hidden_states`.
-
-    Returns:
-        [B, T, V] float32.
+        dims: a letter for each dimension. summed: the letters that a product with an input sums over; random values
+            have the variance 1 / (their size). fill: a constant to start from, in place of random values.
     """
-    return logits(config, params, hidden_states(config, params, tokens, positions, segment_ids, **options))
+    shape = tuple(_size(config, letter) for letter in dims)
+    return nnx.Param(jax.ShapeDtypeStruct(shape, jnp.float32), dims=dims, summed=summed, fill=fill)
 
 
-def hidden_states(
-    config: QwenConfig,
-    params: Params,
-    tokens,
-    positions=None,
-    segment_ids=None,
-    *,
-    dtype=jnp.float32,
-    remat: Remat = "none",
-    attention: Implementation = "xla",
-) -> jax.Array:
-    """The states that the head reads, [B, T, D] in `dtype` (the dtype of the matrix products)."""
-    if config.sliding_window is not None and tokens.shape[1] > config.sliding_window:
-        raise InputError(
-            f"rows of {tokens.shape[1]} tokens are longer than the model's sliding window ({config.sliding_window}), "
-            "which is not implemented; use rows that fit in the window"
-        )
-    if positions is None:
-        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-    if segment_ids is None:
-        segment_ids = jnp.ones_like(tokens)
-    rope = rope_table(config, positions)
+def linear(x: Float[Array, "..."], w: nnx.Param, *, dtype: Any = None) -> Float[Array, "..."]:
+    """The product of x [..., summed letters] with a parameter, [..., the parameter's other letters].
 
-    dims = param_dims(config)["layers"]
-
-    def layer(x, w):
-        x = checkpoint_name(x, LAYER_INPUT)
-        # Pinned where they lie, weights are gathered layer by layer in `dtype`, and their gradients, to which the same
-        # applies, are scattered as they are summed and not summed whole on every device.
-        w = {name: constrain_weight(weight.astype(dtype), dims[name][1:]) for name, weight in w.items()}
-        x, _ = block(config, w, x, rope, lambda q, k, v: (attend(q, k, v, positions, segment_ids, attention), None))
-        return constrain(x, "BTD"), None
-
-    x = constrain(embed(params, tokens, dtype), "BTD")
-    x, _ = jax.lax.scan(_remat(layer, remat), x, params["layers"])
-    return rms_norm(x, params["final_norm"], config.rms_norm_eps)
-
-
-def embed(params: Params, tokens: jax.Array, dtype) -> jax.Array:
-    return params["embed"][tokens].astype(dtype)
-
-
-def logits(config: QwenConfig, params: Params, x: jax.Array) -> jax.Array:
-    """[..., D] -> [..., V], accumulated and returned in float32."""
-    weight, letters = head_weight(config, params)
-    return jnp.einsum(f"...D,{letters}->...V", x, weight.astype(x.dtype), preferred_element_type=jnp.float32)
-
-
-def head_weight(config: QwenConfig, params: Params) -> tuple[jax.Array, str]:
-    """The head and its letters: "DV", or "VD" where it is the embedding."""
-    return (params["embed"], "VD") if config.tie_word_embeddings else (params["head"], "DV")
-
-
-def block(
-    config: QwenConfig, w: Params, x: jax.Array, rope: tuple[jax.Array, jax.Array], attention: Callable
-) -> tuple[jax.Array, Any]:
-    """One layer. `attention(q, k, v) -> (out, extra)` decides what is attended to; `extra` (a cache) is passed through.
-
-    Args:
-        w: one layer's weights, without the L axis. x: [B, T, D]. rope: see `rope_table`.
+    The product runs in x's dtype; `dtype` is that of the accumulated result, by default x's.
     """
-    B, T, _ = x.shape
+    rest = "".join(letter for letter in w.dims if letter not in w.summed)
     # Rows and positions as one letter M: a weight's gradient is then one plain product over M, where over B and T the
     # compiler for CPUs transposes whole activations first.
-    x = x.reshape(B * T, -1)
-    h = rms_norm(x, w["attn_norm"], config.rms_norm_eps)
-    q = jnp.einsum("MD,DNH->MNH", h, w["q"].astype(h.dtype))
-    k = jnp.einsum("MD,DKH->MKH", h, w["k"].astype(h.dtype))
-    v = jnp.einsum("MD,DKH->MKH", h, w["v"].astype(h.dtype))
-    if config.qkv_bias:
-        q, k, v = q + w["q_bias"].astype(q.dtype), k + w["k_bias"].astype(k.dtype), v + w["v_bias"].astype(v.dtype)
-    if config.qk_norm:
-        q, k = rms_norm(q, w["q_norm"], config.rms_norm_eps), rms_norm(k, w["k_norm"], config.rms_norm_eps)
-    q, k, v = (y.reshape(B, T, *y.shape[1:]) for y in (q, k, v))
-    out, extra = attention(rotate(q, rope), rotate(k, rope), v)
-    x = x + jnp.einsum("MNH,NHD->MD", out.reshape(B * T, *out.shape[2:]), w["o"].astype(out.dtype))
-    h = rms_norm(x, w["mlp_norm"], config.rms_norm_eps)
-    gate = jnp.einsum("MD,DF->MF", h, w["gate"].astype(h.dtype))
-    up = jnp.einsum("MD,DF->MF", h, w["up"].astype(h.dtype))
-    x = x + jnp.einsum("MF,FD->MD", jax.nn.silu(gate) * up, w["down"].astype(h.dtype))
-    return x.reshape(B, T, -1), extra
+    kept = x.ndim - len(w.summed)
+    rows = x.reshape(-1, *x.shape[kept:])
+    equation = f"M{w.summed},{w.dims}->M{rest}"
+    out = jnp.einsum(equation, rows, w.get_value().astype(x.dtype), preferred_element_type=dtype)
+    return out.reshape(*x.shape[:kept], *out.shape[1:])
 
 
-def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
-    """Over the last axis; the mean square in float32, the product in x's dtype."""
+def rms_norm(x: Float[Array, "... D"], w: nnx.Param, eps: float) -> Float[Array, "... D"]:
+    """Normalises the last axis; the mean square is taken in float32, the product in x's dtype."""
     x32 = x.astype(jnp.float32)
     x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
-    return x32.astype(x.dtype) * weight.astype(x.dtype)
+    return x32.astype(x.dtype) * w.get_value().astype(x.dtype)
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention with rotary positions; the caller's `attend` says which keys a query sees."""
+
+    # A subclass may change every score of a query and a key before the mask and the softmax: an elementwise function of
+    # float32 scores, as a staticmethod, with no parameters of its own. It holds for training, prefill and decode.
+    transform_scores: Callable[[jax.Array], jax.Array] | None = None
+
+    def __init__(self, config: QwenConfig):
+        self.config = config
+        self.q = weight(config, "DNH", summed="D")
+        self.k = weight(config, "DKH", summed="D")
+        self.v = weight(config, "DKH", summed="D")
+        self.o = weight(config, "NHD", summed="NH")
+        if config.qkv_bias:
+            self.q_bias = weight(config, "NH", fill=0.0)
+            self.k_bias = weight(config, "KH", fill=0.0)
+            self.v_bias = weight(config, "KH", fill=0.0)
+        if config.qk_norm:
+            self.q_norm = weight(config, "H", fill=1.0)
+            self.k_norm = weight(config, "H", fill=1.0)
+
+    def __call__(self, x: Float[Array, "B T D"], rope: Rope, attend: Attend) -> Float[Array, "B T D"]:
+        q, k, v = (linear(x, w) for w in (self.q, self.k, self.v))
+        if self.config.qkv_bias:
+            biases = (self.q_bias, self.k_bias, self.v_bias)
+            q, k, v = (y + bias.get_value().astype(y.dtype) for y, bias in zip((q, k, v), biases, strict=True))
+        if self.config.qk_norm:
+            q, k = (rms_norm(y, w, self.config.rms_norm_eps) for y, w in ((q, self.q_norm), (k, self.k_norm)))
+        return linear(attend(rotate(q, rope), rotate(k, rope), v, type(self).transform_scores), self.o)
+
+
+class Mlp(nnx.Module):
+    """The gated feed-forward layer (SwiGLU, arXiv 2002.05202)."""
+
+    def __init__(self, config: QwenConfig):
+        self.gate = weight(config, "DF", summed="D")
+        self.up = weight(config, "DF", summed="D")
+        self.down = weight(config, "FD", summed="F")
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        return linear(jax.nn.silu(linear(x, self.gate)) * linear(x, self.up), self.down)
+
+
+class Block(nnx.Module):
+    """One layer: attention and the MLP, each on the normalised input and added to it."""
+
+    Attention = Attention
+    Mlp = Mlp
+
+    def __init__(self, config: QwenConfig):
+        self.config = config
+        self.attn_norm = weight(config, "D", fill=1.0)
+        self.attn = self.Attention(config)
+        self.mlp_norm = weight(config, "D", fill=1.0)
+        self.mlp = self.Mlp(config)
+
+    def __call__(self, x: Float[Array, "B T D"], rope: Rope, attend: Attend) -> Float[Array, "B T D"]:
+        x = x + self.attn(rms_norm(x, self.attn_norm, self.config.rms_norm_eps), rope, attend)
+        return x + self.mlp(rms_norm(x, self.mlp_norm, self.config.rms_norm_eps))
+
+
+class Transformer(nnx.Module):
+    """Embedding, blocks and the last norm; a subclass adds the head."""
+
+    Block = Block
+
+    def __init__(self, config: QwenConfig):
+        self.config = config
+        self.embed = weight(config, "VD", summed="D")
+        self.layers = self._stacked()
+        self.final_norm = weight(config, "D", fill=1.0)
+
+    def _stacked(self) -> Block:
+        """A block whose parameters are those of all layers, with the leading axis L."""
+        graphdef, state = nnx.split(self.Block(self.config))
+
+        def stack(w: nnx.Param) -> nnx.Param:
+            shape = (self.config.num_layers, *w.get_value().shape)
+            return nnx.Param(jax.ShapeDtypeStruct(shape, jnp.float32), **w.get_metadata() | {"dims": "L" + w.dims})
+
+        return nnx.merge(graphdef, jax.tree.map(stack, state, is_leaf=lambda x: isinstance(x, nnx.Param)))
+
+    def block_graphdef(self) -> nnx.GraphDef:
+        """The structure of one block, for its parameters without the axis L."""
+        return nnx.split(self.Block(self.config))[0]
+
+    def embedded(self, tokens: Int[Array, "B T"], dtype: Any) -> Float[Array, "B T D"]:
+        return self.embed.get_value()[tokens].astype(dtype)
+
+    def hidden_states(
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+        *,
+        dtype: Any = jnp.float32,
+        remat: Remat = "none",
+        attention: Implementation = "xla",
+    ) -> Float[Array, "B T D"]:
+        """The states that the head reads, in `dtype`, which is that of the matrix products.
+
+        Args:
+            positions: default 0..T-1. segment_ids: 0 is padding, default all 1. Tokens see their own segment alone.
+
+        Raises:
+            InputError: the rows are longer than the model's sliding window.
+        """
+        window = self.config.sliding_window
+        if window is not None and tokens.shape[1] > window:
+            raise InputError(
+                f"rows of {tokens.shape[1]} tokens are longer than the model's sliding window ({window}), "
+                "which is not implemented; use rows that fit in the window"
+            )
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+        if segment_ids is None:
+            segment_ids = jnp.ones_like(tokens)
+        rope = rope_table(self.config, positions)
+        graphdef, dims = self.block_graphdef(), param_dims(self.Block(self.config))
+
+        def attend_rows(q, k, v, transform_scores):
+            return attend(q, k, v, positions, segment_ids, attention, transform_scores)
+
+        def layer(x, w: Params):
+            x = checkpoint_name(x, LAYER_INPUT)
+            # Pinned where they lie, weights are gathered layer by layer in `dtype`, and their gradients, to which the
+            # same applies, are scattered as they are summed and not summed whole on every device.
+            w = jax.tree.map(lambda w, dims: constrain_weight(w.astype(dtype), dims), w, dims)
+            return constrain(nnx.merge(graphdef, w)(x, rope, attend_rows), "BTD"), None
+
+        x = constrain(self.embedded(tokens, dtype), "BTD")
+        x, _ = jax.lax.scan(_remat(layer, remat), x, split(self.layers)[1])
+        return rms_norm(x, self.final_norm, self.config.rms_norm_eps)
+
+
+class Qwen(Transformer):
+    """The language model. `Qwen(config)` declares it; `policy.load` gives one with its weights."""
+
+    def __init__(self, config: QwenConfig):
+        super().__init__(config)
+        if not config.tie_word_embeddings:
+            self.head = weight(config, "DV", summed="D")
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+        **options: Any,
+    ) -> Float[Array, "B T V"]:
+        """Logits for whole rows, float32. Training never calls this: see `train/logprobs.py` for the head in chunks.
+
+        Args: see `hidden_states`.
+        """
+        return self.logits(self.hidden_states(tokens, positions, segment_ids, **options))
+
+    @property
+    def output_weight(self) -> nnx.Param:
+        """The head [D, V], or the embedding [V, D] where the two are tied; its `dims` say which."""
+        return self.embed if self.config.tie_word_embeddings else self.head
+
+    def logits(self, x: Float[Array, "... D"]) -> Float[Array, "... V"]:
+        """Logits of hidden states, accumulated and returned in float32."""
+        return linear(x, self.output_weight, dtype=jnp.float32)
+
+
+class ScalarQwen(Transformer):
+    """A scalar reward model (`Qwen2ForSequenceClassification`, one label): the same body with one score as its head."""
+
+    def __init__(self, config: QwenConfig):
+        super().__init__(config)
+        self.score = weight(config, "OD", summed="D")
+
+    def __call__(self, x: Float[Array, "B D"]) -> Float[Array, " B"]:
+        """The scores of hidden states, float32."""
+        return linear(x.astype(jnp.float32), self.score)[:, 0]
+
+
+def module_for(config: QwenConfig) -> Qwen | ScalarQwen:
+    """The module that a checkpoint with this config holds, without arrays."""
+    return ScalarQwen(config) if config.scalar else Qwen(config)
+
+
+def split(module: nnx.Module) -> tuple[nnx.GraphDef, Params]:
+    """A module's structure, and its arrays as a plain tree; `nnx.merge` puts them together again."""
+    graphdef, state = nnx.split(module)
+    return graphdef, nnx.to_pure_dict(state)
+
+
+def with_params(module: nnx.Module, params: Params) -> Any:
+    """A module of the same structure that holds other arrays."""
+    return nnx.merge(nnx.split(module)[0], params)
+
+
+def param_dims(module: nnx.Module) -> Params:
+    """The tree of the parameters' dimension letters."""
+    is_param = lambda x: isinstance(x, nnx.Param)  # noqa: E731
+    return nnx.to_pure_dict(jax.tree.map(lambda w: w.dims, nnx.state(module, nnx.Param), is_leaf=is_param))
+
+
+def abstract_params(module: nnx.Module, mesh: Mesh, dtype: Any, *, sharding: Callable = weight_sharding) -> Params:
+    """The tree of the parameters' shapes in `dtype`, with the shardings that training keeps them in.
+
+    Args:
+        sharding: a function of (mesh, letters, shape), for another layout than training's.
+    """
+
+    def abstract(w: jax.ShapeDtypeStruct, dims: str) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(w.shape, dtype, sharding=sharding(mesh, dims, w.shape))
+
+    return jax.tree.map(abstract, split(module)[1], param_dims(module))
+
+
+def init_params(module: nnx.Module, key: jax.Array, *, dtype: Any = jnp.float32, mesh: Mesh | None = None) -> Params:
+    """Random parameters, made in place on the mesh: normal with variance 1 / fan-in, norms one, biases zero."""
+    declared = dict(nnx.to_flat_state(nnx.state(module, nnx.Param)))
+    # Numbered by a block's own names, as they were before blocks had parts: a seed keeps its weights.
+    number = {path: i for i, path in enumerate(sorted(declared, key=lambda path: (path[0], path[-1])))}
+    like = abstract_params(module, mesh or single_device_mesh(), dtype)
+
+    def one(key: jax.Array, path: tuple[Any, ...], w: jax.ShapeDtypeStruct) -> jax.Array:
+        param = declared[tuple(part.key for part in path)]
+        if param.fill is not None:
+            return jnp.full(w.shape, param.fill, dtype)
+        fan_in = math.prod(_size(module.config, letter) for letter in param.summed)
+        key = jax.random.fold_in(key, number[tuple(part.key for part in path)])
+        return (jax.random.normal(key, w.shape, jnp.float32) * fan_in**-0.5).astype(dtype)
+
+    def build(key: jax.Array) -> Params:
+        return jax.tree_util.tree_map_with_path(lambda path, w: one(key, path, w), like)
+
+    return jax.jit(build, out_shardings=jax.tree.map(lambda w: w.sharding, like))(key)
 
 
 def _remat(layer: Callable, remat: Remat) -> Callable:
@@ -243,7 +329,7 @@ def _remat(layer: Callable, remat: Remat) -> Callable:
     return jax.checkpoint(layer, policy=policy, prevent_cse=False)
 
 
-def _sizes(config: QwenConfig) -> dict[str, int]:
+def _size(config: QwenConfig, letter: str) -> int:
     return {
         "L": config.num_layers,
         "D": config.hidden_size,
@@ -253,4 +339,4 @@ def _sizes(config: QwenConfig) -> dict[str, int]:
         "F": config.intermediate_size,
         "V": config.vocab_size,
         "O": 1,
-    }
+    }[letter]

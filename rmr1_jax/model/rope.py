@@ -1,36 +1,36 @@
-"""Rotary positions: how `config.json` spells them, and the frequencies that come of it. Read by `config.py`; next:
-`qwen.py`, which turns by them."""
+"""Rotary position embedding (RoFormer, arXiv 2104.09864): the frequencies, and the rotation of queries and keys.
+
+`config.py` reads the fields; `qwen.py` calls `rope_table` once a forward pass and `rotate` in every layer."""
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Int
 
 from rmr1_jax.model.config import QwenConfig, RopeScaling
 
-if TYPE_CHECKING:
-    from rmr1_jax.model.config import QwenConfig
+Rope = tuple[Float[Array, "B T 1 h"], Float[Array, "B T 1 h"]]  # cosines and sines of H/2 angles a position, float32
 
 
-def rope_table(config: QwenConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """cos and sin, [B, T, 1, H/2] float32: bfloat16 cannot tell position 4096 from 4097."""
+def rope_table(config: QwenConfig, positions: Int[Array, "B T"]) -> Rope:
+    """The cosine and sine of every position's angles, in float32: bfloat16 cannot tell position 4096 from 4097."""
     frequencies, scale = rope_inverse_frequencies(config)
     angles = positions[..., None, None].astype(jnp.float32) * frequencies
     return jnp.cos(angles) * scale, jnp.sin(angles) * scale
 
 
-def rotate(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotary embedding, halves layout (Hugging Face's), computed in float32. x: [B, T, N, H]."""
+def rotate(x: Float[Array, "B T N H"], rope: Rope) -> Float[Array, "B T N H"]:
+    """Rotates queries or keys to their positions; the two halves of a head are the pairs (Hugging Face's layout). The
+    arithmetic is in float32, the result in x's dtype."""
     cos, sin = rope
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
-def rope_inverse_frequencies(config: "QwenConfig") -> tuple[np.ndarray, float]:
+def rope_inverse_frequencies(config: QwenConfig) -> tuple[np.ndarray, float]:
     """Rotary frequencies in radians a position, float32 [H/2], and the factor on cosine and sine.
 
     Computed in float32 step by step as Transformers does, so that long positions see the same angles. Linear: the
@@ -52,7 +52,7 @@ def rope_inverse_frequencies(config: "QwenConfig") -> tuple[np.ndarray, float]:
     return frequencies.astype(np.float32), rope.attention_factor
 
 
-def _yarn_ramp(config: "QwenConfig", rope: RopeScaling) -> tuple[float, float]:
+def _yarn_ramp(config: QwenConfig, rope: RopeScaling) -> tuple[float, float]:
     """The pair indices between which yarn goes from keeping a frequency to dividing it."""
 
     def pair_with_turns(turns: float) -> float:

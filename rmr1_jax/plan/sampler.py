@@ -18,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rmr1_jax.distributed.mesh import MeshConfig, activation_sharding, make_mesh, rows_divisor, sampling_mesh
 from rmr1_jax.errors import InputError
 from rmr1_jax.model.config import QwenConfig
+from rmr1_jax.model.qwen import Qwen, split
 from rmr1_jax.plan.compile import Compiled, abstract, bytes_here, compile_program
 from rmr1_jax.plan.slice import GIB
 from rmr1_jax.sampler import programs
@@ -26,7 +27,7 @@ from rmr1_jax.sampler.programs import make_controls, to_slots
 from rmr1_jax.sampler.sample import SamplingConfig
 from rmr1_jax.sampler.shapes import CHUNKS, PREFILL_ROWS, Shapes, cache_ways, plan_shapes
 from rmr1_jax.sampler.slots import Bank
-from rmr1_jax.sampler.weights import weight_shapes
+from rmr1_jax.sampler.weights import abstract_weights
 
 WEIGHTS_SHARE = 0.5  # of the memory that training leaves, at most, before the tensor axis is made larger
 
@@ -108,13 +109,15 @@ def sampler_programs(config: QwenConfig, mesh: Mesh, shapes: Shapes, dtype, resi
     compile_here = functools.partial(compile_program, devices=devices, dynamic_trips=programs.STEPS)
     with jax.set_mesh(mesh):
         size = max(shapes.sizes, key=lambda s: s[0] * shapes.widths[-1] + s[1] * shapes.room)
-        weights = weight_shapes(config, mesh, dtype)
+        graphdef, weights = split(Qwen(config))[0], abstract_weights(Qwen(config), mesh, dtype)
         cache = abstract_cache(config, mesh, shapes, size, shapes.widths[-1], dtype)
         idle = [Bank(*size) for _ in range(shapes.banks)]
         controls = abstract(make_controls(SamplingConfig(), ()), NamedSharding(mesh, PartitionSpec()))
         by_bank = NamedSharding(mesh, PartitionSpec(("replica", "fsdp")))
         slots = abstract(to_slots(idle, [0] * shapes.banks), by_bank)
-        compiled = {"decode": compile_here(programs.decode, config, weights, controls, cache, slots, resident=resident)}
+        compiled = {
+            "decode": compile_here(programs.decode, graphdef, weights, controls, cache, slots, resident=resident)
+        }
 
         per_prompt = np.zeros((shapes.banks, PREFILL_ROWS), np.int32)
         tokens = np.zeros((*per_prompt.shape, max(c for c in CHUNKS if c <= shapes.room)), np.int32)
@@ -122,7 +125,7 @@ def sampler_programs(config: QwenConfig, mesh: Mesh, shapes: Shapes, dtype, resi
         prompts = cache._replace(own_k=[], own_v=[])
         rings = bytes_here((cache.own_k, cache.own_v))
         compiled["prefill"] = compile_here(
-            programs.prefill_prompts, config, weights, prompts, *chunk, resident=resident + rings
+            programs.prefill_prompts, graphdef, weights, prompts, *chunk, resident=resident + rings
         )
 
         if len(shapes.widths) > 1:
@@ -177,4 +180,4 @@ def host_mesh(
 
 def weight_bytes(config: QwenConfig, mesh: Mesh, dtype) -> int:
     """Of the sampling weights on one chip."""
-    return bytes_here(weight_shapes(config, mesh, dtype))
+    return bytes_here(abstract_weights(Qwen(config), mesh, dtype))

@@ -14,8 +14,8 @@ from jax.sharding import Mesh
 
 from rmr1_jax.distributed.mesh import MeshConfig, activation_sharding, make_mesh, rows_divisor
 from rmr1_jax.errors import InputError
-from rmr1_jax.model import qwen
 from rmr1_jax.model.config import QwenConfig
+from rmr1_jax.model.qwen import Qwen, abstract_params, split
 from rmr1_jax.plan.compile import Compiled, bytes_here, compile_program
 from rmr1_jax.plan.costs import Cost, forward_cost, update_cost
 from rmr1_jax.policy import DTYPES
@@ -94,16 +94,16 @@ def training_mesh(config: Config, model: QwenConfig, devices: list[jax.Device], 
 def training_programs(config: Config, model: QwenConfig, mesh: Mesh) -> Iterator[tuple[str, Compiled, Cost]]:
     """Compile the update, and in GRPO the log-probabilities before it."""
     rows, devices = rows_of(config), list(mesh.devices.flat)
-    forward = forward_options(config, mesh)
+    forward, graphdef = forward_options(config, mesh), split(Qwen(model))[0]
     optimizer = make_optimizer(config.optimizer, UPDATES)
     state = abstract_state(weights(model, mesh, jnp.float32), optimizer, config.optimizer.memory)
     batch = micro_batches(config, mesh, rows)
     compile_here = functools.partial(compile_program, devices=devices)
     if isinstance(config, SftConfig):
-        loss = functools.partial(sft_micro_loss, model, **forward)
+        loss = functools.partial(sft_micro_loss, graphdef, **forward)
     else:
         forward |= {"temperature": config.sampling.temperature or 1.0}
-        loss = functools.partial(grpo_micro_loss, model, config, policy_loss, **forward)
+        loss = functools.partial(grpo_micro_loss, graphdef, config, policy_loss, **forward)
     with jax.set_mesh(mesh):
         update = compile_update(state, loss=loss, optimizer=optimizer, clip=config.optimizer.clip)
         # Beside the state lie the reference and what the other updates of the step will read; the sampler's weights
@@ -114,7 +114,7 @@ def training_programs(config: Config, model: QwenConfig, mesh: Mesh) -> Iterator
         yield name, compiled, update_cost(config, model, mesh, rows)
         if isinstance(config, SftConfig):
             return
-        logprobs = jax.jit(functools.partial(batch_logprobs, model, **forward))
+        logprobs = jax.jit(functools.partial(batch_logprobs, graphdef, **forward))
         inputs = {k: batch[k] for k in ("tokens", "positions", "segment_ids")}
         cost = forward_cost(config, model, mesh, rows)
         others = updates_per_step(config) * bytes_here(batch) - bytes_here(inputs)
@@ -131,12 +131,7 @@ def training_programs(config: Config, model: QwenConfig, mesh: Mesh) -> Iterator
 
 def weights(model: QwenConfig, mesh: Mesh, dtype) -> Any:
     """The weights in the layout of training, described."""
-
-    def described(dims: str, shape: tuple[int, ...], sharding) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
-
-    shapes, shardings = qwen.param_shapes(model), qwen.param_shardings(model, mesh)
-    return jax.tree.map(described, qwen.param_dims(model), shapes, shardings)
+    return abstract_params(Qwen(model), mesh, dtype)
 
 
 def micro_batches(config: Config, mesh: Mesh, rows: Rows) -> dict[str, jax.ShapeDtypeStruct]:

@@ -21,10 +21,12 @@ import jax
 import jax.numpy as jnp
 
 from rmr1_jax.distributed.mesh import constrain
-from rmr1_jax.model.attention import MASKED
+from rmr1_jax.model.attention import MASKED, Transform
 
 
-def attend_chunk(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array) -> jax.Array:
+def attend_chunk(
+    q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array, transform_scores: Transform | None = None
+) -> jax.Array:
     """A chunk of a prompt against the prompt's keys so far, its own among them.
 
     Args:
@@ -38,7 +40,11 @@ def attend_chunk(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array)
     K, _, S = k.shape[1:]
     visible = jnp.arange(S) <= positions[:, :, None]
     grouped = (q * H**-0.5).reshape(P, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
-    return _attend_masked(grouped, k.swapaxes(2, 3), v, visible).transpose(0, 3, 1, 2, 4).reshape(P, T, N, H)
+    return (
+        _attend_masked(grouped, k.swapaxes(2, 3), v, visible, transform_scores)
+        .transpose(0, 3, 1, 2, 4)
+        .reshape(P, T, N, H)
+    )
 
 
 class Members(NamedTuple):
@@ -59,6 +65,7 @@ def attend_slots(
     own_v: jax.Array,
     own_visible: jax.Array,
     members: Members,
+    transform_scores: Transform | None = None,
 ) -> jax.Array:
     """One decode step for B slots, each over its prompt and its own tokens. A prompt's keys are read once for all of
     its slots: their queries are brought to the prompt, not the prompt to them.
@@ -75,20 +82,22 @@ def attend_slots(
     R, G = members.table.shape[1], N // K
     q = (q * H**-0.5).reshape(B, K, G, H)
     asked = q[members.table].transpose(0, 2, 1, 3, 4).reshape(E, K, R * G, H)
-    theirs = _partial(asked, prompt_k, prompt_v, prompt_visible)
+    theirs = _partial(asked, prompt_k, prompt_v, prompt_visible, transform_scores)
     theirs = [x.reshape(E, K, R, G, -1)[members.entry, :, members.rank] for x in theirs]
-    own = _partial(q, own_k, own_v, own_visible)
+    own = _partial(q, own_k, own_v, own_visible, transform_scores)
     return _merge(theirs, own).reshape(B, N, H).astype(q.dtype)
 
 
-def _partial(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array) -> list[jax.Array]:
+def _partial(
+    q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array, transform: Transform | None
+) -> list[jax.Array]:
     """Attention over some of the keys, to be merged with the rest: the highest score [B, K, Q, 1], the sum of the
     exponentials [B, K, Q, 1] and the weighted values [B, K, Q, H], all float32.
 
     q: [B, K, Q, H]. k: [B, K, H, S]. v: [B, K, S, H]. visible: [B, S] bool.
     """
     scores = jnp.einsum("BKQH,BKHS->BKQS", q, k, preferred_element_type=jnp.float32)
-    scores = jnp.where(visible[:, None, None], scores, MASKED)
+    scores = jnp.where(visible[:, None, None], transform(scores) if transform else scores, MASKED)
     highest = jnp.max(scores, axis=-1, keepdims=True)
     weights = jnp.exp(scores - highest)
     values = jnp.einsum("BKQS,BKSH->BKQH", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
@@ -103,10 +112,13 @@ def _merge(a: list[jax.Array], b: list[jax.Array]) -> jax.Array:
     return (a[2] * of_a + b[2] * of_b) / (a[1] * of_a + b[1] * of_b)
 
 
-def _attend_masked(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array) -> jax.Array:
+def _attend_masked(
+    q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array, transform: Transform | None
+) -> jax.Array:
     """q: [B, K, G, T, H]; k, v: [B, K, S, H]; visible: [B, T, S] -> [B, K, G, T, H]."""
     B, K, G, T, H = q.shape
     scores = jnp.einsum("BKTH,BKSH->BKTS", q.reshape(B, K, G * T, H), k, preferred_element_type=jnp.float32)
+    scores = transform(scores) if transform else scores
     scores = jnp.where(visible[:, None, None], scores.reshape(B, K, G, T, -1), MASKED)
     probs = jax.nn.softmax(scores, axis=-1).astype(q.dtype).reshape(B, K, G * T, -1)
     return jnp.einsum("BKTS,BKSH->BKTH", probs, v).reshape(q.shape)

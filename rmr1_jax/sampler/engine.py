@@ -16,7 +16,7 @@ import math
 import time
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,7 @@ from tqdm import tqdm
 from rmr1_jax.distributed.mesh import rows_divisor
 from rmr1_jax.errors import InputError
 from rmr1_jax.model.config import QwenConfig
+from rmr1_jax.model.qwen import Qwen, split
 from rmr1_jax.sampler import programs
 from rmr1_jax.sampler.cache import Cache
 from rmr1_jax.sampler.programs import compiled, make_controls, to_slots
@@ -122,7 +123,7 @@ class Run:
                 part = prompt[start : start + size]
                 tokens[x, p, : len(part)] = part
                 entries[x, p], starts[x, p], active[x, p] = entry, start, True
-        self.cache = programs.prefill(self.engine.config, self.weights, self.cache, tokens, entries, starts, active)
+        self.cache = programs.prefill(self.engine.graphdef, self.weights, self.cache, tokens, entries, starts, active)
         self.stats.prefill_tokens += tokens.size
 
     def _reshape(self) -> None:
@@ -154,11 +155,11 @@ class Run:
         return 0 if self._waiting or short or not sizes else sizes[0][0]
 
     def _decode(self) -> list[Seat]:
-        config, waiting, fewer = self.engine.config, self._waiting, self._fewer
+        waiting, fewer = self._waiting, self._fewer
         # Several banks wait for the last of them anyway: what one leaves early for it would spend waiting.
         leave_at = [0 if len(self.banks) > 1 else self._leave_at(bank, waiting, fewer) for bank in self.banks]
         slots = to_slots(self.banks, leave_at)
-        self.cache, drawn = programs.decode(config, self.weights, self.controls, self.cache, slots)
+        self.cache, drawn = programs.decode(self.engine.graphdef, self.weights, self.controls, self.cache, slots)
         tokens, logp, sampled_logp, steps = jax.device_get(drawn)
         finished = []
         for x, bank in enumerate(self.banks):
@@ -197,14 +198,22 @@ class Engine:
     """
 
     def __init__(
-        self, config: QwenConfig, sampling: SamplingConfig, *, prompts: int, longest: int, mesh: Mesh, dtype=jnp.float32
+        self, model: Qwen, sampling: SamplingConfig, *, prompts: int, longest: int, mesh: Mesh, dtype=jnp.float32
     ):
-        self.config, self.sampling, self.mesh, self.dtype = config, sampling, mesh, jnp.dtype(dtype)
-        self.longest = longest
+        self.graphdef, self.config, self.sampling = split(model)[0], model.config, sampling
+        self.mesh, self.dtype, self.longest = mesh, jnp.dtype(dtype), longest
         banks = rows_divisor(mesh)
         sizes = {"prompts": prompts, "longest": longest, "banks": banks, "itemsize": self.dtype.itemsize}
-        self.shapes = plan_shapes(config, sampling, **sizes, free_gib=_free_gib(mesh, config))
+        self.shapes = plan_shapes(self.config, sampling, **sizes, free_gib=_free_gib(mesh, self.config))
         self.stats = SampleStats()
+
+    @classmethod
+    def for_prompts(
+        cls, model: Qwen, weights: Weights, prompts: Sequence[Sequence[int]], sampling: SamplingConfig, *, mesh: Mesh
+    ) -> Engine:
+        """An engine whose shapes are settled for just these prompts."""
+        longest, dtype = max(map(len, prompts), default=1), weights["final_norm"].dtype
+        return cls(model, sampling, prompts=len(prompts), longest=longest, mesh=mesh, dtype=dtype)
 
     def warm_up(self, weights: Weights) -> int:
         """Compile every program that a run can need; returns how many were compiled."""
@@ -216,7 +225,7 @@ class Engine:
                 for i, size in enumerate(shapes.sizes):
                     idle = [Bank(*size) for _ in range(shapes.banks)]
                     cache, _ = programs.decode(
-                        self.config, weights, controls, cache, to_slots(idle, [0] * shapes.banks)
+                        self.graphdef, weights, controls, cache, to_slots(idle, [0] * shapes.banks)
                     )
                     if wider:
                         programs.grow(Cache(*map(list, cache)), width=wider)  # uses its lists up
@@ -228,7 +237,7 @@ class Engine:
                 for rows in (1, PREFILL_ROWS):
                     nothing = np.zeros((shapes.banks, rows), np.int32)
                     tokens = np.zeros((shapes.banks, rows, chunk), np.int32)
-                    cache = programs.prefill(self.config, weights, cache, tokens, nothing, nothing, nothing > 0)
+                    cache = programs.prefill(self.graphdef, weights, cache, tokens, nothing, nothing, nothing > 0)
             jax.block_until_ready(cache)
         return compiled() - before
 
@@ -274,19 +283,12 @@ class Engine:
         stop_token_ids: Sequence[int],
         *,
         sampling: SamplingConfig | None = None,
-        on_done: Callable[[int], None] | None = None,
         bar: bool = False,
     ) -> tuple[list[list[Sample]], SampleStats]:
-        """All of `stream`: for each prompt, in order, its n samples; and what it took. on_done: called with 1 for every
-        prompt whose samples are all there (a progress bar)."""
-        n = (sampling or self.sampling).n
-        results: list[list] = [[None] * n for _ in prompts]
-        left = [n] * len(prompts)
+        """Everything that `stream` yields: the n samples of each prompt, in order, and the statistics of the call."""
+        results: list[list] = [[None] * (sampling or self.sampling).n for _ in prompts]
         for prompt, number, sample in self.stream(weights, prompts, stop_token_ids, sampling=sampling, bar=bar):
             results[prompt][number] = sample
-            left[prompt] -= 1
-            if on_done and not left[prompt]:
-                on_done(1)
         return results, self.stats
 
     def empty_cache(self, width: int) -> Cache:
@@ -294,31 +296,6 @@ class Engine:
         s = self.shapes
         sizes = {"banks": s.banks, "entries": s.entries, "room": s.room, "slots": s.slots}
         return programs.empty_cache(self.config, **sizes, width=width, dtype=self.dtype)
-
-
-def generate(
-    config: QwenConfig,
-    weights: Weights,
-    prompts: Sequence[Sequence[int]],
-    sampling: SamplingConfig,
-    stop_token_ids: Sequence[int],
-    *,
-    mesh: Mesh,
-    on_done: Callable[[int], None] | None = None,
-    bar: bool = False,
-) -> tuple[list[list[Sample]], SampleStats]:
-    """`Engine.generate` with an engine made for just these prompts."""
-    engine = engine_for(config, weights, prompts, sampling, mesh=mesh)
-    return engine.generate(weights, prompts, stop_token_ids, on_done=on_done, bar=bar)
-
-
-def engine_for(
-    config: QwenConfig, weights: Weights, prompts: Sequence[Sequence[int]], sampling: SamplingConfig, *, mesh: Mesh
-) -> Engine:
-    """An engine made for just these prompts."""
-    longest = max(map(len, prompts), default=1)
-    dtype = weights["final_norm"].dtype
-    return Engine(config, sampling, prompts=len(prompts), longest=longest, mesh=mesh, dtype=dtype)
 
 
 def _check_prompts(

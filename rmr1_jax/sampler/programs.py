@@ -18,12 +18,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax.sharding import PartitionSpec
 
 from rmr1_jax.distributed.mesh import constrain
 from rmr1_jax.errors import InputError
-from rmr1_jax.model import qwen
 from rmr1_jax.model.config import QwenConfig
+from rmr1_jax.model.qwen import rms_norm
 from rmr1_jax.model.rope import rope_table
 from rmr1_jax.sampler.cache import (
     Cache,
@@ -38,7 +39,7 @@ from rmr1_jax.sampler.cache import (
 from rmr1_jax.sampler.draw import draw
 from rmr1_jax.sampler.sample import SamplingConfig
 from rmr1_jax.sampler.slots import Bank
-from rmr1_jax.sampler.weights import Weights
+from rmr1_jax.sampler.weights import Weights, bind
 
 
 def to_slots(banks: list[Bank], leave_at: list[int]) -> Slots:
@@ -143,8 +144,10 @@ def _per_bank(function: Callable, outputs: Any) -> Callable:
     return run
 
 
-@functools.partial(jax.jit, static_argnames=("config",), donate_argnames=("cache",))
-def decode(config: QwenConfig, weights: Weights, controls: Controls, cache: Cache, slots: Slots) -> tuple[Cache, Drawn]:
+@functools.partial(jax.jit, static_argnames=("graphdef",), donate_argnames=("cache",))
+def decode(
+    graphdef: nnx.GraphDef, weights: Weights, controls: Controls, cache: Cache, slots: Slots
+) -> tuple[Cache, Drawn]:
     """Draw up to STEPS tokens for every live slot; ends early when a bank has at most `leave_at` live ones."""
 
     def bank(weights, controls, cache: Cache, slots: Slots):
@@ -159,7 +162,7 @@ def decode(config: QwenConfig, weights: Weights, controls: Controls, cache: Cach
 
         def one(carry):
             cache, slots, drawn = carry
-            cache, logits = _decode_step(config, weights, cache, slots)
+            cache, logits = _decode_step(graphdef, weights, cache, slots)
             # Whole before the draw: what the compiler makes of a cut in the middle of split rows is an exchange among
             # all devices, and the banks' loops do not end together.
             logits = constrain(logits, "RC")
@@ -194,29 +197,30 @@ def decode(config: QwenConfig, weights: Weights, controls: Controls, cache: Cach
     return _per_bank(bank, lambda banks: (banks, banks))(weights, controls, cache, slots)
 
 
-def _decode_step(config: QwenConfig, weights: Weights, cache: Cache, slots: Slots) -> tuple[Cache, jax.Array]:
+def _decode_step(graphdef: nnx.GraphDef, weights: Weights, cache: Cache, slots: Slots) -> tuple[Cache, jax.Array]:
     """Feed every slot's last token; returns the cache with this step's column, and logits [B, V]."""
     # A slot's first token to feed is the last one of its prompt; what prefill left is everything before that.
+    model, blocks = bind(graphdef, weights)
     positions = slots.length - 1 + slots.drawn
-    rope = rope_table(config, positions[:, None])
+    rope = rope_table(model.config, positions[:, None])
     prompt_visible = jnp.arange(cache.prompt_room) < slots.prompt_length[:, None]
     own_visible = visible_steps(slots.step, slots.start, cache.width)
     members = Members(slots.table, slots.entry, slots.rank)
     own_k, own_v = list(cache.own_k), list(cache.own_v)
-    x = qwen.embed(weights, slots.last[:, None], weights["final_norm"].dtype)
-    for i, w in enumerate(weights["layers"]):
+    x = model.embedded(slots.last[:, None], weights["final_norm"].dtype)
+    for i, block in enumerate(blocks):
 
-        def attention(q, k, v, i=i):
+        def attend(q, k, v, transform, i=i):
             own_k[i], own_v[i] = write_step(own_k[i], own_v[i], k[:, 0], v[:, 0], slots.step)
             prompt = (cache.prompt_k[i], cache.prompt_v[i], prompt_visible)
-            return attend_slots(q[:, 0], *prompt, own_k[i], own_v[i], own_visible, members)[:, None], None
+            return attend_slots(q[:, 0], *prompt, own_k[i], own_v[i], own_visible, members, transform)[:, None]
 
-        x, _ = qwen.block(config, w, x, rope, attention)
-    x = qwen.rms_norm(x[:, 0], weights["final_norm"], config.rms_norm_eps)
-    return cache._replace(own_k=own_k, own_v=own_v), qwen.logits(config, weights, x)
+        x = block(x, rope, attend)
+    x = rms_norm(x[:, 0], model.final_norm, model.config.rms_norm_eps)
+    return cache._replace(own_k=own_k, own_v=own_v), model.logits(x)
 
 
-def prefill(config: QwenConfig, weights: Weights, cache: Cache, tokens, entry, start, active) -> Cache:
+def prefill(graphdef: nnx.GraphDef, weights: Weights, cache: Cache, tokens, entry, start, active) -> Cache:
     """Run one chunk of each of P prompts a bank, and put its keys and values into the prompts' cache.
 
     Args:
@@ -224,7 +228,9 @@ def prefill(config: QwenConfig, weights: Weights, cache: Cache, tokens, entry, s
         entry: [X, P] rows of the cache. start: [X, P] the chunk's first position. active: [X, P] bool, False for rows
             that only fill the batch.
     """
-    return _prompts_only(lambda prompts: prefill_prompts(config, weights, prompts, tokens, entry, start, active), cache)
+    return _prompts_only(
+        lambda prompts: prefill_prompts(graphdef, weights, prompts, tokens, entry, start, active), cache
+    )
 
 
 def share_prefix(cache: Cache, prefix: jax.Array) -> Cache:
@@ -237,20 +243,21 @@ def _prompts_only(program: Callable, cache: Cache) -> Cache:
     return program(cache._replace(own_k=[], own_v=[]))._replace(own_k=cache.own_k, own_v=cache.own_v)
 
 
-@functools.partial(jax.jit, static_argnames=("config",), donate_argnames=("cache",))
-def prefill_prompts(config: QwenConfig, weights: Weights, cache: Cache, tokens, entry, start, active) -> Cache:
+@functools.partial(jax.jit, static_argnames=("graphdef",), donate_argnames=("cache",))
+def prefill_prompts(graphdef: nnx.GraphDef, weights: Weights, cache: Cache, tokens, entry, start, active) -> Cache:
     def bank(weights, _, cache: Cache, tokens, entry, start, active):
         positions = start[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)
-        rope = rope_table(config, positions)
+        model, blocks = bind(graphdef, weights)
+        rope = rope_table(model.config, positions)
         prompt_k, prompt_v = list(cache.prompt_k), list(cache.prompt_v)
-        x = qwen.embed(weights, tokens, weights["final_norm"].dtype)
-        for i, w in enumerate(weights["layers"]):
+        x = model.embedded(tokens, weights["final_norm"].dtype)
+        for i, block in enumerate(blocks):
 
-            def attention(q, k, v, i=i):
+            def attend(q, k, v, transform, i=i):
                 prompt_k[i], prompt_v[i] = write_chunk(prompt_k[i], prompt_v[i], k, v, entry, start, active)
-                return attend_chunk(q, prompt_k[i][entry], prompt_v[i][entry], positions), None
+                return attend_chunk(q, prompt_k[i][entry], prompt_v[i][entry], positions, transform)
 
-            x, _ = qwen.block(config, w, x, rope, attention)
+            x = block(x, rope, attend)
         return cache._replace(prompt_k=prompt_k, prompt_v=prompt_v)
 
     return _per_bank(bank, lambda banks: banks)(weights, (), cache, tokens, entry, start, active)

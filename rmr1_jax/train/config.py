@@ -8,8 +8,8 @@ from typing import Literal
 from rmr1_jax.config import check_least
 from rmr1_jax.distributed.mesh import MeshConfig
 from rmr1_jax.errors import InputError
-from rmr1_jax.model import qwen
 from rmr1_jax.model.attention import Implementation
+from rmr1_jax.model.qwen import Remat
 from rmr1_jax.policy import DTYPES
 from rmr1_jax.prompts.trace import STRUCTURES
 from rmr1_jax.sampler.sample import SamplingConfig
@@ -63,7 +63,7 @@ class GrpoConfig:
     reward: RewardKind = "verdict"
     structure: str = "cor"
     dtype: str = "bfloat16"
-    remat: qwen.Remat = "full"
+    remat: Remat = "full"
     attention: Implementation = "auto"
     reference_memory: Memory = "device"
     mesh: MeshConfig = MeshConfig()
@@ -128,7 +128,7 @@ class SftConfig:
     on_too_long: str = "error"
     optimizer: OptimConfig = OptimConfig()
     dtype: str = "bfloat16"
-    remat: qwen.Remat = "full"
+    remat: Remat = "full"
     attention: Implementation = "auto"
     mesh: MeshConfig = MeshConfig()
     on_nonfinite: OnNonfinite = "stop"

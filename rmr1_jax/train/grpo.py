@@ -20,6 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax.sharding import Mesh
 
 from rmr1_jax.data.packing import View, lengths_of
@@ -27,6 +28,7 @@ from rmr1_jax.data.store import open_examples
 from rmr1_jax.distributed.mesh import check_micro_rows, make_mesh, own_rows, place_rows, sampling_mesh
 from rmr1_jax.distributed.preemption import Preempted
 from rmr1_jax.errors import InputError
+from rmr1_jax.model.qwen import Params, split
 from rmr1_jax.policy import DTYPES, Policy, load
 from rmr1_jax.train.config import GrpoConfig
 from rmr1_jax.train.health import CollapseWatch, check_finite
@@ -150,9 +152,10 @@ class _Trainer:
         # That a zero advantage means a zero term is known of our own loss only, and only where it has no other term.
         self.skip_unmixed = loss is policy_loss and not (config.loss.kl_coef or config.loss.entropy_coef)
         forward = forward_options(config, policy.mesh) | {"temperature": config.sampling.temperature or 1.0}
-        micro_loss = functools.partial(grpo_micro_loss, policy.config, config, loss, **forward)
+        graphdef = split(policy.model)[0]
+        micro_loss = functools.partial(grpo_micro_loss, graphdef, config, loss, **forward)
         self._update = compile_update(self.state, loss=micro_loss, optimizer=optimizer, clip=config.optimizer.clip)
-        self._logprobs = jax.jit(functools.partial(batch_logprobs, policy.config, **forward))
+        self._logprobs = jax.jit(functools.partial(batch_logprobs, graphdef, **forward))
         self.skipped = 0  # updates that were not finite
 
     def train(self, groups: list[Group], step: int) -> dict[str, float]:
@@ -211,11 +214,16 @@ class _Trainer:
 
 
 def grpo_micro_loss(
-    model: Any, config: GrpoConfig, loss: PolicyLoss, params: Any, batch: dict[str, jax.Array], **forward: Any
+    graphdef: nnx.GraphDef,
+    config: GrpoConfig,
+    loss: PolicyLoss,
+    params: Params,
+    batch: dict[str, jax.Array],
+    **forward: Any,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The policy loss of one packed micro-batch (arrays [B, T]); see `optim.MicroLoss`. The number of trained tokens is
     among the metrics whatever `loss` returns, for the means."""
-    logp, entropy = row_logprobs(model, params, batch, with_entropy=True, **forward)
+    logp, entropy = row_logprobs(nnx.merge(graphdef, params), batch, with_entropy=True, **forward)
     value, metrics = loss(
         config.loss,
         logp=logp,
@@ -231,12 +239,14 @@ def grpo_micro_loss(
     return value, {"tokens": (batch["weights"] > 0).sum(dtype=jnp.float32)} | metrics
 
 
-def batch_logprobs(model: Any, params: Any, batch: dict[str, jax.Array], count: jax.Array, **forward: Any) -> jax.Array:
+def batch_logprobs(
+    graphdef: nnx.GraphDef, params: Params, batch: dict[str, jax.Array], count: jax.Array, **forward: Any
+) -> jax.Array:
     """Log-probabilities [A, B, T] of the first `count` micro-batches under `params`, one micro-batch at a time."""
 
     def one(i, out):
         micro = {k: v[i] for k, v in batch.items()}
-        return out.at[i].set(row_logprobs(model, params, micro, **forward).logp)
+        return out.at[i].set(row_logprobs(nnx.merge(graphdef, params), micro, **forward).logp)
 
     return jax.lax.fori_loop(0, count, one, jnp.zeros(batch["tokens"].shape, jnp.float32))
 

@@ -18,9 +18,8 @@ from jax.sharding import Mesh
 
 from rmr1_jax.distributed.mesh import constrain, constrain_weight, rows_divisor
 from rmr1_jax.errors import InputError
-from rmr1_jax.model import qwen
 from rmr1_jax.model.attention import choose
-from rmr1_jax.model.config import QwenConfig
+from rmr1_jax.model.qwen import Qwen
 from rmr1_jax.policy import DTYPES
 
 CHUNK_LOGITS = 2**26  # on a device at a time: 256 MiB in float32
@@ -39,8 +38,7 @@ def forward_options(config: Any, mesh: Mesh) -> dict[str, Any]:
 
 
 def row_logprobs(
-    config: QwenConfig,
-    params: qwen.Params,
+    model: Qwen,
     batch: Mapping[str, Array],
     *,
     temperature: float = 1.0,
@@ -48,11 +46,11 @@ def row_logprobs(
     **forward: Any,
 ) -> TokenLogprobs:
     """`token_logprobs` of packed rows under a policy. batch: tokens, positions, segment_ids, [B, T] int32 each.
-    forward: dtype, remat, attention, as `qwen.hidden_states` takes them."""
-    hidden = qwen.hidden_states(config, params, batch["tokens"], batch["positions"], batch["segment_ids"], **forward)
-    head, letters = qwen.head_weight(config, params)
-    options = {"temperature": temperature, "with_entropy": with_entropy, "head_is_embedding": letters == "VD"}
-    return token_logprobs(hidden, head, batch["tokens"], **options)
+    forward: dtype, remat, attention, as `Qwen.hidden_states` takes them."""
+    hidden = model.hidden_states(batch["tokens"], batch["positions"], batch["segment_ids"], **forward)
+    head = model.output_weight
+    options = {"temperature": temperature, "with_entropy": with_entropy, "head_is_embedding": head.dims == "VD"}
+    return token_logprobs(hidden, head.get_value(), batch["tokens"], **options)
 
 
 def chunk_width(columns: int, positions: int, chunk_logits: int = CHUNK_LOGITS) -> int:

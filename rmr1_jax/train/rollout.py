@@ -21,10 +21,11 @@ from jax.sharding import Mesh
 from rmr1_jax.distributed.exchange import all_shares, any_of, first, gather, own_share
 from rmr1_jax.distributed.mesh import local_mesh, sampling_mesh
 from rmr1_jax.distributed.preemption import Preempted
+from rmr1_jax.model.qwen import with_params
 from rmr1_jax.policy import DTYPES, Policy
 from rmr1_jax.prompts.trace import parse_trace
 from rmr1_jax.prompts.verdict import eval_verdict, format_reward, training_reward
-from rmr1_jax.sampler.engine import generate
+from rmr1_jax.sampler.engine import Engine
 from rmr1_jax.sampler.sample import Sample, SampleStats, SamplingConfig
 from rmr1_jax.sampler.weights import Weights, sampling_weights
 from rmr1_jax.train.config import RewardKind
@@ -96,7 +97,8 @@ def roll_out(
     """
     began = time.perf_counter()
     mesh = sampling_mesh(policy.mesh, config.sampling_tensor)
-    weights = jax.block_until_ready(sampling_weights(policy.config, params, dtype=DTYPES[config.dtype], mesh=mesh))
+    model = with_params(policy.model, params)
+    weights = jax.block_until_ready(sampling_weights(model, dtype=DTYPES[config.dtype], mesh=mesh))
     P = config.prompts_per_step
     mixed: list[Group] = []
     others: list[Group] = []
@@ -149,7 +151,8 @@ def _sample_groups(
     with suppress(Preempted), jax.set_mesh(mesh), interruptible():
         token_ids = [p.tokens for p in mine]
         stops = policy.tokenizer.stop_ids
-        samples, stats = generate(policy.config, weights, token_ids, sampling, stops, mesh=mesh, bar=watched)
+        engine = Engine.for_prompts(policy.model, weights, token_ids, sampling, mesh=mesh)
+        samples, stats = engine.generate(weights, token_ids, stops, bar=watched)
         scored = score(mine, samples, policy.tokenizer.decode, reward, normalize_std=config.normalize_std)
     if any_of(scored is None):
         raise Preempted

@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from flax import nnx
 
 from rmr1_jax.data.examples import Example
 from rmr1_jax.data.packing import Batch, View, lengths_of, sft_batches
 from rmr1_jax.data.store import open_examples
 from rmr1_jax.distributed.mesh import check_micro_rows, make_mesh, own_rows
 from rmr1_jax.distributed.preemption import Preempted
-from rmr1_jax.model import qwen
-from rmr1_jax.model.config import QwenConfig
+from rmr1_jax.model.qwen import Params, split
 from rmr1_jax.policy import Policy, load
 from rmr1_jax.train.config import SftConfig
 from rmr1_jax.train.health import check_finite
@@ -65,7 +65,7 @@ def sft(config: SftConfig, *, policy: Policy | None = None, examples: Sequence[E
         if restored := checkpoints.restore(state):
             state, cursor = restored[0], same_data(restored[1], cursor)
         start = int(state.step)
-        loss = functools.partial(sft_micro_loss, policy.config, **forward_options(config, policy.mesh))
+        loss = functools.partial(sft_micro_loss, split(policy.model)[0], **forward_options(config, policy.mesh))
         step = compile_update(state, loss=loss, optimizer=optimizer, clip=config.optimizer.clip)
         log, schedule = MetricsLog(out, next_step=start), lr_schedule(config.optimizer, total)
         batches, _ = batches_of(start=start)
@@ -102,10 +102,10 @@ def sft(config: SftConfig, *, policy: Policy | None = None, examples: Sequence[E
 
 
 def sft_micro_loss(
-    config: QwenConfig, params: qwen.Params, batch: dict[str, jax.Array], **forward: Any
+    graphdef: nnx.GraphDef, params: Params, batch: dict[str, jax.Array], **forward: Any
 ) -> tuple[jax.Array, dict[str, Any]]:
     """Cross-entropy over one micro-batch of packed rows, weighted by `weights` [B, T]; see `optim.MicroLoss`."""
-    logp = row_logprobs(config, params, batch, **forward).logp
+    logp = row_logprobs(nnx.merge(graphdef, params), batch, **forward).logp
     return sft_loss(logp, batch["weights"]), {}
 
 

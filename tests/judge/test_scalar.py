@@ -16,6 +16,7 @@ from rmr1_jax.judge.file import judge_file, judgement_row
 from rmr1_jax.judge.scalar import ScalarJudge, load_scalar, padded_length
 from rmr1_jax.model.config import config_to_hf, parse_config, read_config
 from rmr1_jax.model.hf import save_params
+from rmr1_jax.model.qwen import split, with_params
 from rmr1_jax.pairs.pair import PreferencePair
 from rmr1_jax.policy import load
 
@@ -103,7 +104,7 @@ def test_the_larger_score_wins(model, tmp_path, monkeypatch):
     assert "tokens, the limit is 400" in found[6].note
 
     scored = []
-    counted = type(model)(model.config, model.params, model.tokenizer, model.mesh)
+    counted = type(model)(model.model, model.tokenizer, model.mesh)
     monkeypatch.setattr(type(model), "score", lambda self, rows, **o: scored.extend(rows) or score(self, rows, **o))
     again = ScalarJudge(counted).compare_many(pairs + pairs)
     assert len(scored) == 9 and again[:7] == again[7:] == found  # four pairs and the answer of the equal ones
@@ -120,9 +121,9 @@ def test_what_a_scalar_judge_cannot_do(model):
     for options in ({"votes": 3}, {"both_orders": True}):
         with pytest.raises(InputError, match="no votes and no both orders"):
             ScalarJudge(model).compare_many([pair], **options)
-    broken = jax.tree.map(lambda x: x * np.nan, model.params)
+    broken = with_params(model.model, jax.tree.map(lambda x: x * np.nan, split(model.model)[1]))
     with pytest.raises(RunError, match=r"pair '7': its score is nan"):
-        ScalarJudge(type(model)(model.config, broken, model.tokenizer, model.mesh)).compare_many([pair])
+        ScalarJudge(type(model)(broken, model.tokenizer, model.mesh)).compare_many([pair])
 
 
 def test_policies_and_reward_models_are_told_apart(directory, tmp_path, world_tokenizer):
@@ -147,11 +148,11 @@ def test_one_label_and_the_score_s_weight_are_checked(directory, tmp_path):
 
 
 def test_a_reward_model_is_written_as_it_was_read(model, tmp_path):
-    save_params(tmp_path, model.config, model.params, dtype="float32")
+    save_params(tmp_path, model.model, split(model.model)[1], dtype="float32")
     assert read_config(tmp_path, scalar=True) == model.config
     assert parse_config(config_to_hf(model.config, "float32"), "test", scalar=True) == model.config
     theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path, dtype=torch.float32)
-    np.testing.assert_array_equal(theirs.score.weight.detach().numpy(), model.params["score"])
+    np.testing.assert_array_equal(theirs.score.weight.detach().numpy(), model.model.score.get_value())
 
 
 def test_scores_are_the_same_on_a_mesh(directory, model):

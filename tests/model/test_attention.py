@@ -13,7 +13,7 @@ from rmr1_jax.distributed.mesh import MeshConfig, activation_sharding, make_mesh
 from rmr1_jax.errors import InputError
 from rmr1_jax.model.attention import MAX_BLOCKS, QUERY_BLOCK, attend, choose
 from rmr1_jax.model.config import parse_config
-from rmr1_jax.model.qwen import hidden_states, init_params
+from rmr1_jax.model.qwen import init_params, module_for, split, with_params
 from rmr1_jax.sampler.cache import Members, attend_chunk, attend_slots
 from rmr1_jax.train.sft import sft_micro_loss
 
@@ -180,8 +180,9 @@ SHAPE = {
 def test_packed_is_unpacked(model_type):
     """States, SFT loss and every gradient: rows of several examples, and the same examples in rows of their own."""
     config = parse_config({"model_type": model_type} | SHAPE, "test")
-    params = init_params(config, jax.random.key(0))
-    params["layers"] |= {k: v + 0.1 for k, v in params["layers"].items() if k.endswith(("bias", "norm"))}
+    params = init_params(module_for(config), jax.random.key(0))
+    for part in (params["layers"], params["layers"]["attn"]):
+        part |= {k: v + 0.1 for k, v in part.items() if k.endswith(("bias", "norm"))}
     rng = np.random.default_rng(3)
     lengths, T = [9, 14, 5, 11, 20, 4], 32
     examples = [
@@ -194,10 +195,10 @@ def test_packed_is_unpacked(model_type):
     @jax.jit
     def run(params, batch):
         def loss(params):
-            return sft_micro_loss(config, params, batch, dtype=jnp.float32, remat="none")[0]
+            return sft_micro_loss(split(module_for(config))[0], params, batch, dtype=jnp.float32, remat="none")[0]
 
         args = (batch[k] for k in ("tokens", "positions", "segment_ids"))
-        return hidden_states(config, params, *args), jax.value_and_grad(loss)(params)
+        return with_params(module_for(config), params).hidden_states(*args), jax.value_and_grad(loss)(params)
 
     results = []
     for rows in (packed, alone):
@@ -285,14 +286,15 @@ def test_the_tpu_s_kernel_trains_the_same():
     fields = {"model_type": "qwen2", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     fields |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 60, "max_position_embeddings": 256}
     config = parse_config(fields | {"rope_theta": 1e4, "tie_word_embeddings": True}, "test")
-    params = init_params(config, jax.random.key(0))
+    params = init_params(module_for(config), jax.random.key(0))
     _, (positions, segment_ids), _ = splash_case(4, 2)
     rng = np.random.default_rng(0)
     batch = {"tokens": rng.integers(0, 60, positions.shape, np.int32), "positions": positions}
     batch |= {"segment_ids": segment_ids, "weights": ((positions > 0) & (segment_ids > 0)) / np.float32(500)}
 
     def run(attention):
-        loss = lambda params: sft_micro_loss(config, params, batch, remat="full", attention=attention)[0]  # noqa: E731
+        graphdef = split(module_for(config))[0]
+        loss = lambda params: sft_micro_loss(graphdef, params, batch, remat="full", attention=attention)[0]  # noqa: E731
         return jax.jit(jax.value_and_grad(loss))(params)
 
     (ours, our_grads), (xla, xla_grads) = run("interpret"), run("xla")

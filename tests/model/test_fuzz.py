@@ -9,11 +9,13 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from policies import shapes_of
 
 from rmr1_jax.errors import InputError
 from rmr1_jax.files.untrusted import own_file, parse_json, read_object
 from rmr1_jax.model.config import MOST_LAYERS, config_to_hf, parse_config, read_config
 from rmr1_jax.model.hf import copy_side_files, load_params, save_params
+from rmr1_jax.model.qwen import module_for
 from rmr1_jax.model.rope import rope_inverse_frequencies
 from rmr1_jax.model.tensor_files import MAX_HEADER_BYTES, find_tensors, read_header
 from rmr1_jax.model.tokenizer import Tokenizer
@@ -63,12 +65,10 @@ def export(tmp_path):
     import jax
     import numpy as np
 
-    from rmr1_jax.model.qwen import param_shapes
-
     config = parse_config(RAW, "test")
-    shapes = param_shapes(config)
+    shapes = shapes_of(config)
     params = jax.tree.map(lambda shape: np.ones(shape, np.float32), shapes, is_leaf=lambda x: isinstance(x, tuple))
-    save_params(tmp_path / "model", config, params, dtype="float32")
+    save_params(tmp_path / "model", module_for(config), params, dtype="float32")
     return tmp_path / "model"
 
 
@@ -199,17 +199,19 @@ def test_a_config_that_cannot_be_read(tmp_path, content, says):
 def test_a_row_longer_than_the_sliding_window_is_refused():
     import jax
 
-    from rmr1_jax.model.qwen import forward, param_shapes
+    from rmr1_jax.model.qwen import Qwen, with_params
 
     config = parse_config(RAW | {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 0}, "test")
     shapes = jax.tree.map(
         lambda shape: jax.ShapeDtypeStruct(shape, "float32"),
-        param_shapes(config),
+        shapes_of(config),
         is_leaf=lambda x: isinstance(x, tuple),
     )
     for length in (16, 17):
         tokens = jax.ShapeDtypeStruct((1, length), "int32")
-        trace = partial(jax.eval_shape, partial(forward, config), shapes, tokens)
+        trace = partial(
+            jax.eval_shape, lambda params, tokens: with_params(Qwen(config), params)(tokens), shapes, tokens
+        )
         if length == 16:
             assert trace().shape == (1, 16, 32)
         else:
@@ -241,9 +243,9 @@ def test_no_file_of_a_model_leads_out_of_it(export, name, kind):
         (export / "model.safetensors").rename(export / "model-1.safetensors")
         weight_map = dict.fromkeys(read_header(export / "model-1.safetensors"), "model-1.safetensors")
         (export / name).write_text(json.dumps({"weight_map": weight_map}))
-    load_params(export, config)
+    load_params(export, module_for(config))
     spoil(export / name, kind)
-    text = error_of(read_config, export) if name == "config.json" else error_of(load_params, export, config)
+    text = error_of(read_config, export) if name == "config.json" else error_of(load_params, export, module_for(config))
     assert str(export / name) in text
     wording = {"directory": "no regular file", "pipe": "no regular file", "loop": "cannot be looked up"}
     assert wording.get(kind, "is a link out of its directory") in text

@@ -10,6 +10,7 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+from policies import shapes_of
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
@@ -18,7 +19,7 @@ from rmr1_jax.errors import InputError
 from rmr1_jax.model import hf
 from rmr1_jax.model.config import parse_config, read_config
 from rmr1_jax.model.hf import TABLE, copy_side_files, load_params, save_params
-from rmr1_jax.model.qwen import param_dims, param_shapes
+from rmr1_jax.model.qwen import module_for, param_dims
 
 RAW = {
     "vocab_size": 32,
@@ -39,7 +40,7 @@ def make_config(model_type="qwen2", **changes):
 
 def make_params(config, seed=0):
     rng = np.random.default_rng(seed)
-    shapes = param_shapes(config)
+    shapes = shapes_of(config)
     return jax.tree.map(lambda shape: rng.standard_normal(shape).astype(np.float32), shapes, is_leaf=is_shape)
 
 
@@ -52,7 +53,7 @@ def export(tmp_path):
     """(directory, config, params) of an untied Qwen2 in one file."""
     config = make_config()
     params = make_params(config)
-    save_params(tmp_path, config, params, dtype="float32")
+    save_params(tmp_path, module_for(config), params, dtype="float32")
     return tmp_path, config, params
 
 
@@ -62,14 +63,15 @@ def assert_equal(a, b):
 
 def error_of(model_dir, config) -> str:
     with pytest.raises(InputError) as caught:
-        load_params(model_dir, config)
+        load_params(model_dir, module_for(config))
     return str(caught.value)
 
 
 def test_the_table_has_every_weight_with_its_letters():
     for config in (make_config("qwen2"), make_config("qwen3"), make_config(tie_word_embeddings=True)):
-        flat = {f"layers.{k}": v[1:] for k, v in param_dims(config)["layers"].items()}
-        flat |= {k: v for k, v in param_dims(config).items() if k != "layers"}
+        leaves = jax.tree_util.tree_leaves_with_path(param_dims(module_for(config)))
+        flat = {jax.tree_util.keystr(path, simple=True, separator="."): dims for path, dims in leaves}
+        flat = {path: dims.removeprefix("L") for path, dims in flat.items()}
         rows = {row.path: row for row in TABLE}
         assert len(rows) == len(TABLE) and flat.keys() <= rows.keys()
         for path, dims in flat.items():
@@ -83,10 +85,10 @@ def test_stored_forms_are_the_library_s(export):
     assert len(stored) == 3 + 3 * 12
     layer = jax.tree.map(lambda x: x[1], params["layers"])
     prefix = "model.layers.1."
-    np.testing.assert_array_equal(stored[prefix + "self_attn.q_proj.weight"], layer["q"].reshape(16, 24).T)
-    np.testing.assert_array_equal(stored[prefix + "self_attn.k_proj.bias"], layer["k_bias"].reshape(12))
-    np.testing.assert_array_equal(stored[prefix + "self_attn.o_proj.weight"], layer["o"].reshape(24, 16).T)
-    np.testing.assert_array_equal(stored[prefix + "mlp.down_proj.weight"], layer["down"].T)
+    np.testing.assert_array_equal(stored[prefix + "self_attn.q_proj.weight"], layer["attn"]["q"].reshape(16, 24).T)
+    np.testing.assert_array_equal(stored[prefix + "self_attn.k_proj.bias"], layer["attn"]["k_bias"].reshape(12))
+    np.testing.assert_array_equal(stored[prefix + "self_attn.o_proj.weight"], layer["attn"]["o"].reshape(24, 16).T)
+    np.testing.assert_array_equal(stored[prefix + "mlp.down_proj.weight"], layer["mlp"]["down"].T)
     np.testing.assert_array_equal(stored["lm_head.weight"], params["head"].T)
     with safe_open(path / "model.safetensors", "numpy") as file:
         assert file.metadata() == {"format": "pt"}
@@ -97,7 +99,7 @@ def test_stored_forms_are_the_library_s(export):
 def test_round_trip_in_shards_and_blocks(tmp_path, monkeypatch, model_type, tied, shard_bytes):
     config = make_config(model_type, tie_word_embeddings=tied)
     params = make_params(config)
-    save_params(tmp_path, config, params, dtype="float32", max_shard_bytes=shard_bytes)
+    save_params(tmp_path, module_for(config), params, dtype="float32", max_shard_bytes=shard_bytes)
     files = sorted(tmp_path.glob("*.safetensors"))
     index = tmp_path / "model.safetensors.index.json"
     assert index.exists() == (shard_bytes < 10**9) and (len(files) > 1) == index.exists()
@@ -105,37 +107,39 @@ def test_round_trip_in_shards_and_blocks(tmp_path, monkeypatch, model_type, tied
         assert all(sum(x.nbytes for x in load_file(file).values()) <= 4000 for file in files)
         assert json.loads(index.read_text())["metadata"]["total_size"] == sum(x.nbytes for x in jax.tree.leaves(params))
     assert read_config(tmp_path) == config
-    assert_equal(load_params(tmp_path, config), params)
+    assert_equal(load_params(tmp_path, module_for(config)), params)
     monkeypatch.setattr(hf, "BLOCK_BYTES", 7 * 16 * 4)  # blocks that divide nothing
-    assert_equal(load_params(tmp_path, config), params)
+    assert_equal(load_params(tmp_path, module_for(config)), params)
     mesh = make_mesh(MeshConfig(replica=2, fsdp=2, tensor=2))
-    sharded = load_params(tmp_path, config, mesh=mesh)
+    sharded = load_params(tmp_path, module_for(config), mesh=mesh)
     assert_equal(sharded, params)
-    assert "fsdp" in str(sharded["embed"].sharding.spec) and "tensor" in str(sharded["layers"]["q"].sharding.spec)
-    save_params(tmp_path / "again", config, sharded, dtype="float32")
-    assert_equal(load_params(tmp_path / "again", config), params)
+    assert "fsdp" in str(sharded["embed"].sharding.spec) and "tensor" in str(
+        sharded["layers"]["attn"]["q"].sharding.spec
+    )
+    save_params(tmp_path / "again", module_for(config), sharded, dtype="float32")
+    assert_equal(load_params(tmp_path / "again", module_for(config)), params)
 
 
 def test_dtypes(export, tmp_path):
     path, config, params = export
     rounded = jax.tree.map(lambda x: x.astype(ml_dtypes.bfloat16), params)
-    assert_equal(load_params(path, config, dtype="bfloat16"), rounded)
-    save_params(tmp_path / "half", config, params, dtype="bfloat16")
+    assert_equal(load_params(path, module_for(config), dtype="bfloat16"), rounded)
+    save_params(tmp_path / "half", module_for(config), params, dtype="bfloat16")
     assert {x.dtype.name for x in load_file(tmp_path / "half" / "model.safetensors").values()} == {"bfloat16"}
     assert json.loads((tmp_path / "half" / "config.json").read_text())["torch_dtype"] == "bfloat16"
-    loaded = load_params(tmp_path / "half", config, dtype="float32")
+    loaded = load_params(tmp_path / "half", module_for(config), dtype="float32")
     assert_equal(loaded, jax.tree.map(lambda x: x.astype(np.float32), rounded))
 
 
 def test_a_second_export_replaces_the_first(export):
     path, config, params = export
-    save_params(path, config, params, dtype="float32", max_shard_bytes=4000)
+    save_params(path, module_for(config), params, dtype="float32", max_shard_bytes=4000)
     assert not (path / "model.safetensors").exists()
     (path / "notes.safetensors").write_text("not ours")
     other = make_params(config, seed=1)
-    save_params(path, config, other, dtype="float32")
+    save_params(path, module_for(config), other, dtype="float32")
     assert sorted(x.name for x in path.iterdir()) == ["config.json", "model.safetensors", "notes.safetensors"]
-    assert_equal(load_params(path, config), other)
+    assert_equal(load_params(path, module_for(config)), other)
 
 
 def test_a_failed_export_leaves_the_earlier_one(export, monkeypatch):
@@ -147,7 +151,7 @@ def test_a_failed_export_leaves_the_earlier_one(export, monkeypatch):
 
     monkeypatch.setattr(hf, "write_json", full)
     with pytest.raises(OSError, match="No space"):
-        save_params(path, config, make_params(config, seed=1), dtype="float32")
+        save_params(path, module_for(config), make_params(config, seed=1), dtype="float32")
     assert sorted((x.name, x.read_bytes()) for x in path.iterdir()) == before
 
 
@@ -179,12 +183,12 @@ def test_another_architecture_is_named_before_anything_is_allocated(export, monk
 def test_a_tied_checkpoint_may_store_its_head_if_it_is_the_embedding(tmp_path):
     config = make_config(tie_word_embeddings=True)
     params = make_params(config)
-    save_params(tmp_path, config, params, dtype="float32")
+    save_params(tmp_path, module_for(config), params, dtype="float32")
     stored = load_file(tmp_path / "model.safetensors")
     assert "lm_head.weight" not in stored
     head = stored["model.embed_tokens.weight"].copy()
     save_file(stored | {"lm_head.weight": head}, tmp_path / "model.safetensors")
-    assert_equal(load_params(tmp_path, config), params)
+    assert_equal(load_params(tmp_path, module_for(config)), params)
     head[-1, -1] += 1
     save_file(stored | {"lm_head.weight": head}, tmp_path / "model.safetensors")
     assert "lm_head.weight: differs from the embedding" in error_of(tmp_path, config)
@@ -207,7 +211,7 @@ LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b
 def test_something_else_under_the_name_of_a_weights_file(tmp_path, which, content, says):
     config = make_config()
     limit = 10**9 if which == "single" else 8000
-    save_params(tmp_path, config, make_params(config), dtype="float32", max_shard_bytes=limit)
+    save_params(tmp_path, module_for(config), make_params(config), dtype="float32", max_shard_bytes=limit)
     file = sorted(tmp_path.glob("*.index.json" if which == "index" else "*.safetensors"))[-1]
     file.write_bytes(content)
     text = error_of(tmp_path, config)
@@ -265,7 +269,7 @@ def test_the_index_cannot_name_a_file_elsewhere(export, name):
 
 def test_a_missing_shard_and_a_missing_tensor_of_the_index(tmp_path):
     config = make_config()
-    save_params(tmp_path, config, make_params(config), dtype="float32", max_shard_bytes=8000)
+    save_params(tmp_path, module_for(config), make_params(config), dtype="float32", max_shard_bytes=8000)
     shards = sorted(tmp_path.glob("*.safetensors"))
     assert len(shards) > 2
     content = shards[1].read_bytes()
@@ -304,13 +308,14 @@ LOADER = """
     import sys, jax, jax.numpy as jnp
     from rmr1_jax.model.config import read_config
     from rmr1_jax.model.hf import load_params
+    from rmr1_jax.model.qwen import module_for
 
     def memory(key):  # VmRSS: resident now; VmHWM: the kernel's own high-water mark of it, which no sampling misses
         return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key)) * 1024
 
-    load_params(sys.argv[2], read_config(sys.argv[2]), dtype="bfloat16")  # compiler and runtime are warm
+    load_params(sys.argv[2], module_for(read_config(sys.argv[2])), dtype="bfloat16")  # compiler and runtime are warm
     before = memory("VmRSS")
-    params = load_params(sys.argv[1], read_config(sys.argv[1]), dtype="bfloat16")
+    params = load_params(sys.argv[1], module_for(read_config(sys.argv[1])), dtype="bfloat16")
     jax.block_until_ready(params)
     assert "torch" not in sys.modules
     print(memory("VmHWM") - before, memory("VmRSS") - before, sum(x.nbytes for x in jax.tree.leaves(params)))
@@ -321,13 +326,13 @@ LOADER = """
 def test_peak_memory_of_loading(tmp_path):
     """About 300 MB of bfloat16 in a fresh process; the peak is the kernel's VmHWM less the VmRSS before the load."""
     small = make_config()
-    save_params(tmp_path / "small", small, make_params(small), dtype="bfloat16")
+    save_params(tmp_path / "small", module_for(small), make_params(small), dtype="bfloat16")
     # Three leaves of a quarter of the checkpoint each, so that a second copy of a single leaf is already too much.
     sizes = {"vocab_size": 8_000, "num_hidden_layers": 11}
     sizes |= {"hidden_size": 1024, "intermediate_size": 3072, "num_attention_heads": 16, "head_dim": 64}
     config = make_config(**sizes)
-    params = jax.tree.map(lambda shape: np.ones(shape, ml_dtypes.bfloat16), param_shapes(config), is_leaf=is_shape)
-    save_params(tmp_path / "large", config, params, dtype="bfloat16", max_shard_bytes=10**8)
+    params = jax.tree.map(lambda shape: np.ones(shape, ml_dtypes.bfloat16), shapes_of(config), is_leaf=is_shape)
+    save_params(tmp_path / "large", module_for(config), params, dtype="bfloat16", max_shard_bytes=10**8)
     stored = sum(file.stat().st_size for file in (tmp_path / "large").glob("*.safetensors"))
     assert 2.5e8 < stored < 3.5e8
     del params

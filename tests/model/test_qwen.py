@@ -1,17 +1,20 @@
 """Our Qwen against the Transformers one (torch on CPU), random weights: logits, gradients, greedy text, both ways."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from policies import shapes_of
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen3Config
 
 from rmr1_jax.distributed.mesh import MeshConfig, make_mesh
 from rmr1_jax.model.config import parse_config, read_config
 from rmr1_jax.model.hf import load_params, save_params
-from rmr1_jax.model.qwen import Qwen, forward, init_params, param_dims, param_shapes, params_of
+from rmr1_jax.model.qwen import Qwen, init_params, module_for, param_dims, split, with_params
 
 BASE = {
     "vocab_size": 96,
@@ -45,7 +48,13 @@ CASES = {
     "qwen3 yarn": ("qwen3", {"rope_scaling": YARN, "head_dim": 16, "rope_theta": 1e4}),
 }
 torch.set_num_threads(1)  # for models this small, threads only wait for each other
-logits = jax.jit(forward, static_argnums=0)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def logits(config, params, tokens):
+    return with_params(Qwen(config), params)(tokens)
+
+
 TOKENS = np.random.default_rng(0).integers(0, BASE["vocab_size"], (2, 40)).astype(np.int32)
 
 
@@ -69,17 +78,17 @@ def their_logits(model, tokens: np.ndarray) -> np.ndarray:
 def random_params(config):
     """As `their_model`, made by numpy because JAX would compile a generator for every shape."""
     rng = np.random.default_rng(5)
-    names = jax.tree_util.tree_map_with_path(lambda path, _: jax.tree_util.keystr(path), param_dims(config))
+    names = jax.tree_util.tree_map_with_path(lambda path, _: jax.tree_util.keystr(path), param_dims(module_for(config)))
     return jax.tree.map(
         lambda name, shape: (0.2 * rng.standard_normal(shape) + ("norm" in name)).astype(np.float32),
         names,
-        param_shapes(config),
+        shapes_of(config),
     )
 
 
 def ours(path, **options):
     config = read_config(path)
-    return config, load_params(path, config, **options)
+    return config, load_params(path, module_for(config), **options)
 
 
 @pytest.mark.parametrize("model_type, changes", CASES.values(), ids=CASES)
@@ -111,8 +120,8 @@ def test_logits_of_a_bfloat16_checkpoint_computed_in_float32(tmp_path):
 def test_module_holds_the_same_weights():
     config = parse_config({"model_type": "qwen3"} | BASE, "test")
     params = jax.tree.map(jnp.asarray, random_params(config))
-    model = Qwen(config, params)
-    assert jax.tree.structure(params_of(model)) == jax.tree.structure(param_dims(config))
+    model = with_params(Qwen(config), params)
+    assert jax.tree.structure(split(model)[1]) == jax.tree.structure(param_dims(model))
     np.testing.assert_array_equal(jax.jit(model)(TOKENS), logits(config, params, TOKENS))
 
 
@@ -130,7 +139,7 @@ def test_gradients_of_the_sft_loss(tmp_path, model_type, changes):
     @jax.jit
     @jax.value_and_grad
     def our_loss(params):
-        logprobs = jax.nn.log_softmax(forward(config, params, TOKENS)[:, :-1])
+        logprobs = jax.nn.log_softmax(with_params(Qwen(config), params)(TOKENS)[:, :-1])
         return -jnp.take_along_axis(logprobs, TOKENS[:, 1:, None], axis=-1)[..., 0].mean(where=mask)
 
     tokens = torch.from_numpy(TOKENS).long()
@@ -140,7 +149,7 @@ def test_gradients_of_the_sft_loss(tmp_path, model_type, changes):
     (tmp_path / "gradients").mkdir()
     gradients = {name: weight.grad for name, weight in model.named_parameters()}
     save_file(gradients, tmp_path / "gradients" / "model.safetensors", metadata={"format": "pt"})
-    theirs = load_params(tmp_path / "gradients", config)
+    theirs = load_params(tmp_path / "gradients", module_for(config))
 
     value, ours_ = our_loss(params)
     assert value == pytest.approx(loss.item(), abs=1e-5)
@@ -166,7 +175,7 @@ def test_64_greedy_tokens(tmp_path, model_type):
     @jax.jit
     def greedy(params, row):
         def step(i, row):
-            token = jnp.argmax(forward(config, params, row)[:, i - 1], axis=-1)
+            token = jnp.argmax(with_params(Qwen(config), params)(row)[:, i - 1], axis=-1)
             return row.at[:, i].set(token.astype(row.dtype))
 
         return jax.lax.fori_loop(prompt.shape[1], end, step, row)
@@ -181,7 +190,7 @@ def test_export_loads_in_transformers(tmp_path, model_type, tied, dtype):
     raw = {"model_type": model_type, "rope_scaling": YARN, "head_dim": 24}
     config = parse_config(BASE | raw | {"tie_word_embeddings": tied, "num_hidden_layers": 2}, "test")
     params = random_params(config)
-    save_params(tmp_path, config, params, dtype=dtype, max_shard_bytes=100_000)
+    save_params(tmp_path, module_for(config), params, dtype=dtype, max_shard_bytes=100_000)
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
     model, report = AutoModelForCausalLM.from_pretrained(
         tmp_path, attn_implementation="eager", output_loading_info=True
@@ -190,7 +199,7 @@ def test_export_loads_in_transformers(tmp_path, model_type, tied, dtype):
     assert model.dtype == getattr(torch, dtype)
     stored = jax.tree.map(lambda x: x.astype(dtype), params)
     np.testing.assert_allclose(logits(config, stored, TOKENS), their_logits(model.float(), TOKENS), rtol=0, atol=1e-4)
-    again = load_params(tmp_path, read_config(tmp_path), dtype=dtype)
+    again = load_params(tmp_path, module_for(read_config(tmp_path)), dtype=dtype)
     jax.tree.map(np.testing.assert_array_equal, again, stored)
 
 
@@ -205,17 +214,17 @@ def test_sharded_is_the_same_as_one_device(tmp_path, model_type, sizes):
     config, single = ours(tmp_path)
     _, sharded = ours(tmp_path, mesh=mesh)
     jax.tree.map(np.testing.assert_array_equal, sharded, single)
-    assert not sharded["layers"]["gate"].is_fully_replicated
+    assert not sharded["layers"]["mlp"]["gate"].is_fully_replicated
     with jax.set_mesh(mesh):
-        split = logits(config, sharded, TOKENS)
-    np.testing.assert_allclose(split, logits(config, single, TOKENS), rtol=0, atol=1e-5)
+        on_mesh = logits(config, sharded, TOKENS)
+    np.testing.assert_allclose(on_mesh, logits(config, single, TOKENS), rtol=0, atol=1e-5)
 
 
 def test_shapes_follow_from_the_letters():
     config = parse_config({"model_type": "qwen2"} | BASE, "test")
-    shapes = param_shapes(config)
-    assert shapes["layers"]["q"] == (3, 64, 4, 16) and shapes["layers"]["k"] == (3, 64, 2, 16)
+    shapes = shapes_of(config)
+    assert shapes["layers"]["attn"]["q"] == (3, 64, 4, 16) and shapes["layers"]["attn"]["k"] == (3, 64, 2, 16)
     assert shapes["head"] == (64, 96)
-    params = jax.eval_shape(lambda key: init_params(config, key, dtype=jnp.bfloat16), jax.random.key(0))
+    params = jax.eval_shape(lambda key: init_params(module_for(config), key, dtype=jnp.bfloat16), jax.random.key(0))
     assert jax.tree.map(lambda x: x.shape, params) == shapes
     assert {x.dtype.name for x in jax.tree.leaves(params)} == {"bfloat16"}

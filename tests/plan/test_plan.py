@@ -18,6 +18,7 @@ from rmr1_jax.config import dump_config
 from rmr1_jax.distributed.mesh import MeshConfig, make_mesh
 from rmr1_jax.errors import InputError
 from rmr1_jax.model.config import config_to_hf
+from rmr1_jax.model.qwen import Qwen, split, with_params
 from rmr1_jax.plan.costs import Cost, decode_cost, forward_cost, prefill_cost, time_bound, update_cost
 from rmr1_jax.plan.model import model_shape
 from rmr1_jax.plan.plan import read_run
@@ -168,12 +169,12 @@ def test_flops_against_a_trace(remat, length):
     config = small_sft(row_length=length, rows_per_step=4, micro_rows=2, remat=remat)
     rows = rows_of(config)
     batch, forward = row_batch(2, length), {"remat": remat, "attention": "xla"}
-    loss = functools.partial(sft_micro_loss, MODEL, **forward)
+    loss = functools.partial(sft_micro_loss, split(Qwen(MODEL))[0], **forward)
     traced = product_flops(jax.grad(loss, has_aux=True), params, batch)
     cost = update_cost(config, MODEL, mesh, rows)
     assert cost.flops == rows.count * traced
     assert cost.tokens == 4 * length
-    logprobs = product_flops(functools.partial(row_logprobs, MODEL, **forward), params, batch)
+    logprobs = product_flops(lambda params: row_logprobs(with_params(Qwen(MODEL), params), batch, **forward), params)
     assert forward_cost(config, MODEL, mesh, rows).flops == rows.count * logprobs
     # By hand: six for each weight and token, and causal attention's pairs.
     matrices = 3 * (64 * (2 * 4 + 2 * 2) * 16 + 3 * 64 * 96) + 160 * 64

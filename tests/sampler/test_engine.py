@@ -19,17 +19,18 @@ import scipy.stats
 import torch
 import tqdm
 from jax.sharding import Mesh
+from training import to_mesh
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from rmr1_jax.distributed.mesh import MeshConfig, make_mesh, single_device_mesh
 from rmr1_jax.errors import InputError
 from rmr1_jax.model.config import QwenConfig, read_config
 from rmr1_jax.model.hf import load_params
-from rmr1_jax.model.qwen import hidden_states, param_shardings
+from rmr1_jax.model.qwen import module_for, with_params
 from rmr1_jax.sampler import engine as engine_module
 from rmr1_jax.sampler import programs
 from rmr1_jax.sampler.draw import _first_above, draw
-from rmr1_jax.sampler.engine import Engine, Run, generate
+from rmr1_jax.sampler.engine import Engine, Run
 from rmr1_jax.sampler.programs import make_controls, to_slots
 from rmr1_jax.sampler.sample import SamplingConfig
 from rmr1_jax.sampler.shapes import _free_gib
@@ -69,7 +70,13 @@ def tokens_of(groups):
 
 def place(config: QwenConfig, params: dict, mesh: Mesh, dtype=jnp.float32) -> dict:
     with jax.set_mesh(mesh):
-        return sampling_weights(config, params, dtype=dtype)
+        return sampling_weights(with_params(module_for(config), params), dtype=dtype)
+
+
+def generate(config: QwenConfig, weights: dict, prompts, sampling: SamplingConfig, stops, *, mesh: Mesh):
+    """Samples with an engine made for just these prompts."""
+    engine = Engine.for_prompts(module_for(config), weights, prompts, sampling, mesh=mesh)
+    return engine.generate(weights, prompts, stops)
 
 
 @pytest.fixture(scope="module")
@@ -85,8 +92,10 @@ def bare(tmp_path_factory) -> Model:
     path = tmp_path_factory.mktemp("model")
     theirs.save_pretrained(path)
     ours, mesh = read_config(path), single_device_mesh()
-    params = load_params(path, ours)
-    engine = Engine(ours, SamplingConfig(n=3, max_new_tokens=128, slots=8), prompts=8, longest=41, mesh=mesh)
+    params = load_params(path, module_for(ours))
+    engine = Engine(
+        module_for(ours), SamplingConfig(n=3, max_new_tokens=128, slots=8), prompts=8, longest=41, mesh=mesh
+    )
     return Model(theirs, ours, params, place(ours, params, mesh), mesh, engine)
 
 
@@ -283,7 +292,7 @@ def theirs_greedy(model, prompts, new: int) -> list[list[int]]:
 
 def test_256_greedy_tokens_of_8_unequal_prompts_at_once_are_those_of_transformers(model):
     sampling = dataclasses.replace(model.engine.sampling, max_new_tokens=256)
-    engine = Engine(model.config, sampling, prompts=8, longest=41, mesh=model.mesh)
+    engine = Engine(module_for(model.config), sampling, prompts=8, longest=41, mesh=model.mesh)
     assert engine.shapes.widths == (64, 128, 256)  # the first two are warm
     greedy = SamplingConfig(max_new_tokens=256, temperature=0.0)
     groups, stats = engine.generate(model.weights, PROMPTS, (), sampling=greedy)
@@ -328,12 +337,10 @@ def test_a_stop_as_the_first_and_as_the_last_allowed_token(model):
     assert (only.token_ids, only.finish_reason) == (whole[:1], "length")
 
 
-trainer_logp = jax.jit(
-    lambda config, params, rows, temperature: (
-        token_logprobs(hidden_states(config, params, rows), params["head"], rows, temperature=temperature).logp
-    ),
-    static_argnums=0,
-)
+@functools.partial(jax.jit, static_argnums=0)
+def trainer_logp(config, params, rows, temperature):
+    hidden = with_params(module_for(config), params).hidden_states(rows)
+    return token_logprobs(hidden, params["head"], rows, temperature=temperature).logp
 
 
 def trainer_logprobs(model, samples, temperature=1.0):
@@ -441,7 +448,7 @@ def compiled_decode(engine: Engine, weights: dict) -> str:
     banks = [Bank(*engine.shapes.sizes[0]) for _ in range(engine.shapes.banks)]
     with jax.set_mesh(engine.mesh):
         arguments = make_controls(engine.sampling, ()), engine.empty_cache(engine.shapes.widths[0])
-        lowered = programs.decode.lower(engine.config, weights, *arguments, to_slots(banks, [0] * len(banks)))
+        lowered = programs.decode.lower(engine.graphdef, weights, *arguments, to_slots(banks, [0] * len(banks)))
     return lowered.compile().as_text()
 
 
@@ -451,10 +458,10 @@ def compiled_decode(engine: Engine, weights: dict) -> str:
 )
 def test_eight_devices_sample_what_one_does(model, alike, axes):
     mesh = make_mesh(axes)
-    weights = place(model.config, jax.device_put(model.params, param_shardings(model.config, mesh)), mesh)
-    assert weights["layers"][0]["gate"].is_fully_replicated == (axes.tensor == 1)
+    weights = place(model.config, to_mesh(module_for(model.config), model.params, mesh), mesh)
+    assert weights["layers"][0]["mlp"]["gate"].is_fully_replicated == (axes.tensor == 1)
     settings = SamplingConfig(n=3, max_new_tokens=64, seed=5, slots=8)
-    engine = Engine(model.config, settings, prompts=8, longest=41, mesh=mesh)
+    engine = Engine(module_for(model.config), settings, prompts=8, longest=41, mesh=mesh)
     if axes.tensor > 1:
         # The loops of the banks end at different times: who waits inside one for another bank waits forever.
         text = compiled_decode(engine, weights)
@@ -494,7 +501,7 @@ def test_long_prompts_are_prefilled_once_and_their_prefix_once_for_all(model):
     prompts = [rng.integers(0, V, n).tolist() for n in (512, 448, 449, 500, 471, 480, 511, 460, 450, 505)]
     shared = [system + prompt[160:] for prompt in prompts]
     sampling = SamplingConfig(max_new_tokens=16, temperature=0.0, slots=8)
-    engine = Engine(model.config, sampling, prompts=10, longest=512, mesh=model.mesh)
+    engine = Engine(module_for(model.config), sampling, prompts=10, longest=512, mesh=model.mesh)
     assert engine.shapes.room == 512
     used = []
     for texts in (prompts, shared):
@@ -576,18 +583,12 @@ def test_a_stream_that_is_left_leaves_nothing_behind(model):
     assert [[results[p, i] for i in range(3)] for p in range(8)] == expected
 
 
-def test_finished_prompts_are_told_of_and_a_bar_shows_the_rate(model, monkeypatch, capsys):
-    done = []
+def test_samples_come_as_they_finish_and_a_bar_shows_the_rate(model, monkeypatch, capsys):
     settings = SamplingConfig(n=3, max_new_tokens=64)
     monkeypatch.setattr(engine_module, "tqdm", functools.partial(tqdm.tqdm, mininterval=0))
-    at = []
-
-    def on_done(count: int) -> None:
-        done.append(count)
-        at.append(model.engine.stats.new_tokens)
-
-    model.engine.generate(model.weights, PROMPTS, STOPS, sampling=settings, on_done=on_done, bar=True)
-    assert done == [1] * 8 and at[0] < 0.5 * at[-1]
+    stream = model.engine.stream(model.weights, PROMPTS, STOPS, sampling=settings, bar=True)
+    at = [model.engine.stats.new_tokens for _ in stream]
+    assert len(at) == 24 and at[0] < 0.5 * at[-1]
     shown = capsys.readouterr().err
     assert "/24 [" in shown and re.search(r"\d tok/s, [5-8] live", shown)
     model.engine.generate(model.weights, PROMPTS, STOPS, sampling=settings)

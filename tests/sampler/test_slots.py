@@ -8,6 +8,7 @@ import pytest
 
 from rmr1_jax.distributed.mesh import MeshConfig, make_mesh, single_device_mesh
 from rmr1_jax.model.config import QwenConfig
+from rmr1_jax.model.qwen import module_for
 from rmr1_jax.sampler import programs
 from rmr1_jax.sampler.cache import Cache
 from rmr1_jax.sampler.engine import Engine
@@ -275,7 +276,7 @@ def run_pretended(monkeypatch, texts, *, slots, n, mean, max_new, mesh=None):
     """Sample on a pretended device, and check that every sample is complete and its own."""
     settings = SamplingConfig(n=n, max_new_tokens=max_new, slots=slots)
     mesh = make_mesh(mesh) if mesh else single_device_mesh()
-    engine = Engine(CONFIG, settings, prompts=len(texts), longest=max(map(len, texts)), mesh=mesh)
+    engine = Engine(module_for(CONFIG), settings, prompts=len(texts), longest=max(map(len, texts)), mesh=mesh)
     device = Device(monkeypatch, engine, texts, mean)
     groups, stats = engine.generate({}, texts, [STOP])
     for text, group in zip(texts, groups, strict=True):

@@ -24,6 +24,7 @@ from mutate import ELSE, mutate_bytes, mutate_json
 from rmr1_jax.errors import InputError
 from rmr1_jax.model.config import SHAPE_FIELDS, QwenConfig
 from rmr1_jax.model.hf import save_params
+from rmr1_jax.model.qwen import module_for
 from rmr1_jax.model.rope import rope_inverse_frequencies
 from rmr1_jax.policy import fresh_policy, load
 from rmr1_jax.quickstart.tokenizer import train_tokenizer
@@ -47,7 +48,7 @@ def make_directories(root: Path) -> list[Path]:
         config = QwenConfig(**small, **kind, tie_word_embeddings=name == "qwen2")
         policy, path = fresh_policy(config, tokenizer, seed=0), root / name
         policy.save(path)
-        save_params(path, config, policy.params, dtype="float32", max_shard_bytes=shard_bytes)
+        save_params(path, module_for(config), policy.params, dtype="float32", max_shard_bytes=shard_bytes)
         (path / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 0], "temperature": 0.7}))
         made.append(path)
     return made

@@ -4,9 +4,11 @@ import functools
 import tempfile
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 
 from rmr1_jax.model.config import QwenConfig
+from rmr1_jax.model.qwen import module_for, split
 from rmr1_jax.policy import Policy, fresh_policy
 from rmr1_jax.quickstart.tokenizer import train_tokenizer
 from rmr1_jax.quickstart.world import world_texts
@@ -74,3 +76,8 @@ def tiny_policy() -> Policy:
     )
     tokenizer = train_tokenizer(world_texts(200), tempfile.mkdtemp(prefix="rmr1-test-tokenizer-"))
     return fresh_policy(config, tokenizer, seed=0)
+
+
+def shapes_of(config: QwenConfig) -> dict:
+    """The tree of the parameters' shapes."""
+    return jax.tree.map(lambda w: w.shape, split(module_for(config))[1])

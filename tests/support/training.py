@@ -4,6 +4,7 @@ As a program, `python training.py STAGE MODEL CONFIG.yaml STEP` runs a stage and
 metrics of STEP: the moment at which the most is done and not yet saved.
 """
 
+import dataclasses
 import functools
 import os
 import signal
@@ -20,7 +21,7 @@ import optax
 from rmr1_jax.config import dump_config, load_config
 from rmr1_jax.data.examples import sft_example
 from rmr1_jax.distributed.mesh import MeshConfig, activation_sharding
-from rmr1_jax.model.qwen import param_shardings
+from rmr1_jax.model.qwen import abstract_params
 from rmr1_jax.pairs.pair import render_pair
 from rmr1_jax.policy import load
 from rmr1_jax.quickstart.world import make_items, oracle_trace, to_pair, world_prompt
@@ -112,8 +113,13 @@ def assert_same(ours, theirs, atol=0.0):
 
 def on_mesh(policy, mesh):
     """The same policy, its weights laid out on another mesh."""
-    params = jax.device_put(policy.params, param_shardings(policy.config, mesh))
-    return type(policy)(policy.config, params, policy.tokenizer, mesh, policy.dtype)
+    return dataclasses.replace(policy, mesh=mesh).with_params(to_mesh(policy.model, policy.params, mesh))
+
+
+def to_mesh(module, params, mesh):
+    """Arrays in the layout of training on a mesh."""
+    layout = jax.tree.map(lambda w: w.sharding, abstract_params(module, mesh, "float32"))
+    return jax.device_put(params, layout)
 
 
 def plain_step(policy, loss):

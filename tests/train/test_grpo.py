@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,7 @@ from training import (
 
 from rmr1_jax.distributed.mesh import make_mesh
 from rmr1_jax.errors import InputError, RunError
+from rmr1_jax.model.qwen import split
 from rmr1_jax.policy import load
 from rmr1_jax.sampler.sample import Sample, SampleStats, SamplingConfig
 from rmr1_jax.train import grpo as stage
@@ -122,7 +124,7 @@ def batch_of(groups, *, aggregation="sequence", skip_unmixed=False, max_segments
 def micro_loss(policy, loss, max_segments=64):
     config = small_grpo(out="", loss=loss, max_segments=max_segments)
     forward = {"dtype": jnp.float32, "temperature": 1.0, "remat": "none"}
-    return functools.partial(grpo_micro_loss, policy.config, config, policy_loss, **forward)
+    return functools.partial(grpo_micro_loss, split(policy.model)[0], config, policy_loss, **forward)
 
 
 @pytest.fixture(scope="module")
@@ -274,13 +276,16 @@ def scripted(monkeypatch) -> list:
     """Makes the sampler answer every prompt with one token, and with two; records (prompts, sampling) of its calls."""
     calls = []
 
-    def fake(config, weights, prompts, sampling, stops, *, mesh, bar):
+    def for_prompts(model, weights, prompts, sampling, *, mesh):
+        return SimpleNamespace(generate=lambda weights, prompts, stops, *, bar: fake(prompts, sampling))
+
+    def fake(prompts, sampling):
         calls.append((prompts, sampling))
         groups = [[Sample([5] * (i + 1), np.zeros(i + 1), np.zeros(i + 1), "stop") for i in range(2)] for _ in prompts]
         return groups, SampleStats(prompt_tokens=len(prompts), new_tokens=3 * len(prompts))
 
-    monkeypatch.setattr(rollout, "generate", fake)
-    monkeypatch.setattr(rollout, "sampling_weights", lambda config, params, dtype, mesh: params)
+    monkeypatch.setattr(rollout.Engine, "for_prompts", for_prompts)
+    monkeypatch.setattr(rollout, "sampling_weights", lambda model, dtype, mesh: split(model)[1])
     return calls
 
 

@@ -6,18 +6,19 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
+from policies import shapes_of
 
 from rmr1_jax.distributed.chips import peak_flops
 from rmr1_jax.distributed.mesh import make_mesh
-from rmr1_jax.model.qwen import param_shapes
 from rmr1_jax.train.metrics import forward_flops, mfu, throughput, train_flops
 
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_flops_are_two_for_each_weight_and_token_and_four_for_each_number_of_a_pair(tiny_policy, tied):
     config = dataclasses.replace(tiny_policy.config, num_layers=3, tie_word_embeddings=tied)
-    shapes = param_shapes(config)
-    matrices = [shape for name, shape in shapes["layers"].items() if "norm" not in name and "bias" not in name]
+    shapes = shapes_of(config)
+    layers = {**shapes["layers"]["attn"], **shapes["layers"]["mlp"]}
+    matrices = [shape for name, shape in layers.items() if "norm" not in name and "bias" not in name]
     matrices.append(shapes["embed"] if tied else shapes["head"])  # the embedding itself is looked up
     lengths = [7, 1, 30]
     pairs = sum(i + 1 for n in lengths for i in range(n))  # each token and those up to it
