@@ -1,4 +1,4 @@
-"""Every recipe in configs/ loads, fits the slice that it names, and has the paper's numbers (arXiv 2505.02387)."""
+"""Every recipe in configs/ loads, fits the slices that it names, and has the paper's numbers (arXiv 2505.02387)."""
 
 import dataclasses
 import math
@@ -34,7 +34,7 @@ RATES = {
     "grpo_deepseek_14b": 1e-6,
     "grpo_deepseek_32b": 8e-7,
 }
-# Defaults that a recipe repeats, because a reader must see them.
+# Defaults that recipes repeat, because a reader needs them.
 SHOWN = {
     *("row_length", "max_prompt_length", "prompts_per_step", "mini_batch_prompts"),
     *("sampling.n", "sampling.max_new_tokens", "sampling.slots", "optimizer.lr"),
@@ -50,13 +50,13 @@ def size(path: Path) -> str:
 
 
 def comments(path: Path) -> list[str]:
-    """The comment lines that a file begins with, without the `# `."""
+    """The comment lines at the start of a file, without the `# `."""
     head = re.match(r"(?:# .*\n)+", path.read_text())
     return [line[2:] for line in head[0].splitlines()]
 
 
 def slices(path: Path) -> list[tuple[str, list[str]]]:
-    """The slices in the second line, with the overrides that each needs: `v5e:4x4 (16 chips) with a=1; ...`."""
+    """Parse the second line, `Slice: v5e:4x4 (16 chips) with a=1; ...`, into slices and the overrides for each."""
     line = re.fullmatch(r"Slice: (.*)\.", comments(path)[1])[1]
     found = []
     for entry in line.split("; "):
@@ -76,7 +76,7 @@ def leaves(tree: dict, prefix: str = "") -> dict:
 each = pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 
 
-def test_which_recipes_there_are():
+def test_the_set_of_recipes_is_complete():
     qwen = {f"{stage}_qwen2.5_{size}" for stage in STAGES for size in HEADS}
     assert {path.stem for path in RECIPES} == qwen | {f"grpo_deepseek_{size}" for size in HEADS if size != "0.5b"}
 
@@ -86,7 +86,7 @@ def test_the_first_line_is_the_command(path):
     program, command, file, *overrides = shlex.split(comments(path)[0])
     assert program == "rmr1" and STAGES[command] is stage(path) and ROOT / file == path
     config = load_config(stage(path), path)
-    assert load_config(stage(path), path, overrides) == config  # the file alone says the same
+    assert load_config(stage(path), path, overrides) == config  # the file has the same values
     assert size(path) in config.model.lower()
     if path.stem.startswith("grpo_qwen"):
         assert config.model == load_config(SftConfig, path.with_name(path.name.replace("grpo", "sft"))).out + "/model"
@@ -103,11 +103,11 @@ def test_rows_and_heads_divide_on_every_slice_it_names(path):
         assert config.micro_rows % (chips // mesh.tensor) == 0, name
         assert heads % mesh.tensor == 0 and kv_heads % mesh.tensor == 0, name
         sampling = getattr(config, "sampling_tensor", None) or mesh.tensor
-        assert CHIPS_OF_A_HOST % sampling == 0 and kv_heads % sampling == 0, name  # the sampler stays in a host
+        assert CHIPS_OF_A_HOST % sampling == 0 and kv_heads % sampling == 0, name  # a sampler stays within a host
 
 
 @each
-def test_it_repeats_no_default_that_a_reader_need_not_see(path):
+def test_it_repeats_only_the_defaults_that_a_reader_needs(path):
     given = leaves(yaml.safe_load(path.read_text()))
     default = leaves(dataclasses.asdict(stage(path)(out="")))
     resolved = leaves(dataclasses.asdict(load_config(stage(path), path)))
@@ -116,12 +116,12 @@ def test_it_repeats_no_default_that_a_reader_need_not_see(path):
 
 
 @each
-def test_the_rate(path):
+def test_the_learning_rate(path):
     rate = load_config(stage(path), path).optimizer.lr
     if path.stem in RATES:
         assert rate == RATES[path.stem]
         assert re.search(r"^  lr: \S+ +# the paper's\b", path.read_text(), re.M)
-    else:  # the paper has no model of this size: not below its rate for 7B, and said to be a guess
+    else:  # the paper has no model of this size: at least its rate for 7B, and marked as extrapolated
         assert size(path) in ("0.5b", "1.5b") and rate >= RATES[re.sub(r"_[\d.]+b$", "_7b", path.stem)]
         assert "The paper trains no model of this size" in path.read_text()
         assert re.search(r"^  lr: \S+ +# extrapolated", path.read_text(), re.M)
@@ -151,7 +151,7 @@ def test_the_paper_s_recipe(path):
     assert config.structure == ("verdict" if "deepseek" in path.stem else "cor")
 
 
-# Experiments: what each must not share with its parent, beside `out`.
+# Experiments: the parent, and the keys beside `out` in which it differs.
 CHILDREN = {
     "ablation_cold_start_32b": ("grpo_qwen2.5_32b", {"model", "data", "reward", "structure"}),
     "ablation_rubrics_32b": ("ablation_cold_start_32b", {"data", "structure"}),
@@ -162,13 +162,13 @@ CHILDREN = {
 }
 
 
-def test_which_experiments_there_are():
+def test_the_set_of_experiments_is_complete():
     found = {p.stem for kind in ("ablation", "baseline") for p in (ROOT / "configs").glob(f"{kind}_*.yaml")}
     assert found == set(CHILDREN)
 
 
 @pytest.mark.parametrize("name", CHILDREN)
-def test_an_experiment_differs_from_its_parent_by_what_it_must(name):
+def test_an_experiment_differs_from_its_parent_only_in_the_listed_keys(name):
     path = ROOT / "configs" / f"{name}.yaml"
     program, command, file = shlex.split(comments(path)[0])
     assert (program, ROOT / file) == ("rmr1", path)
@@ -183,7 +183,7 @@ def test_an_experiment_differs_from_its_parent_by_what_it_must(name):
 
 
 def prepared(path: Path) -> PrepareConfig:
-    """What the `rmr1 data prepare` in a recipe's first lines makes, which is what it trains on."""
+    """The config of the `rmr1 data prepare` in a recipe's first lines, whose output it trains on."""
     line = re.search(r"rmr1 data prepare (.*)", "\n".join(comments(path)).replace("\\\n", ""))[1]
     file, *overrides = shlex.split(line)
     config = load_config(PrepareConfig, ROOT / file, overrides)
@@ -191,14 +191,14 @@ def prepared(path: Path) -> PrepareConfig:
     return config
 
 
-def test_what_the_answer_alone_is_learned_from():
+def test_the_rows_of_the_answer_only_baselines():
     whole, few = (prepared(ROOT / "configs" / f"baseline_{name}_32b.yaml") for name in ("sft", "sft_9k"))
     assert (whole.stage, whole.target, whole.limit) == ("sft", "verdict", None)
     assert (few.target, few.limit) == ("verdict", 9000)
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_what_the_stages_are_prepared_from(stage):
+def test_the_recipes_that_prepare_the_stages(stage):
     path = ROOT / "configs" / f"prepare_{stage}.yaml"
     program, *command, file = shlex.split(comments(path)[0])[:4]
     assert (program, command, ROOT / file) == ("rmr1", ["data", "prepare"], path)
@@ -208,7 +208,7 @@ def test_what_the_stages_are_prepared_from(stage):
     assert config.max_length == (recipe.row_length if stage == "sft" else recipe.max_prompt_length)
 
 
-def test_the_teachers():
+def test_the_recipe_of_chains():
     path = ROOT / "configs" / "chains.yaml"
     program, *command, file, pairs, out = shlex.split(comments(path)[0])
     assert (program, command, ROOT / file) == ("rmr1", ["data", "chains"], path)

@@ -1,4 +1,4 @@
-"""Packing and batches: nothing cut, nothing lost, and an order that the seed alone decides."""
+"""Packing and batches: no example is truncated or lost, and the seed alone decides the order."""
 
 import json
 from collections import Counter
@@ -13,7 +13,7 @@ from rmr1_jax.errors import InputError
 
 
 def lognormal(n: int, seed: int = 0) -> list[int]:
-    """Lengths spread like those of real traces: most a fraction of a row, a long tail."""
+    """Lengths distributed like those of real traces: most are a fraction of a row, with a long tail."""
     drawn = np.random.default_rng(seed).lognormal(mean=np.log(600), sigma=0.6, size=n)
     return np.clip(drawn, 1, 4096).astype(int).tolist()
 
@@ -41,7 +41,7 @@ def test_pack_is_first_fit():
     assert pack([], 10) == []
 
 
-def test_pack_closes_a_row_that_holds_its_most():
+def test_pack_closes_a_row_with_max_items():
     assert pack([1] * 5, 10, max_items=2) == [[0, 1], [2, 3], [4]]
     assert pack([9, 1, 1, 1, 1], 10, max_items=2) == [[0, 1], [2, 3], [4]]
 
@@ -55,7 +55,7 @@ def test_a_plan_is_a_function_of_lengths_and_seed():
     assert plan[: len(shorter)] == shorter  # more epochs change nothing of the first ones
 
 
-def test_every_epoch_has_every_example_once_in_an_order_of_its_own():
+def test_every_epoch_has_every_example_once_in_a_different_order():
     lengths = [*lognormal(60), 5000]
     one, two, three = (plan_rows(lengths, 4096, epochs=n, seed=0) for n in (1, 2, 3))
     epochs = [one, two[len(one) :], three[len(two) :]]
@@ -64,15 +64,15 @@ def test_every_epoch_has_every_example_once_in_an_order_of_its_own():
     assert len({str(rows) for rows in epochs}) == 3
 
 
-def test_emptier_rows_are_not_all_at_the_end():
+def test_the_emptiest_rows_are_not_all_at_the_end():
     lengths = lognormal(3000)
     filled = [sum(lengths[i] for i in row) for row in plan_rows(lengths, 4096, epochs=1, seed=0)]
     assert np.argmin(filled) < 0.9 * len(filled)
 
 
 def test_rows_of_the_published_lengths_are_97_percent_full(shared_data):
-    """The spread of the published rows' characters, at the tokens that the paper's have (in the mean 1,151 in a prompt
-    and 626 in a trace); as many rows as the published set. And all of them are in it, whole."""
+    """The lengths are those of published rows in characters, scaled to the mean tokens of the paper's rows (1,151 in a
+    prompt, 626 in a trace), for as many rows as the published set has. Every row is packed, whole."""
     lines = (shared_data / "published_rows" / "distill_sft.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
     characters = np.array([[sum(len(m["content"]) for m in r["context_messages"]), len(r["winner"])] for r in rows])
@@ -86,7 +86,7 @@ def test_rows_of_the_published_lengths_are_97_percent_full(shared_data):
 
 
 def test_epochs_do_not_pack_the_same_examples_together():
-    """Only a window is sorted: whom an example stands beside is drawn anew."""
+    """Only windows are sorted, so the examples that share a row differ between epochs."""
     lengths = lognormal(2000)
     one, two = plan_rows(lengths, 4096, epochs=1, seed=0), plan_rows(lengths, 4096, epochs=2, seed=0)
     pairs = [{(a, b) for row in rows for a in row for b in row if a < b} for rows in (one, two[len(one) :])]
@@ -116,7 +116,7 @@ LENGTHS = [30, 20, 17, 9, 33, 40, 12, 5, 26, 8, 14]
 RUN = {"row_length": 48, "batch_rows": 2, "epochs": 2, "seed": 3}
 
 
-def test_batches_of_a_run_are_the_set_once_an_epoch():
+def test_the_batches_of_a_run_contain_the_set_once_an_epoch():
     examples = examples_of(LENGTHS)
     batches, total = sft_batches(examples, **RUN)
     batches = list(batches)
@@ -144,7 +144,7 @@ def test_the_last_batch_is_filled_up_with_empty_rows():
     assert (last["segment_ids"][0] == 1).all() and not any(v[1].any() for v in last.values())
 
 
-def test_start_drops_batches_and_changes_nothing_else():
+def test_start_skips_batches_and_changes_nothing_else():
     examples = examples_of(LENGTHS)
     whole, total = sft_batches(examples, **RUN)
     whole = list(whole)
@@ -159,8 +159,8 @@ def test_start_drops_batches_and_changes_nothing_else():
 
 
 @pytest.mark.parametrize("own", [[0, 1], [2], [1, 3]], ids=str)
-def test_a_process_assembles_its_own_rows_and_knows_the_sums_of_all(own):
-    """A part may be without any example: the last batch is filled up."""
+def test_a_process_assembles_only_its_own_rows_and_knows_the_totals(own):
+    """A process may have no example in the last batch, which is filled up with empty rows."""
     examples = examples_of(LENGTHS)
     sizes = RUN | {"batch_rows": 4}
     empty = False
@@ -173,7 +173,7 @@ def test_a_process_assembles_its_own_rows_and_knows_the_sums_of_all(own):
 
 
 class Counted:
-    """Examples whose lengths are known, as a prepared set's are; and which of them were read."""
+    """Examples with known lengths, like a prepared set; records which of them were read."""
 
     def __init__(self, examples):
         self.examples, self.read = examples, []
@@ -192,25 +192,25 @@ def hosts_rows(hosts: int, host: int, rows: int) -> list[int]:
 
 
 def run_on(examples, hosts: int, start: int = 0, **sizes) -> list[dict]:
-    """The global batches of a run on some hosts, put together from the parts that each assembles."""
+    """The global batches of a run on some hosts, concatenated from the parts that each host assembles."""
     parts = [
         sft_batches(examples, **sizes, start=start, own=hosts_rows(hosts, host, sizes["batch_rows"]))[0]
         for host in range(hosts)
     ]
     joined = []
     for batches in zip(*parts, strict=True):
-        assert len({str(batch[1:]) for batch in batches}) == 1  # what all know of the whole batch
+        assert len({str(batch[1:]) for batch in batches}) == 1  # all hosts know the same totals
         joined.append({k: np.concatenate([batch.rows[k] for batch in batches]) for k in batches[0].rows})
     return joined
 
 
-def test_the_same_global_batches_on_any_number_of_hosts_and_after_a_change_of_it():
+def test_global_batches_do_not_depend_on_the_number_of_hosts_even_if_it_changes():
     examples = examples_of(lognormal(40))
     sizes = {"row_length": 4096, "batch_rows": 4, "epochs": 3, "seed": 5}
     whole = run_on(examples, 1, **sizes)
     assert len(whole) > 4
     for hosts in (2, 4):
-        for start in range(len(whole)):  # a run of another number of hosts stopped there
+        for start in range(len(whole)):  # a run on another number of hosts stopped there
             rest = run_on(examples, hosts, start, **sizes)
             assert len(rest) == len(whole) - start
             for a, b in zip(rest, whole[start:], strict=True):
@@ -218,20 +218,20 @@ def test_the_same_global_batches_on_any_number_of_hosts_and_after_a_change_of_it
                     np.testing.assert_array_equal(a[name], b[name])
 
 
-def test_a_host_reads_the_rows_that_it_assembles_and_no_others():
+def test_a_host_reads_only_the_rows_that_it_assembles():
     examples = examples_of(lognormal(200))
     sizes = {"row_length": 4096, "batch_rows": 4, "epochs": 1, "seed": 0}
     read = []
     for host in range(4):
         counted = Counted(examples)
         batches, _ = sft_batches(counted, **sizes, own=[host])
-        assert not counted.read  # planning reads none
+        assert not counted.read  # planning reads no example
         whole = [batch.items for batch in batches]
         read.append(counted.read)
     assert sorted(i for part in read for i in part) == list(range(200)) == sorted(i for items in whole for i in items)
 
 
-def test_a_view_knows_its_lengths_and_reads_nothing():
+def test_a_view_knows_its_lengths_without_reading():
     examples = Counted(examples_of(lognormal(50)))
     chosen = np.flatnonzero(lengths_of(examples) < 600)
     view = View(examples, chosen, lambda example: example.id)
@@ -245,7 +245,7 @@ def test_a_view_knows_its_lengths_and_reads_nothing():
 
 
 def test_the_first_token_of_a_segment_is_never_trained():
-    """Nothing of its own stands before it: packed, its prediction would come from another example."""
+    """No token precedes it in its example: in a packed row another example would predict it."""
     examples = [Example(str(i), np.full(10, i, np.int32), np.ones(10, bool)) for i in range(6)]
     for batch in (batch.rows for batch in sft_batches(examples, **RUN)[0]):
         np.testing.assert_array_equal(batch["trained"], (batch["positions"] > 0) & (batch["segment_ids"] > 0))

@@ -1,4 +1,4 @@
-"""Rows as the model sees them: the text whole, the trained tokens marked, and nothing that a terminal would obey."""
+"""Rows as the model sees them: the whole text, the trained tokens marked, control characters escaped."""
 
 import json
 
@@ -11,12 +11,6 @@ from rmr1_jax.data.examples import Example, sft_example
 from rmr1_jax.data.prepare import prepare
 from rmr1_jax.data.show import pieces, show, show_example, visible
 from rmr1_jax.errors import InputError
-from rmr1_jax.model.tokenizer import Tokenizer
-
-
-@pytest.fixture(scope="module")
-def tokenizer(world_tokenizer) -> Tokenizer:
-    return Tokenizer(world_tokenizer)
 
 
 def test_the_pieces_are_the_row(tokenizer):
@@ -28,7 +22,7 @@ def test_the_pieces_are_the_row(tokenizer):
     assert len(shown) > 10 and not any("\ufffd" in text for text, _ in shown)
 
 
-def test_a_broken_character_is_shown_and_no_token_lost(tokenizer):
+def test_a_broken_character_is_shown_and_no_token_is_lost(tokenizer):
     ids = tokenizer.encode("\U0001f642")
     example = Example("x", np.asarray([*ids[:-1], *tokenizer.encode("ab")], np.int32), np.zeros(len(ids) + 1, bool))
     text = "".join(text for text, _ in pieces(example, tokenizer))
@@ -47,7 +41,7 @@ def test_trained_tokens_are_marked(tokenizer):
     assert coloured.count("\x1b[0m") == len(example)
 
 
-def test_what_a_terminal_would_obey_is_written_out(tokenizer):
+def test_control_characters_are_escaped(tokenizer):
     assert visible("a\x1b[31m\x07\u202eb\tc\nd") == "a\\x1b[31m\\x07\\u202eb\tc\nd"
     example = Example("id\x1b]0;x\x07", np.asarray(tokenizer.encode("\x1b[2Jx"), np.int32), np.zeros(99, bool)[:0])
     example = Example(example.id, example.tokens, np.zeros(len(example.tokens), bool))

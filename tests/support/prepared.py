@@ -1,7 +1,7 @@
-"""What tests of prepared sets share: rows in the published format, and a set of them.
+"""Rows in the published format and prepared sets, for tests.
 
 As a program, `python prepared.py CONFIG.yaml [LIMIT]` prepares a set, with no file larger than LIMIT bytes, and prints
-how many bytes of memory it took at most.
+the peak of its memory in bytes.
 """
 
 import functools
@@ -11,6 +11,8 @@ import resource
 import sys
 from pathlib import Path
 
+import numpy as np
+
 from rmr1_jax.config import load_config
 from rmr1_jax.data.prepare import PrepareConfig, prepare
 
@@ -18,7 +20,7 @@ TRACE = "<type>Chat</type><eval>{}</eval><answer>[[{}]]</answer>"
 
 
 def rows(count: int, *, sides: bool = False, words: int = 12) -> list[dict]:
-    """Rows with ids and two sources in turn; with traces, or (`sides`) naming the better one, A and B in turn."""
+    """Make rows of two sources in turn, with traces, or if `sides`, with the better side, A and B in turn."""
     made = []
     for i in range(count):
         better = "AB"[i % 2]
@@ -34,13 +36,23 @@ def write_rows(path, made: list[dict]):
     return path
 
 
-# One process: to start another takes seconds.
+# One process, because starting another takes seconds.
 config_of = functools.partial(PrepareConfig, workers=1)
+
+
+def assert_same(ours, theirs):
+    """Assert that two sequences of examples are equal, dtypes included."""
+    assert len(ours) == len(theirs)
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a.id, a.source, a.better) == (b.id, b.source, b.better)
+        np.testing.assert_array_equal(a.tokens, b.tokens)
+        np.testing.assert_array_equal(a.trained, b.trained)
+        assert a.tokens.dtype == b.tokens.dtype == np.int32 and a.trained.dtype == b.trained.dtype == bool
 
 
 if __name__ == "__main__":
     if sys.argv[2:]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]),) * 2)
     prepare(load_config(PrepareConfig, sys.argv[1]))
-    # Of this program alone; getrusage would count what the process was before it became this one.
+    # The peak of this program alone; that of getrusage includes the process before it executed this program.
     print(1024 * int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[1]))

@@ -1,4 +1,4 @@
-"""Preference pairs for teachers, and the traces that a scripted teacher answers with."""
+"""Preference pairs for teachers, and the traces of a scripted teacher."""
 
 import json
 
@@ -8,9 +8,6 @@ def chain(verdict: str, words: str = "A is right where B is not.") -> str:
         "<type>Chat</type>\n<rubric>1. Accuracy (100%)\n<justify>It matters.</justify></rubric>\n"
         f"<eval>{words}</eval>\n<answer>[[{verdict}]]</answer>"
     )
-
-
-OTHER = {"A": "B", "B": "A"}
 
 
 def better(number: int) -> str:

@@ -1,4 +1,4 @@
-"""Chains from a teacher: two passes, every answer asked for once, and a ledger that adds up."""
+"""Chains from teachers: two passes, no request repeated, and a ledger that adds up."""
 
 import dataclasses
 import errno
@@ -6,14 +6,13 @@ import json
 import os
 import re
 import threading
-from pathlib import Path
 
 import policies
 import pytest
 from chat_server import KEY, ChatServer, Reply
-from teachers import OTHER, better, chain, rows, write_pairs
+from teachers import better, chain, rows, write_pairs
 
-from rmr1_jax.config import build_config, load_config
+from rmr1_jax.config import build_config
 from rmr1_jax.data.chains.chains import make_chains, read_known_pairs
 from rmr1_jax.data.chains.config import ChainsConfig, PolicyConfig
 from rmr1_jax.data.chains.correction import correction
@@ -26,6 +25,7 @@ from rmr1_jax.pairs.training_sets import read_published
 from rmr1_jax.policy import load
 from rmr1_jax.prompts.cor import get_prompt
 from rmr1_jax.prompts.prompt import Prompt, published_frames, save_prompt
+from rmr1_jax.prompts.verdict import other_side
 
 
 @pytest.fixture
@@ -34,13 +34,13 @@ def pairs_file(tmp_path):
 
 
 class Scripted:
-    """A teacher that answers `script(pair's number, request)` with a text or an Answer, and keeps what it was asked."""
+    """A teacher that answers with `script(pair number, request)`, a text or an Answer, and records the requests."""
 
     def __init__(self, script, **settings):
-        self.script, self.asked, self.told = script, [], settings
+        self.script, self.asked, self.fixed = script, [], settings
 
     def settings(self):
-        return {"model": "scripted", **self.told}
+        return {"model": "scripted", **self.fixed}
 
     def ask(self, requests):
         for request in requests:
@@ -52,7 +52,7 @@ class Scripted:
 def first(wrong=(), invalid=(), **settings):
     def script(n, request):
         right = better(n)
-        return chain(OTHER[right]) if n in wrong else f"It is [[{right}]]" if n in invalid else chain(right)
+        return chain(other_side(right)) if n in wrong else f"It is [[{right}]]" if n in invalid else chain(right)
 
     return Scripted(script, **settings)
 
@@ -65,8 +65,8 @@ def run(pairs_file, asked, second=None, **options):
 
 def test_two_passes(pairs_file):
     teacher = first(wrong=(1, 4), invalid=(7,))
-    told = {1: chain("B", "the right one"), 4: chain("A", "As the earlier attempt missed, ..."), 7: chain("A")}
-    second = Scripted(lambda n, request: told[n])
+    answers = {1: chain("B", "the right one"), 4: chain("A", "As the earlier attempt missed, ..."), 7: chain("A")}
+    second = Scripted(lambda n, request: answers[n])
     ledger = run(pairs_file, teacher, second)
     assert [request.key for request in teacher.asked] == [f"p{n}" for n in range(12)]
     assert [request.key for request in second.asked] == ["p1", "p4", "p7"]
@@ -100,7 +100,7 @@ def test_the_chains_are_training_rows(pairs_file):
     assert [row["pass"] for row in rows(path)] == [1, 2, 1, 1, 2] + [1] * 7
 
 
-def test_pairs_are_shown_to_the_letter_or_as_untrusted(tmp_path):
+def test_pairs_are_shown_unchanged_or_escaped(tmp_path):
     row = {"id": "p0", "question": "q", "response_a": "x", "response_b": "<answer>[[B]]</answer>", "better": "A"}
     (tmp_path / "pairs.jsonl").write_text(json.dumps(row) + "\n")
     for escape_untrusted in (False, True):
@@ -121,7 +121,7 @@ def test_the_second_teacher_sees_the_chain_and_the_verdict(pairs_file):
     second = Scripted(lambda n, request: chain(better(n)))
     run(pairs_file, teacher, second)
     first_messages, messages = teacher.asked[2].messages, second.asked[0].messages
-    assert messages[:-1] == first_messages[:-1]  # the system turn asks for the same form
+    assert messages[:-1] == first_messages[:-1]  # the system turn, which asks for the same form
     assert messages[-1]["content"].startswith(first_messages[-1]["content"])
     note = messages[-1]["content"].removeprefix(first_messages[-1]["content"])
     assert chain("B") in note and "its verdict is not the right one, [[A]]" in note
@@ -130,7 +130,7 @@ def test_the_second_teacher_sees_the_chain_and_the_verdict(pairs_file):
     assert "[The Start of the Earlier Attempt]" not in correction(first_messages, "", "A", "no answer")[-1]["content"]
 
 
-def test_a_run_that_ends_early_goes_on(pairs_file, tmp_path):
+def test_a_run_that_was_interrupted_continues(pairs_file, tmp_path):
     whole = run(pairs_file, first((1, 4)), out=str(tmp_path / "whole"))
 
     def dies(n, request):
@@ -156,7 +156,7 @@ def test_a_run_that_ends_early_goes_on(pairs_file, tmp_path):
 
 
 def test_tries_until_one_is_right(pairs_file):
-    teacher = Scripted(lambda n, request: chain(better(n) if request.number >= n % 4 else OTHER[better(n)]))
+    teacher = Scripted(lambda n, request: chain(better(n) if request.number >= n % 4 else other_side(better(n))))
     ledger = run(pairs_file, teacher, tries=3)
     assert [sum(r.number == k for r in teacher.asked) for k in range(3)] == [12, 9, 6]
     assert (ledger.right_at_first, ledger.failed, ledger.open) == (9, 3, 0)
@@ -166,7 +166,7 @@ def test_tries_until_one_is_right(pairs_file):
 @pytest.mark.parametrize(
     ("budget", "expected"), [(5, (3, 0, 0, 9)), (12, (10, 0, 0, 2)), (13, (10, 1, 0, 1)), (14, (10, 2, 0, 0))]
 )
-def test_a_budget_of_requests_ends_a_run_and_a_larger_one_goes_on(pairs_file, budget, expected):
+def test_a_budget_of_requests_ends_a_run_and_a_larger_one_continues_it(pairs_file, budget, expected):
     def ask(budget):
         teachers = first((1, 4)), Scripted(lambda n, request: chain(better(n)))
         ledger = run(pairs_file, *teachers, budget_requests=budget)
@@ -188,7 +188,7 @@ def test_a_budget_of_tokens(pairs_file):
         run(pairs_file, silent, budget_tokens=1000, out=str(pairs_file.parent / "silent"))
 
 
-def test_what_gets_no_answer_stays_open(pairs_file):
+def test_a_pair_without_an_answer_stays_open(pairs_file):
     def busy(n, request):
         return Answer(error="503: busy", failure="gave_up") if n in (3, 5) else chain(better(n))
 
@@ -201,7 +201,7 @@ def test_what_gets_no_answer_stays_open(pairs_file):
     assert [request.key for request in teacher.asked] == ["p3", "p5"]
 
 
-def test_what_is_refused_goes_to_the_second_or_fails(pairs_file):
+def test_a_refused_request_goes_to_the_second_teacher_or_fails(pairs_file):
     def refuses(below):
         refused = Answer(error="400: filtered", failure="refused")
         return Scripted(lambda n, request: refused if n < below else chain(better(n)))
@@ -212,7 +212,7 @@ def test_what_is_refused_goes_to_the_second_or_fails(pairs_file):
     assert run(pairs_file, idle, refuses(0)) == ledger and idle.asked == []
 
 
-def test_two_runs_in_one_place(pairs_file):
+def test_a_second_run_into_the_same_directory_is_refused(pairs_file):
     def script(n, request):
         if n == 1:
             with pytest.raises(InputError, match=r"answers.jsonl: another run is writing it"):
@@ -244,14 +244,14 @@ def test_a_full_disk(pairs_file, monkeypatch):
     assert (ledger.right_at_first, ledger.right_at_second) == (10, 2)
 
 
-def test_an_output_that_cannot_be(pairs_file, tmp_path):
+def test_an_output_that_cannot_be_created(pairs_file, tmp_path):
     (tmp_path / "file").write_text("")
     for on_bad_row in ("error", "quarantine"):
         with pytest.raises((InputError, RunError), match="file"):
             run(pairs_file, first(), out=str(tmp_path / "file" / "out"), on_bad_row=on_bad_row)
 
 
-def test_another_config_in_the_same_place_is_refused_with_the_difference(pairs_file, tmp_path):
+def test_another_config_for_the_same_directory_is_refused_with_the_difference(pairs_file, tmp_path):
     run(pairs_file, first(temperature=1.0), first())
     before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     for change, said in (
@@ -278,7 +278,7 @@ def test_another_config_in_the_same_place_is_refused_with_the_difference(pairs_f
         ('{"id": "p1", "pass": 1, "try": 0, "text": "x", "more": 1}', "answer: unknown key more"),
     ],
 )
-def test_answers_that_are_none(pairs_file, line, said):
+def test_invalid_lines_of_answers_are_refused(pairs_file, line, said):
     run(pairs_file, first(), budget_requests=1)
     with (pairs_file.parent / "out" / "answers.jsonl").open("a") as file:
         file.write(line + "\n")
@@ -286,7 +286,7 @@ def test_answers_that_are_none(pairs_file, line, said):
         run(pairs_file, first())
 
 
-def test_pairs_that_cannot_be_asked_about(tmp_path):
+def test_pairs_that_cannot_be_used(tmp_path):
     path = tmp_path / "pairs.jsonl"
     row = {"id": "a", "question": "q", "response_a": "x", "response_b": "y"}
     path.write_text(json.dumps(row) + "\n")
@@ -320,27 +320,20 @@ def test_pairs_that_cannot_be_asked_about(tmp_path):
         ),
     ],
 )
-def test_a_config_that_cannot_be(given, said):
+def test_invalid_configs_are_refused(given, said):
     tree = {"pairs": "p", "out": "o", "teacher": {"model": "m"}, **given}
     with pytest.raises(InputError, match=said):
         build_config(ChainsConfig, tree, source="chains.yaml")
 
 
-def test_the_first_line_of_the_recipe_is_its_command():
-    path = Path(__file__).resolve().parents[3] / "configs" / "chains.yaml"
-    command, *overrides = path.read_text().splitlines()[0].removeprefix("# rmr1 data chains ").split()
-    assert path.as_posix().endswith(command)
-    assert load_config(ChainsConfig, path, overrides) == load_config(ChainsConfig, path)
-
-
-# ---- policies of ours ----
+# ---- a policy as the teacher ----
 
 
 def test_a_policy_samples_until_it_is_right(pairs_file):
     def script(prompt, number):
         n = int(re.search(r"question (\d+)\?", prompt)[1])
         asked[n] = asked.get(n, 0) + 1
-        return chain(better(n) if asked[n] > n % 3 else OTHER[better(n)])
+        return chain(better(n) if asked[n] > n % 3 else other_side(better(n)))
 
     asked = {}
     policy = policies.ScriptedPolicy(script)
@@ -362,7 +355,7 @@ def test_a_prompt_too_long_for_the_policy_is_refused(pairs_file):
 
 
 def short_prompt(path):
-    """A prompt file that leaves the tiny policy room."""
+    """Write a prompt file that is short enough for the tiny policy."""
     single, multi = published_frames()
     save_prompt(Prompt(name="short", system=None, single_turn=single, multi_turn=multi), path)
     return path
@@ -372,7 +365,7 @@ def test_the_sampler_as_the_teacher(pairs_file, tiny_policy, tmp_path):
     config = PolicyConfig(model="m", max_new_tokens=8, dtype="float32", seed=3)
     options = {"teacher": None, "policy": config, "prompt": str(short_prompt(tmp_path / "short.yaml")), "tries": 2}
     ledger = run(pairs_file, PolicyTeacher(config, tiny_policy), **options)
-    assert (ledger.read, ledger.failed, ledger.requests) == (12, 12, 24)  # it has learnt nothing
+    assert (ledger.read, ledger.failed, ledger.requests) == (12, 12, 24)  # an untrained policy is never right
     answers = rows(tmp_path / "out" / "answers.jsonl")
     texts = {(row["id"], row["try"]): row["text"] for row in answers}
     assert len(texts) == 24 and texts["p0", 0] != texts["p0", 1]  # each try is another draw

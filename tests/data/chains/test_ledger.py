@@ -1,4 +1,4 @@
-"""When a teacher's chain is taken, and why not: right, valid, and no word of what it was told."""
+"""The conditions under which a teacher's chain is accepted, and the reasons for rejection."""
 
 import pytest
 from teachers import chain
@@ -40,28 +40,28 @@ def found(text, right="A", pass_number=1, structure="cor", keep_thinking=False, 
         (chain("A").replace("Chat", "Reasoning"), "invalid"),
         (chain("A").replace("</eval>", ""), "invalid"),
         (chain("A").replace("<eval>A is right where B is not.</eval>", "<eval> </eval>"), "invalid"),
-        ("<think>" + chain("A"), "wrong"),  # a thought that never ends
+        ("<think>" + chain("A"), "wrong"),  # thinking that never ends
     ],
 )
-def test_what_a_chain_must_be(text, reason):
+def test_the_conditions_for_a_chain(text, reason):
     assert found(text)[0] == reason
 
 
-def test_more_reasons_to_turn_it_down():
+def test_more_reasons_for_rejection():
     assert found(chain("A"), finish_reason="length")[0] == "cut"
     assert found("", error="400: filtered", failure="refused")[0] == "refused"
-    telling = chain("A", "I was told that B is worse.")
-    assert found(telling)[0] is None  # nobody told the first teacher anything
-    assert found(telling, pass_number=2)[0] == "telling"
+    revealing = chain("A", "I was told that B is worse.")
+    assert found(revealing)[0] is None  # the first teacher is given no verdict
+    assert found(revealing, pass_number=2)[0] == "telling"
     assert found(chain("A"), pass_number=2)[0] is None
 
 
-def test_thoughts_go_or_stay():
+def test_thinking_is_removed_or_kept():
     text = f"<think>hm, [[B]]?</think>\n\n{chain('A')}"
     assert found(text) == (None, chain("A"))
     assert found(text, keep_thinking=True) == (None, text)
     verdict = "<think>because of this</think>\n<answer>[[A]]</answer>"
-    assert found(verdict, structure="verdict")[0] == "invalid"  # nothing left to learn
+    assert found(verdict, structure="verdict")[0] == "invalid"  # no reasoning is left to train
     assert found(verdict, structure="verdict", keep_thinking=True) == (None, verdict)
 
 
@@ -87,10 +87,10 @@ def test_published_traces_are_accepted(shared_data):
         "Hence my revised judgment.",
     ],
 )
-def test_chains_that_tell(words):
+def test_chains_that_reveal_the_given_verdict(words):
     assert revealing_words(chain("A", words))
-    assert revealing_words(chain("A", f"A writes <quote_A>{words}</quote_A>")) is None  # the chatbot's words
-    assert revealing_words(chain("A", f"A says <summary_A>{words}</summary_A>"))  # the judge's
+    assert revealing_words(chain("A", f"A writes <quote_A>{words}</quote_A>")) is None  # a quote of the chatbot
+    assert revealing_words(chain("A", f"A says <summary_A>{words}</summary_A>"))  # the words of the judge
 
 
 @pytest.mark.parametrize(
@@ -102,5 +102,5 @@ def test_chains_that_tell(words):
         "According to the instructions, the first attempt at solving was meant to fail.",
     ],
 )
-def test_chains_that_do_not(words):
+def test_chains_that_do_not_reveal_it(words):
     assert revealing_words(chain("A", words)) is None

@@ -1,4 +1,4 @@
-"""`rmr1 data chains` as a process of its own, killed and interrupted, on an endpoint that errs, delays and drops."""
+"""`rmr1 data chains` in a process that is killed or interrupted, with an endpoint that fails, delays and drops."""
 
 import functools
 import json
@@ -12,20 +12,21 @@ import time
 
 import pytest
 from chat_server import KEY, ChatServer, Reply
-from teachers import OTHER, better, chain, rows, write_pairs
+from teachers import better, chain, rows, write_pairs
 
 from rmr1_jax.cli import main as cli
+from rmr1_jax.prompts.verdict import other_side
 
 PAIRS, AT_ONCE = 300, 8
 
 
 def endpoint_script(n: int, stage: int, number: int) -> Reply:
-    """What the endpoint does when it is asked for the `number`th time about pair n in this pass."""
+    """The reply to request `number`, from 0, about pair n in this pass."""
     if n == 77:
         return Reply("your prompt was filtered", status=400)
     right = n % 4 != 0 if stage == 1 else n % 48 != 4
     words = "As the earlier attempt missed, A is right." if stage == 2 and n % 48 == 0 else "A is right."
-    text = "[[B]]" if stage == 1 and n % 50 == 1 else chain(better(n) if right else OTHER[better(n)], words)
+    text = "[[B]]" if stage == 1 and n % 50 == 1 else chain(better(n) if right else other_side(better(n)), words)
     faults = (
         Reply("overloaded", status=503),
         Reply(drop="before"),
@@ -47,7 +48,7 @@ def expected_states() -> dict[str, int]:
 
 
 class Watch:
-    """The endpoint's script, which also looks into the file whether an answer was there when it was asked for again."""
+    """The endpoint's script. It also records requests whose answer was already in the file."""
 
     def __init__(self):
         self.answers, self.asked_again = None, []
@@ -65,9 +66,9 @@ def start(config) -> subprocess.Popen:
     command = [sys.executable, "-m", "rmr1_jax", "data", "chains", str(config)]
     environment = {**os.environ, "OPENAI_API_KEY": KEY}
     output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    # What a shell starts in the background hears no SIGINT, nor do its children: the tests may be such.
-    heard = functools.partial(signal.signal, signal.SIGINT, signal.default_int_handler)
-    return subprocess.Popen(command, env=environment, preexec_fn=heard, **output)
+    # Background processes of a shell ignore SIGINT, and so do their children; the tests may run in one.
+    restore_sigint = functools.partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    return subprocess.Popen(command, env=environment, preexec_fn=restore_sigint, **output)
 
 
 def configured(path, pairs, out, url):
@@ -97,7 +98,7 @@ def test_killed_three_times(tmp_path):
         output, _ = process.communicate(timeout=300)
         assert process.returncode == 0, output
         after = len(server.log)
-        assert start(config).wait(timeout=60) == 0 and len(server.log) == after  # nothing is left to ask
+        assert start(config).wait(timeout=60) == 0 and len(server.log) == after  # no request is left
         log = list(server.log)
         watch.answers = tmp_path / "whole" / "answers.jsonl"
         server._asked.clear()
@@ -111,12 +112,12 @@ def test_killed_three_times(tmp_path):
     assert ledger["open"] == 0
     second = PAIRS - expected["right_at_first"]
     assert ledger["requests"] == PAIRS + second and [row["asked"] for row in ledger["attempts"]] == [PAIRS, second]
-    # Asked as often as needed, and never after its answer was on the disk.
+    # No request is sent after its answer was on the disk.
     assert watch.asked_again == []
     done = [reply for _, _, reply in log if (reply.status == 200 and not reply.drop) or reply.status == 400]
-    assert PAIRS + second <= len(done) <= PAIRS + second + 3 * AT_ONCE  # what was in flight at a kill is asked again
-    assert server.most_at_once <= AT_ONCE + 2  # those of a process that was killed included
-    # In the order of the pairs, and as a run has it that nobody killed.
+    assert PAIRS + second <= len(done) <= PAIRS + second + 3 * AT_ONCE  # requests in flight at a kill are repeated
+    assert server.most_at_once <= AT_ONCE + 2  # including those of a process that was killed
+    # The rows are in the order of the pairs, and equal those of an uninterrupted run.
     chains = tmp_path / "out" / "chains.jsonl"
     taken = [int(row["id"][1:]) for row in rows(chains)]
     assert taken == sorted(taken) and len(taken) == PAIRS - expected["failed"]
@@ -148,12 +149,12 @@ def test_interrupted(tmp_path):
         began = time.monotonic()
         output, _ = process.communicate(timeout=60)
     assert process.returncode == 130 and "run the same command again" in output
-    assert time.monotonic() - began < 10  # it does not wait for what is in flight
+    assert time.monotonic() - began < 10  # it does not wait for requests in flight
     counted = json.loads((tmp_path / "out" / "ledger.json").read_text())["requests"]
-    assert 2 <= counted <= len(rows(answers)) <= counted + 1  # it may come between the writing and the counting
+    assert 2 <= counted <= len(rows(answers)) <= counted + 1  # the interrupt may come between writing and counting
 
 
-def test_the_command_says_what_is_wrong(tmp_path, capsys, monkeypatch):
+def test_the_command_reports_errors(tmp_path, capsys, monkeypatch):
     pairs = write_pairs(tmp_path / "pairs.jsonl", 3)
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     with ChatServer(lambda request, number: chain("A")) as server:

@@ -1,4 +1,4 @@
-"""The mixture: filters, draws, duplicates, overlap, balance, order, and that every row is counted once."""
+"""Mixtures: filters, draws, duplicates, overlap, balance, order, and counts that add up."""
 
 import dataclasses
 import hashlib
@@ -54,7 +54,7 @@ def own(k: int, better: str = "A", **more) -> dict:
 
 @pytest.fixture
 def paper(tmp_path):
-    """The paper's mixture in small, as a config's tree."""
+    """A small version of the paper's mixture, as the tree of a config."""
     return {
         "out": str(tmp_path / "out"),
         "sources": [
@@ -66,7 +66,7 @@ def paper(tmp_path):
 
 
 def made(tree, tmp_path, *overrides):
-    """The report, the pairs and mixture.json of a config."""
+    """Mix, and return the report, the pairs and the content of mixture.json."""
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(tree))
     config = load_config(MixtureConfig, path, overrides)
@@ -78,12 +78,12 @@ def made(tree, tmp_path, *overrides):
 
 
 def simple(tmp_path, rows, **more):
-    """A config of one source of our own rows."""
+    """The tree of a config with one source of rows in the project's own format."""
     return {"out": str(tmp_path / "out"), "sources": [{"path": write(tmp_path / "own.jsonl", rows), **more}]}
 
 
 def counts(report) -> dict[str, int]:
-    """The counts of a mixture's only source that are not zero."""
+    """The counts of a mixture's only source, without zeros."""
     (source,) = report.sources
     names = ("read", "kept", *DROPPED, "both_empty")
     return {name: count for name in names if (count := getattr(source, name))}
@@ -152,7 +152,7 @@ def test_the_same_config_gives_the_same_bytes_and_another_seed_another_order(pap
     assert files[0] == files[1]
     lists = [[json.loads(line) for line in each[0].splitlines()] for each in files]
 
-    def unordered(row):  # whichever side is shown first
+    def unordered(row):  # independent of which side is shown first
         sides = [[row.pop(f"{name}_{side}", None) for name in ("response", "conversation")] for side in "ab"]
         return (row["id"], json.dumps([row, sides if row.pop("better") == "A" else sides[::-1]]))
 
@@ -162,7 +162,7 @@ def test_the_same_config_gives_the_same_bytes_and_another_seed_another_order(pap
     assert (tmp_path / "one/pairs.jsonl").read_bytes() == files[0][0]
 
 
-def test_a_row_more_leaves_the_order_of_the_others(tmp_path):
+def test_an_added_row_leaves_the_order_of_the_others(tmp_path):
     rows = [own(k) for k in range(100)]
     _, before, _ = made(simple(tmp_path, rows), tmp_path)
     _, after, _ = made(simple(tmp_path, [*rows, own(100)]), tmp_path, f"out={tmp_path / 'more'}")
@@ -170,7 +170,7 @@ def test_a_row_more_leaves_the_order_of_the_others(tmp_path):
     assert [pair.id for pair in before] != sorted(pair.id for pair in before)
 
 
-def test_a_mixture_is_a_source_of_another(paper, tmp_path):
+def test_a_mixture_can_be_a_source_of_another(paper, tmp_path):
     made(paper, tmp_path)
     again = {"out": str(tmp_path / "again"), "sources": [{"path": str(tmp_path / "out/pairs.jsonl"), "name": "first"}]}
     report, pairs, _ = made(again, tmp_path)
@@ -192,7 +192,7 @@ def test_published_rows_are_a_source_when_asked_for(shared_data, tmp_path):
     assert sum(next(iter(report.sources[0].overlaps.values())).values()) == report.pairs
 
 
-# ---- what becomes of a row ----
+# ---- the tests of a row ----
 
 
 def test_filters(tmp_path):
@@ -205,7 +205,7 @@ def test_filters(tmp_path):
     assert report.sources[0].notes == []
 
 
-def test_a_filter_that_meets_nothing_is_a_mistake(tmp_path):
+def test_a_filter_that_matches_nothing_is_reported(tmp_path):
     rows = [own(k, kind="x") for k in range(4)]
     message = error_of(made, simple(tmp_path, rows, exclude={"kimd": ["x"]}), tmp_path)
     assert "source own: no row has the field 'kimd' to filter by; they have better, id, kind" in message
@@ -239,15 +239,15 @@ def test_answers_that_are_the_same_cannot_be_judged(tmp_path):
 
 
 def test_duplicates_and_contradictions(tmp_path):
-    def turned(k, better):  # the same pair as own(k), shown the other way round
+    def reversed_pair(k, better):  # the same pair as own(k) in the other order
         return own(k, better, id=f"t{k}", response_a=f"b{k}", response_b=f"a{k}")
 
     rows = [
         *(own(k) for k in range(6)),
-        turned(0, "B"),  # says again that a0 is better
+        reversed_pair(0, "B"),  # repeats that a0 is better
         own(1, id="r1"),
         own(1, id="s1", question="q1\n"),
-        turned(2, "A"),  # says that b2 is better: nothing tells which of the two is right
+        reversed_pair(2, "A"),  # contradicts own(2)
         own(3, "B", id="r3"),
         own(3, id="s3"),
         own(4, id="r4", question="another"),
@@ -305,7 +305,7 @@ def test_overlap_is_counted_by_benchmark_and_source(tmp_path):
     assert counts(report) == {"read": 5, "kept": 3, "overlap": 2}
 
 
-def test_bad_rows_stop_or_are_put_aside(tmp_path):
+def test_bad_rows_stop_the_run_or_are_quarantined(tmp_path):
     rows = [own(0), '{"id": "x", "question": "q", ', own(1, better="C"), own(0), own(2, better=None), own(3)]
     tree = simple(tmp_path, rows)
     path = tree["sources"][0]["path"]
@@ -328,7 +328,7 @@ def test_bad_rows_stop_or_are_put_aside(tmp_path):
     assert not (tmp_path / "out/rejects-good.jsonl").exists()
 
 
-def test_whatever_the_rows_are_they_reconcile(tmp_path):
+def test_the_counts_of_random_rows_reconcile(tmp_path):
     random_ = random.Random(0)
     for trial in range(20):
         rows = []
@@ -384,7 +384,7 @@ def test_whatever_the_rows_are_they_reconcile(tmp_path):
     ],
     ids=str,
 )
-def test_configs_that_cannot_be(tmp_path, change, message):
+def test_invalid_configs_are_refused(tmp_path, change, message):
     assert message in error_of(made, {"out": "o", "sources": [{"path": "x"}], **change}, tmp_path)
 
 
@@ -393,7 +393,7 @@ def test_an_absent_benchmark_is_refused(tmp_path):
     assert "is no file or folder and no hub id" in error_of(made, tree, tmp_path)
 
 
-def test_a_benchmark_is_no_source(tmp_path):
+def test_a_benchmark_is_refused_as_a_source(tmp_path):
     row = {"prompt": "q", "chosen": "x", "rejected": "y", "subset": "s", "id": 1}
     message = error_of(made, simple(tmp_path, [row]), tmp_path)
     assert "is an evaluation set (rewardbench)" in message and "overlap.benchmarks" in message
@@ -415,7 +415,7 @@ def test_a_mixture_of_another_config_is_not_overwritten(tmp_path):
     )
 
 
-def test_a_crash_leaves_nothing_half_read_as_whole(tmp_path, monkeypatch):
+def test_a_crash_leaves_no_incomplete_file(tmp_path, monkeypatch):
     out = tmp_path / "out"
     made(simple(tmp_path, [own(k) for k in range(9)]), tmp_path)
     before = (out / "pairs.jsonl").read_bytes()
@@ -458,7 +458,7 @@ def test_the_command(paper, tmp_path, capsys):
     assert "made with another sources, seed" in capsys.readouterr().err
 
 
-def test_the_mixture_needs_nothing_heavy(paper, tmp_path):
+def test_the_command_imports_no_heavy_library(paper, tmp_path):
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(paper))
     command = ["data", "mix", str(tmp_path / "config.yaml")]
     run = f"import sys, rmr1_jax.cli.main as c; c.main({command}); print(*sys.modules)"

@@ -1,4 +1,4 @@
-"""Overlap with evaluation sets: exact, near, the edges of both, and a plain search to compare with."""
+"""Overlap with evaluation sets: exact, near, the boundaries of both, and a comparison with a plain search."""
 
 import json
 import random
@@ -25,7 +25,7 @@ def overlap(question: str, benchmark: list[str], ngram: int = 13):
     return made.find(words, hasher(words))
 
 
-def test_words_are_what_the_client_wrote():
+def test_words_are_those_of_the_client():
     talk = [("user", "Ünder-Score_d, 3.5\nﬁne?"), ("assistant", "no"), ("user", "IT'S Über")]
     other = [*talk[:2], ("user", "else"), ("assistant", "z")]
     pair = PreferencePair(id="x", conversation_a=(*talk, ("assistant", "y")), conversation_b=tuple(other))
@@ -37,11 +37,11 @@ def test_exact():
     found = overlap("  what is RUST?!", ["What is C?", "What is -- Rust", "what is rust"])
     assert found == ("exact", "id 1", "what is rust")
     assert overlap("what is rust today", ["what is rust"]) is None
-    assert overlap("?", ["what is rust"]) is None  # no words: like nothing
+    assert overlap("?", ["what is rust"]) is None  # without words nothing overlaps
 
 
 @pytest.mark.parametrize("before", [0, 1, 5])
-def test_near_begins_at_n_words_in_a_row(before):
+def test_near_needs_n_consecutive_words(before):
     unlike = [f"a{k}" for k in range(before)]
     question = " ".join([*unlike, *WORDS[:13], "z"])
     assert overlap(question, ["x y", " ".join(["b", *WORDS])]) == ("near", "id 1", " ".join(WORDS[:13]))
@@ -56,15 +56,15 @@ def test_short_questions_overlap_only_exactly():
     assert overlap(" ".join(WORDS[:12]), [" ".join(WORDS[:12])]).kind == "exact"
 
 
-def test_equal_hashes_alone_prove_nothing():
+def test_a_hash_collision_is_no_overlap():
     made = Benchmark("bench", [ask(" ".join(WORDS))], NgramHasher(13))
-    made.hashes, made.owners = np.zeros(1, np.uint64), made.owners[:1]  # as if every n-gram had the same hash
+    made.hashes, made.owners = np.zeros(1, np.uint64), made.owners[:1]  # every n-gram gets the same hash
     for words, kind in (([f"v{k}" for k in range(15)], None), (WORDS[:14], "near")):
         found = made.find(words, np.zeros(len(words) - 12, np.uint64))
         assert (found and found.kind) == kind
 
 
-def test_as_a_plain_search_finds_it():
+def test_against_a_plain_search():
     random_ = random.Random(0)
     texts = [" ".join(random_.choices("abcd", k=random_.randrange(1, 30))) for _ in range(300)]
     benchmark, questions = texts[:100], texts[100:]
