@@ -5,8 +5,8 @@
     judge = rmr1.Judge(rmr1.load("path/or/hub-id"), prompt="cor")
     judge.compare("What is 2 + 3?", "It is 5.", "It is 6.").winner
 
-These names are all that is promised here; each is imported when it is first used. Training is in `rmr1_jax.train`, the
-readers of preference data in `rmr1_jax.data`, the command line in `rmr1_jax.cli`.
+These names are the public API; each is imported when it is first used. Training is in `rmr1_jax.train`, the readers of
+preference data in `rmr1_jax.pairs`, the command line in `rmr1_jax.cli`. Every room has a README.md.
 """
 
 from types import MappingProxyType
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Completion", "Judge", "Judgement", "Policy", "load"]
 
-_HOMES = MappingProxyType(
+_MODULES = MappingProxyType(
     {
         "Completion": "policy",
         "Judge": "judge.judge",
@@ -31,11 +31,11 @@ _HOMES = MappingProxyType(
 
 
 def __getattr__(name: str):
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
 
 
 def __dir__() -> list[str]:

@@ -1,4 +1,4 @@
-"""`python -m rmr1_jax` is `rmr1`."""
+"""Makes `python -m rmr1_jax` the same as the command `rmr1`."""
 
 import sys
 

@@ -1,10 +1,9 @@
-"""The command `rmr1`: each subcommand is a dataclass with its options and a `run` that calls the library.
+"""The command `rmr1`. Each subcommand is a dataclass with its options and a `run` that calls the library.
 
-Everything heavy is imported inside `run`, so that help and mistakes in a command show at once. Exit codes: 0; 1 for a
-run that cannot go on; 2 for bad input; 42 for SIGTERM, when what was done is safe and the same command goes on from
-there; 130 when interrupted.
-
-Next: the functions that the commands call: `train/sft.py`, `train/grpo.py`, `judge_file.py`, `report.py`.
+Heavy imports are inside `run`, so that help and mistakes in a command show at once. Exit codes: 0 for success; 1 for a
+run that cannot go on; 2 for a mistake in the command, its settings or its data; 42 after SIGTERM, when the work so far
+is saved and the same command resumes it; 130 after Ctrl-C. Read next: `options.py`, and `train.py`, `data.py`,
+`judge.py` and `eval.py`, the other commands.
 """
 
 from __future__ import annotations
@@ -30,14 +29,14 @@ from rmr1_jax.errors import InputError, RunError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Quickstart:
-    """Train and evaluate a small judge from nothing, in minutes, on any machine."""
+    """Train and evaluate a small judge from scratch, in minutes, on any machine, or resume an interrupted run."""
 
     out: Path = Path("runs/quickstart")
     """Directory for the models, results.json and report.html."""
     seed: int = 0
-    """Decides the questions, the weights and the sampling."""
+    """Seed of the questions, the initial weights and the sampling."""
     control: bool = False
-    """Also spend GRPO's time on more SFT, to compare."""
+    """Also spend the time that GRPO took on more SFT, for comparison."""
 
     def run(self) -> None:
         from rmr1_jax.quickstart.quickstart import quickstart
@@ -47,12 +46,13 @@ class Quickstart:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Report:
-    """One HTML file about training runs (curves, traces) or evaluations (scores, every judgement)."""
+    """Write one HTML page about training runs (curves and traces), evaluations (scores and every judgement) or prepared
+    data (lengths and sources)."""
 
     run_dirs: Annotated[Positional[tuple[Path, ...]], arg(metavar="RUN_DIR [RUN_DIR ...]", help_behavior_hint="")]
-    """Directories that `rmr1` wrote to; several are compared."""
+    """Directories written by `rmr1`; the page compares them if there are several."""
     out: MaybePath = None
-    """The file to write; by default report.html in the first directory."""
+    """File to write. Defaults to report.html in the first directory."""
 
     def run(self) -> None:
         from rmr1_jax.eval.compare import compare
@@ -80,26 +80,26 @@ Command = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code. `argv` defaults to the process's own arguments."""
+    """Runs one command and returns its exit code. `argv` defaults to `sys.argv[1:]`."""
     command = tyro.cli(
         Command,
         prog="rmr1",
-        description="Train and use reasoning reward models. `rmr1 COMMAND --help` says more; try `rmr1 quickstart`.",
+        description="Train and use reasoning reward models. For the options of a command: `rmr1 COMMAND --help`.",
         args=argv,
         config=(FlagCreatePairsOff, OmitArgPrefixes, OmitSubcommandPrefixes),
     )
-    # Transformers is here for its tokenizers; that PyTorch is absent is no news to anybody.
+    # Silences the warning that PyTorch is absent: only the tokenizers of Transformers are used.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
         with Preemption() as preemption, preemption.interruptible():
             command.run()
     except Preempted:
-        print("stopped by SIGTERM; run the same command again to go on where it stopped", file=sys.stderr)
+        print("stopped by SIGTERM; run the same command again to resume", file=sys.stderr)
         return PREEMPTED
     except (InputError, RunError) as e:
         print("error:", " ".join(str(e).split()), file=sys.stderr)
         return 2 if isinstance(e, InputError) else 1
     except KeyboardInterrupt:
-        print("interrupted; run the same command again to go on where it stopped", file=sys.stderr)
+        print("interrupted; run the same command again to resume", file=sys.stderr)
         return 130
     return 0

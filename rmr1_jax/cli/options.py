@@ -1,29 +1,35 @@
-"""Types that the commands of `rmr1` share for their arguments. Next: `cli.py`."""
+"""Argument types and the base class that the commands of `rmr1` share. Read next: `main.py`."""
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 from tyro.conf import Positional, arg
 
-ConfigFile = Annotated[Positional[Path], arg(metavar="CONFIG.yaml")]
-
-
-Overrides = Annotated[Positional[tuple[str, ...]], arg(metavar="[KEY=VALUE ...]", help_behavior_hint="")]
-
+C = TypeVar("C")
 
 Dtype = Literal["bfloat16", "float32"]
 
-
-# Where nothing is given, the help text says what happens.
+# Optional values. tyro would print "(default: None)"; the help text of each says what happens without a value.
 MaybeInt = Annotated[int | None, arg(metavar="INT", help_behavior_hint="")]
-
-
 MaybeFloat = Annotated[float | None, arg(metavar="FLOAT", help_behavior_hint="")]
-
-
 MaybePath = Annotated[Path | None, arg(metavar="PATH", help_behavior_hint="")]
-
-
 MaybeText = Annotated[str | None, arg(metavar="STR", help_behavior_hint="")]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ConfigCommand:
+    """A command whose settings come from a YAML file and from overrides on the command line."""
+
+    config: Annotated[Positional[Path], arg(metavar="CONFIG.yaml")]
+    """YAML file with the settings; the directory configs/ has examples."""
+    overrides: Annotated[Positional[tuple[str, ...]], arg(metavar="[KEY=VALUE ...]", help_behavior_hint="")] = ()
+    """Settings that override those in the file, such as out=runs/first or optimizer.lr=1e-5."""
+
+    def load(self, cls: type[C]) -> C:
+        """Reads the settings as a `cls`; raises InputError for a mistake in them."""
+        from rmr1_jax.config import load_config
+
+        return load_config(cls, self.config, self.overrides)

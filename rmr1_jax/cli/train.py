@@ -1,4 +1,7 @@
-"""The commands that train, plan and export: `rmr1 sft`, `rmr1 grpo`, `rmr1 plan`, `rmr1 export`."""
+"""The commands that train, plan and export: `rmr1 sft`, `rmr1 grpo`, `rmr1 plan`, `rmr1 export`.
+
+Read next: `train/sft.py`, `train/grpo.py` and `plan/plan.py`, which they call.
+"""
 
 from __future__ import annotations
 
@@ -9,71 +12,56 @@ from typing import Annotated, Any
 
 from tyro.conf import Positional, arg
 
-from rmr1_jax.cli.options import ConfigFile, Dtype, MaybeText, Overrides
+from rmr1_jax.cli.options import ConfigCommand, Dtype, MaybeText
 from rmr1_jax.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Sft:
-    """Stage one: distil reasoning traces into a model. A killed run goes on from its last checkpoint."""
-
-    config: ConfigFile
-    """The run's settings; configs/ has one file for each run."""
-    overrides: Overrides = ()
-    """Settings that replace the file's, e.g. out=runs/sft optimizer.lr=1e-5"""
+class Sft(ConfigCommand):
+    """Train a model on reasoning traces (stage one), or resume an interrupted run."""
 
     def run(self) -> None:
-        from rmr1_jax.config import load_config
         from rmr1_jax.train.config import SftConfig
         from rmr1_jax.train.sft import sft
 
-        config = load_config(SftConfig, self.config, self.overrides)
+        config = self.load(SftConfig)
         _train(sft, config, f"rmr1 grpo CONFIG.yaml model={config.out}/model out=DIR")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Grpo:
-    """Stage two: reinforcement learning with a verifiable reward. A killed run goes on from its last checkpoint."""
-
-    config: ConfigFile
-    """The run's settings; configs/ has one file for each run."""
-    overrides: Overrides = ()
-    """Settings that replace the file's, e.g. out=runs/grpo optimizer.lr=1e-6"""
+class Grpo(ConfigCommand):
+    """Train a model by reinforcement learning with a verifiable reward (stage two), or resume an interrupted run."""
 
     def run(self) -> None:
-        from rmr1_jax.config import load_config
         from rmr1_jax.train.config import GrpoConfig
         from rmr1_jax.train.grpo import grpo
 
-        config = load_config(GrpoConfig, self.config, self.overrides)
+        config = self.load(GrpoConfig)
         _train(grpo, config, f"rmr1 judge --model {config.out}/model --input F --output F")
 
 
-def _train(stage: Callable[[Any], Any], config: Any, then: str) -> None:
-    """Run a stage with the other processes of the run, if there are any; and say which command comes next."""
+def _train(stage: Callable[[Any], Any], config: Any, next_command: str) -> None:
+    """Runs a stage together with the other processes of the run, if there are any."""
     from rmr1_jax.distributed.exchange import first
     from rmr1_jax.distributed.join import together
 
     with together():
         stage(config)
         if first():
-            print(f"trained: {config.out}/model\nnext:    {then}")
+            print(f"trained: {config.out}/model\nnext:    {next_command}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Plan:
-    """What a run takes on a TPU slice that is not there, by compiling its programs for it. Needs the extra `tpu`."""
+class Plan(ConfigCommand):
+    """Estimate the memory and time of a training run on a TPU slice that you do not have, by compiling its programs for
+    that slice. Requires the extra `tpu`."""
 
-    config: ConfigFile
-    """The run's settings, of `rmr1 sft` or of `rmr1 grpo`."""
-    overrides: Overrides = ()
-    """Settings that replace the file's, e.g. micro_rows=64 mesh.tensor=4"""
     topology: str
-    """The slice: v5e:16x16, v6e:4x4 (two dimensions), v5p:4x4x4 (three)."""
+    """TPU generation and shape of the slice: two dimensions for v5e and v6e (v5e:16x16), three for v5p (v5p:4x4x4)."""
     slices: int = 1
-    """Slices, the replicas of one another."""
+    """Number of slices; each holds a replica of the weights."""
     sampler_only: bool = False
-    """A GRPO run's sampler with nothing of training beside it, as a judge has it."""
+    """Plan only the sampler of a GRPO run, without the weights and optimizer of training, as for judging."""
     json: bool = False
     """Print a list of JSON objects instead of a table."""
 
@@ -86,16 +74,16 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Export:
-    """Write the newest checkpoint of a run as a Hugging Face directory, while the run goes on or after it."""
+    """Write the newest checkpoint of a training run as a Hugging Face directory. The run may still be in progress."""
 
     checkpoint: Annotated[Positional[Path], arg(metavar="RUN_DIR")]
-    """The directory of a run of `rmr1 sft` or `rmr1 grpo`."""
+    """Output directory of `rmr1 sft` or `rmr1 grpo`."""
     out: Path
-    """The directory to write."""
+    """Directory to write."""
     model: MaybeText = None
-    """Where the architecture and the tokenizer are from; by default the model that the run's config.yaml names."""
+    """Directory or hub id with the architecture and the tokenizer. Defaults to the model in the run's config.yaml."""
     dtype: Dtype = "bfloat16"
-    """Of the weights in the files."""
+    """Number format of the exported weights."""
 
     def run(self) -> None:
         import jax
@@ -105,7 +93,7 @@ class Export:
 
         policy = load(self.model or self._model_of_run(), self.dtype)
         like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), policy.params)
-        policy = policy.with_params(like)  # the old weights go before the new ones come
+        policy = policy.with_params(like)  # frees the original weights before the checkpoint's are read
         policy.with_params(restore_params(self.checkpoint, like)).save(self.out)
         print(f"written: {self.out}")
 

@@ -85,7 +85,7 @@ def test_a_wrong_command_line_exits_with_2(argv, capsys):
     [
         (InputError("a.yaml:3: field x\n  is 4"), 2, "error: a.yaml:3: field x is 4\n"),
         (RunError("the loss is nan"), 1, "error: the loss is nan\n"),
-        (KeyboardInterrupt(), 130, "interrupted; run the same command again to go on where it stopped\n"),
+        (KeyboardInterrupt(), 130, "interrupted; run the same command again to resume\n"),
     ],
 )
 def test_exit_codes(error, code, line, monkeypatch, capsys):
