@@ -1,12 +1,12 @@
-"""A chat endpoint that speaks the OpenAI protocol: many questions at once, patiently, each answer given as it comes.
+"""A client for chat endpoints with the OpenAI protocol: concurrent requests, retries, answers as they arrive.
 
     endpoint = Endpoint(EndpointConfig(model="deepseek-reasoner", base_url="https://host/v1"))
     for key, answer in endpoint.ask(Request(pair.id, messages) for ...):
-        ...                     # written to disk here, before the slot takes its next request
+        ...                     # write it to disk here: the next request is sent only afterwards
 
-The key comes from the environment and goes nowhere else: not into settings, files or messages.
+The API key is read from the environment and never appears in settings, files or messages.
 
-Next: `data/teacher.py`, which asks for chains; `eval/endpoint_judge.py`, which asks for judgements.
+Next: `data/chains/chains.py`, which asks a teacher for chains; `judge/endpoint.py`, which asks for judgements.
 """
 
 from __future__ import annotations
@@ -21,27 +21,24 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from queue import SimpleQueue
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 from urllib.parse import urlsplit
 
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+from rmr1_jax.config import config_dataclass
 from rmr1_jax.errors import InputError, RunError
 from rmr1_jax.prompts.prompt import Messages
 
-IN_A_ROW = 10  # failures without an answer between them: the endpoint is to blame, not the requests
-
-
-LONGEST_WAIT = 120.0  # seconds between two tries, also where the endpoint asks for more
-
-
-FATAL = (401, 402, 404, 405)  # no request can succeed: the key, the money, the model or the address
-
-
-TRANSIENT = (408, 409, 425, 429)  # and all from 500 on
+IN_A_ROW = 10  # consecutive failures after which the endpoint is at fault, and not the requests
+LONGEST_WAIT = 120.0  # seconds between two tries, even if the endpoint asks for more
+FATAL = (401, 402, 404, 405)  # HTTP status: no request can succeed (wrong key, no credit, no such model or address)
+TRANSIENT = (408, 409, 425, 429)  # HTTP status: worth another try, like all from 500 on
 
 
 class Request(NamedTuple):
-    """A question. key: hashable, comes back with the answer. number: which text of the same messages this is, from 0;
-    where a seed is set each has its own."""
+    """One request. key: returned with the answer. number: counts the texts that are sampled for the same messages, from
+    0; where a seed is set, each number has its own."""
 
     key: Any
     messages: Messages
@@ -50,11 +47,11 @@ class Request(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Answer:
-    """What was written, and what it took.
+    """The answer to a request, or the failure.
 
-    text: "" where there is none. finish_reason: "stop", "length" or what else the teacher says. prompt_tokens,
-    completion_tokens: 0 where the endpoint does not say. tries: requests that it took. error: why there is no answer,
-    in the endpoint's words; failure: "refused" for good, or "gave_up" after all retries.
+    text: "" after a failure. finish_reason: as the endpoint reports it, such as "stop" or "length". prompt_tokens,
+    completion_tokens: 0 if the endpoint does not report them. tries: the HTTP requests that were sent. error: the
+    endpoint's own message; failure: "refused" (not worth another try), or "gave_up" after all retries.
     """
 
     text: str = ""
@@ -70,77 +67,69 @@ class Answer:
         return self.prompt_tokens + self.completion_tokens
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@config_dataclass
 class EndpointConfig:
-    """Which model is asked, where, and how.
+    """The settings of an `Endpoint`.
 
-    model: as the endpoint calls it. base_url: None: the library's own, OpenAI's. key_variable: the environment variable
-    that holds the key; None: the endpoint wants none. max_tokens: of one text; None: not sent. seed: sent, with the
-    text's number added; None: not sent. extra: other fields of the request's body, such as top_p. concurrency: requests
-    in flight. retries: after the first try, on 429, 5xx, timeouts and dropped connections; the wait doubles from
-    `backoff` seconds, or is what the endpoint asks for. timeout: seconds for one try.
+    model: the endpoint's name of the model. base_url: None for OpenAI's own. key_variable: the environment variable
+    that holds the API key; None for an endpoint without one. temperature and max_tokens (of one text) are not sent if
+    None. seed: sent with the request's number added; None: not sent. extra: other fields of the request body, such as
+    top_p. concurrency: requests in flight. retries: further tries after 429, 5xx, timeouts and dropped connections; the
+    wait between tries doubles from `backoff` seconds, unless the endpoint asks for more. timeout: seconds for one try.
     """
 
-    model: str
+    model: Annotated[str, Field(min_length=1)]
     base_url: str | None = None
     key_variable: str | None = "OPENAI_API_KEY"
-    temperature: float | None = 1.0
-    max_tokens: int | None = 8192
+    temperature: NonNegativeFloat | None = 1.0
+    max_tokens: PositiveInt | None = 8192
     seed: int | None = None
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    concurrency: int = 8
-    retries: int = 6
-    timeout: float = 600.0
-    backoff: float = 1.0
+    concurrency: Annotated[int, Field(ge=1, le=1000)] = 8
+    retries: NonNegativeInt = 6
+    timeout: PositiveFloat = 600.0
+    backoff: NonNegativeFloat = 1.0
 
     def __post_init__(self):
-        for name, ok, wanted in (
-            ("model", bool(self.model), "the model's name, as the endpoint calls it"),
-            ("temperature", self.temperature is None or self.temperature >= 0, "0 or more"),
-            ("max_tokens", self.max_tokens is None or self.max_tokens >= 1, "at least 1"),
-            ("concurrency", 1 <= self.concurrency <= 1000, "from 1 to 1000"),
-            ("retries", self.retries >= 0, "0 or more"),
-            ("timeout", self.timeout > 0, "more than 0"),
-            ("backoff", self.backoff >= 0, "0 or more"),
-        ):
-            if not ok:
-                raise InputError(f"{name}={getattr(self, name)!r} must be {wanted}")
         if self.base_url is not None:
             _check_address(self.base_url)
 
 
 class Endpoint:
-    """Asks one endpoint.
+    """Sends requests to one endpoint.
 
     Raises:
-        InputError: the environment variable of the key is not set.
+        InputError: the environment variable of the API key is not set.
     """
 
     def __init__(self, config: EndpointConfig):
-        import openai  # here: it takes half a second
+        import openai  # imported here because it takes half a second
 
         self.config, self._key, self._answers = config, _key(config), False
         timeout = openai.Timeout(config.timeout, connect=min(config.timeout, 20.0))
-        options = {"base_url": config.base_url, "timeout": timeout, "max_retries": 0}  # we retry, and count
+        options = {
+            "base_url": config.base_url,
+            "timeout": timeout,
+            "max_retries": 0,
+        }  # we retry, and count
         self._client = openai.OpenAI(api_key=self._key or "none", **options)
-        _check_address(str(self._client.base_url))  # the environment may have given it
+        _check_address(str(self._client.base_url))  # it may come from the environment
         self.name = f"{config.model} at {str(self._client.base_url).rstrip('/')}"
 
     def settings(self) -> dict[str, Any]:
-        """All that decides an answer, as plain values."""
-        told = {name: getattr(self.config, name) for name in ("model", "temperature", "max_tokens", "seed")}
-        return told | {"base_url": str(self._client.base_url), "extra": dict(self.config.extra)}
+        """Return all settings that an answer depends on, as plain values."""
+        sent = {name: getattr(self.config, name) for name in ("model", "temperature", "max_tokens", "seed")}
+        return sent | {"base_url": str(self._client.base_url), "extra": dict(self.config.extra)}
 
     def ask(self, requests: Iterable[Request]) -> Iterator[tuple[Any, Answer]]:
-        """(key, answer) for each request, in the order of arrival.
+        """Yield (key, answer) for each request, in the order in which the answers arrive.
 
-        `requests` is read as slots get free: the next one is taken only when the caller comes back for more after an
-        answer, so what it wrote by then is written before the next request begins. A failed answer is given like any
-        other; `IN_A_ROW` that gave up end it, and as many refused ones where none was ever answered.
+        The next item of `requests` is taken only when the caller asks for the next answer, so everything that the
+        caller wrote by then is written before another request is sent. Failures are yielded like answers.
 
         Raises:
-            InputError: the endpoint takes no request of this kind (wrong key, no such model), with its words.
-            RunError: it fails again and again. What was given before stands.
+            InputError: no request can succeed (wrong key, no such model), with the endpoint's message.
+            RunError: `IN_A_ROW` requests in a row gave up, or, before the first answer, gave up or were refused.
         """
         requests, in_flight, failures = iter(requests), 0, 0
         jobs: SimpleQueue[Request | None] = SimpleQueue()
@@ -151,12 +140,12 @@ class Endpoint:
             while (request := jobs.get()) is not None:
                 try:
                     done.put((request.key, self._answer(request, stop)))
-                except BaseException as e:  # raised again below, by whoever waits for it
+                except BaseException as e:  # raised below, in the thread of the caller
                     done.put((request.key, e))
 
         try:
             for request in itertools.islice(requests, self.config.concurrency):
-                # Daemons: an interrupted run does not wait for an answer that takes minutes.
+                # Daemon threads: an interrupted run does not wait for an answer that takes minutes.
                 threading.Thread(target=work, daemon=True, name="endpoint").start()
                 jobs.put(request)
                 in_flight += 1
@@ -188,18 +177,18 @@ class Endpoint:
             try:
                 return self._ask_once(request, tries)
             except openai.APIStatusError as e:
-                error, status = self._words(f"{e.status_code}: {_message(e)}"), e.status_code
+                error, status = self._shorten(f"{e.status_code}: {_message(e)}"), e.status_code
                 if status in FATAL:
-                    raise InputError(f"{self.name} says {error}; check the model, base_url and the key") from None
+                    raise InputError(f"{self.name} answered {error}; check the model, base_url and the key") from None
                 if status < 500 and status not in TRANSIENT:
                     return Answer(tries=tries, error=error, failure="refused")
                 asked_to_wait = _retry_after(e.response.headers.get("retry-after"))
             except openai.APITimeoutError:
                 error = f"no answer within {self.config.timeout:g} s"
-            except openai.OpenAIError as e:  # a dropped connection, half an answer, no address
-                error = self._words(f"{e} {e.__cause__ or ''}")
+            except openai.OpenAIError as e:  # a dropped connection, half a response, an unknown host
+                error = self._shorten(f"{e} {e.__cause__ or ''}")
             except ValueError as e:
-                error = self._words(f"what it sent is no chat completion ({e})")
+                error = self._shorten(f"the response is no chat completion ({e})")
             if tries > self.config.retries:
                 return Answer(tries=tries, error=f"{error} (after {tries} tries)", failure="gave_up")
             doubled = self.config.backoff * 2.0 ** min(tries - 1, 20) * random.uniform(0.75, 1.0)
@@ -219,8 +208,8 @@ class Endpoint:
         )
         try:
             choice, usage = completion.choices[0], completion.usage
-            text = (choice.message.content or "").encode(errors="replace").decode()  # no half surrogate pairs
-        except (AttributeError, LookupError, TypeError):  # a proxy's page, or an error sent as if all were well
+            text = (choice.message.content or "").encode(errors="replace").decode()  # replaces lone surrogates
+        except (AttributeError, LookupError, TypeError):  # a proxy's page, or an error with status 200
             raise ValueError(f"{completion!r:.200}") from None
         return Answer(
             text=text,
@@ -230,14 +219,14 @@ class Endpoint:
             tries=tries,
         )
 
-    def _words(self, text: str) -> str:
-        """The endpoint's words, short, on one line, and without the key, which some endpoints repeat."""
+    def _shorten(self, text: str) -> str:
+        """Return an endpoint's message on one short line and without the key, which some endpoints repeat."""
         return " ".join((text.replace(self._key, "<key>") if self._key else text).split())[:400]
 
 
 def _check_address(url: str) -> None:
     parts = urlsplit(url)
-    if "@" in parts.netloc or parts.query:  # the address is written beside the answers
+    if "@" in parts.netloc or parts.query:  # the address is written to files beside the answers
         raise InputError(
             "base_url holds a password or a query; the key belongs in the environment variable that key_variable names"
         )
@@ -246,17 +235,19 @@ def _check_address(url: str) -> None:
 
 
 def _key(config: EndpointConfig) -> str:
-    """The key; "" where none is wanted."""
+    """Return the API key, or "" for an endpoint without one."""
     if config.key_variable is None:
         return ""
     key = os.environ.get(config.key_variable, "").strip()
     if not key:
         raise InputError(
-            f"the environment variable {config.key_variable} is not set; it holds the key of {config.model}. "
-            "key_variable names another one, and is null for an endpoint that wants no key"
+            f"the environment variable {config.key_variable} is not set; it must hold the API key for "
+            f"{config.model}. Set it, or name another variable in key_variable (null for an endpoint without a key)"
         )
     if not (key.isascii() and key.isprintable()) or " " in key:
-        raise InputError(f"the environment variable {config.key_variable} holds no key: it has spaces or other signs")
+        raise InputError(
+            f"the environment variable {config.key_variable} holds no API key: it has spaces or non-ASCII characters"
+        )
     return key
 
 
@@ -268,7 +259,7 @@ def _message(error: Any) -> str:
 
 
 def _retry_after(header: str | None) -> float:
-    """Seconds, from a number or a date; 0 where there is neither."""
+    """Return the seconds to wait, from a number or a date; 0 if the header holds neither."""
     try:
         seconds = float(header or 0)
     except ValueError:

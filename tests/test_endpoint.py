@@ -1,4 +1,4 @@
-"""The client of a chat endpoint: patient where it helps, clear where it does not, and silent about the key."""
+"""The client of a chat endpoint: retries where they help, clear errors where they do not, and no key in any output."""
 
 import email.utils
 import threading
@@ -29,7 +29,7 @@ def content(request: dict) -> str:
     return request["messages"][-1]["content"]
 
 
-def test_it_sends_what_the_config_says_and_reads_what_comes_back():
+def test_a_request_and_its_answer():
     reply = Reply("fine ünd good", finish_reason="length", tokens=(7, 3))
     with ChatServer(lambda request, number: reply) as server:
         options = {"temperature": 0.5, "max_tokens": 20, "seed": 40, "extra": {"top_p": 0.9}}
@@ -41,13 +41,13 @@ def test_it_sends_what_the_config_says_and_reads_what_comes_back():
     assert server.log[0][0] == sent
 
 
-def test_what_is_not_set_is_not_sent():
+def test_settings_of_none_are_not_sent():
     with ChatServer(lambda request, number: "x") as server:
         list(endpoint(server, temperature=None, max_tokens=None).ask(asking("u")))
     assert set(server.log[0][0]) == {"model", "messages"}
 
 
-def test_it_tries_again_until_it_is_answered():
+def test_retries_until_an_answer():
     date = email.utils.formatdate(time.time() - 5)
     replies = [
         *(Reply(status=status) for status in (500, 502, 503, 408)),
@@ -68,7 +68,7 @@ def test_it_tries_again_until_it_is_answered():
     with ChatServer(script) as server:
         [(_, answer)] = endpoint(server, retries=10, timeout=0.5, backoff=0.001).ask(asking("u"))
     assert (answer.text, answer.tries, answer.error) == ("at last", 11, None)
-    assert arrived[5] - arrived[4] >= 0.3 > arrived[1] - arrived[0]  # it waits as long as it is told
+    assert arrived[5] - arrived[4] >= 0.3 > arrived[1] - arrived[0]  # it waits as long as the endpoint asks
 
 
 def test_the_wait_doubles():
@@ -85,14 +85,14 @@ def test_the_wait_doubles():
 
 
 @pytest.mark.parametrize("sent", ["<html>busy</html>", '{"error": "busy"}', "[]", "null", '{"choices": []}'])
-def test_what_is_no_completion_is_tried_again(sent):
+def test_a_response_that_is_no_completion_is_retried(sent):
     with ChatServer(lambda request, number: Reply(raw=sent)) as server:
         [(_, answer)] = endpoint(server, retries=1).ask(asking("u"))
     assert answer.failure == "gave_up" and answer.tries == 2 and answer.text == ""
-    assert "no chat completion" in answer.error and "(after 2 tries)" in answer.error
+    assert "the response is no chat completion" in answer.error and "(after 2 tries)" in answer.error
 
 
-def test_one_that_is_refused_or_never_answered_does_not_stop_the_others():
+def test_a_failed_request_does_not_stop_the_others():
     bad = {"long": Reply("too many\ntokens", status=400), "sick": Reply("fell over", status=500)}
     with ChatServer(lambda request, number: bad.get(content(request), "x")) as server:
         answers = dict(endpoint(server, retries=2).ask(asking("a", "long", "b", "sick", "c")))
@@ -101,7 +101,7 @@ def test_one_that_is_refused_or_never_answered_does_not_stop_the_others():
     assert answers["sick"] == Answer(tries=3, error="500: fell over (after 3 tries)", failure="gave_up")
 
 
-def test_failures_in_a_row_are_the_endpoints_fault():
+def test_many_failures_in_a_row_are_an_error():
     script = lambda request, number: "x" if content(request) == "0" else Reply("out of order", status=500)  # noqa: E731
     seen = []
     with ChatServer(script) as server, pytest.raises(RunError, match=r"m at http.*: 10 failures in a row.*out of"):
@@ -111,7 +111,7 @@ def test_failures_in_a_row_are_the_endpoints_fault():
     assert len(server.log) == 1 + IN_A_ROW
 
 
-def test_refusals_in_a_row_are_the_requests_fault_once_it_answers():
+def test_refusals_in_a_row_are_an_error_only_before_the_first_answer():
     script = lambda request, number: "x" if content(request) == "0" else Reply("not this", status=400)  # noqa: E731
     with ChatServer(script) as server:
         one = endpoint(server, concurrency=1)
@@ -123,40 +123,43 @@ def test_refusals_in_a_row_are_the_requests_fault_once_it_answers():
 
 
 @pytest.mark.parametrize("status", [401, 402, 404])
-def test_what_no_request_can_overcome_is_said_at_once(status):
+def test_a_wrong_key_or_model_is_an_error_at_once(status):
     script = lambda request, number: Reply(f"not with {KEY}", status=status)  # noqa: E731
-    with ChatServer(script) as server, pytest.raises(InputError, match=rf"m at .*/v1 says {status}: not with <key>"):
+    with (
+        ChatServer(script) as server,
+        pytest.raises(InputError, match=rf"m at .*/v1 answered {status}: not with <key>"),
+    ):
         list(endpoint(server, concurrency=1).ask(asking("a", "b")))
     assert len(server.log) == 1
 
 
-def test_the_key_comes_from_the_environment_and_turns_up_nowhere(monkeypatch, capfd):
+def test_the_key_comes_from_the_environment_and_is_never_shown(monkeypatch, capfd):
     monkeypatch.setenv("MY_KEY", "wrong-secret\n")
     with ChatServer(lambda request, number: "x") as server:
         one = endpoint(server, key_variable="MY_KEY")
         with pytest.raises(InputError) as caught:
             list(one.ask(asking("a")))
         assert "wrong key: Bearer <key>" in str(caught.value)
-        told = f"{caught.value} {one.settings()} {one.config} {one.name} {capfd.readouterr()}"
-        assert "secret" not in told
+        output = f"{caught.value} {one.settings()} {one.config} {one.name} {capfd.readouterr()}"
+        assert "secret" not in output
         monkeypatch.delenv("MY_KEY")
         with pytest.raises(InputError, match="MY_KEY is not set"):
             endpoint(server, key_variable="MY_KEY")
         monkeypatch.setenv("MY_KEY", "ключ")
-        with pytest.raises(InputError, match="MY_KEY holds no key"):
+        with pytest.raises(InputError, match="MY_KEY holds no API key: it has spaces or non-ASCII"):
             endpoint(server, key_variable="MY_KEY")
     with ChatServer(lambda request, number: "x", key=None) as server:
         assert [answer.text for _, answer in endpoint(server, key_variable=None).ask(asking("a"))] == ["x"]
 
 
-def test_nobody_there():
+def test_no_server():
     with ChatServer(lambda request, number: "x") as server:
         pass
     [(_, answer)] = endpoint(server, retries=1).ask(asking("a"))
     assert answer.failure == "gave_up" and "Connection error" in answer.error and "refused" in answer.error
 
 
-def test_so_many_at_once_and_the_next_only_after_the_caller_is_done():
+def test_concurrency_and_order_of_requests():
     taken, written = [], []
 
     def requests():
@@ -173,7 +176,7 @@ def test_so_many_at_once_and_the_next_only_after_the_caller_is_done():
     assert taken == [0] * 4 + list(range(1, 27))  # each request after the first four: one more answer is written
 
 
-def test_none_is_waited_for_and_no_thread_is_left():
+def test_closing_the_iterator_waits_for_no_answer_and_leaves_no_thread():
     def threads() -> int:
         return sum(thread.name == "endpoint" for thread in threading.enumerate())
 
@@ -197,7 +200,7 @@ def test_none_is_waited_for_and_no_thread_is_left():
     assert threads() == 0
 
 
-def test_nothing_to_ask():
+def test_no_requests():
     with ChatServer(lambda request, number: "x") as server:
         assert list(endpoint(server).ask([])) == []
     assert server.log == []
@@ -206,17 +209,18 @@ def test_nothing_to_ask():
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"concurrency": 0}, "concurrency=0 must be from 1"),
-        ({"model": ""}, "the model's name"),
-        ({"retries": -1}, "retries=-1"),
-        ({"timeout": 0.0}, "timeout=0.0"),
+        ({"concurrency": 0}, r"concurrency: Input should be greater than or equal to 1 \(got 0\)"),
+        ({"concurrency": 1001}, r"concurrency: Input should be less than or equal to 1000 \(got 1001\)"),
+        ({"model": ""}, "model: String should have at least 1 character"),
+        ({"retries": -1}, r"retries: Input should be greater than or equal to 0 \(got -1\)"),
+        ({"timeout": 0.0}, r"timeout: Input should be greater than 0 \(got 0.0\)"),
         ({"base_url": "127.0.0.1:8000"}, "must be an address"),
         ({"base_url": "https://me:secret@host/v1"}, "base_url holds a password"),
         ({"base_url": "https://host/v1?key=secret"}, "base_url holds a password"),
         ({"api_key": "secret"}, "unknown key api_key"),
     ],
 )
-def test_a_config_that_cannot_be(given, said):
+def test_wrong_settings(given, said):
     with pytest.raises(InputError, match=said) as caught:
         build_config(EndpointConfig, {"model": "m", **given}, source="teacher.yaml")
     assert "secret" not in str(caught.value)

@@ -55,12 +55,12 @@ def start_up(args: argparse.Namespace) -> str:
     """Joins the other hosts as a run does (`rmr1_jax/processes.py`), before anything asks for devices."""
     import jax
 
-    from rmr1_jax.distributed.join import together
+    from rmr1_jax.distributed.join import join_processes
 
     if args.platform == "cpu":
         jax.config.update("jax_platforms", "cpu")
     os.environ.setdefault("RMR1_START_TIMEOUT", str(args.timeout))
-    args.joined.enter_context(together())
+    args.joined.enter_context(join_processes())
     if not jax.distributed.is_initialized():
         return "one process; the environment speaks of no others"
     return f"process {jax.process_index()} of {jax.process_count()} on {socket.gethostname()}"

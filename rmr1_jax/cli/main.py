@@ -24,7 +24,7 @@ from rmr1_jax.cli.judge import JudgePairs
 from rmr1_jax.cli.options import MaybePath
 from rmr1_jax.cli.train import Export, Grpo, Plan, Sft
 from rmr1_jax.distributed.preemption import PREEMPTED, Preempted, Preemption
-from rmr1_jax.errors import InputError, RunError
+from rmr1_jax.errors import InputError, RunError, exit_code
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -98,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return PREEMPTED
     except (InputError, RunError) as e:
         print("error:", " ".join(str(e).split()), file=sys.stderr)
-        return 2 if isinstance(e, InputError) else 1
+        return exit_code(e)
     except KeyboardInterrupt:
         print("interrupted; run the same command again to resume", file=sys.stderr)
         return 130

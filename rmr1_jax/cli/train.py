@@ -43,9 +43,9 @@ class Grpo(ConfigCommand):
 def _train(stage: Callable[[Any], Any], config: Any, next_command: str) -> None:
     """Runs a stage together with the other processes of the run, if there are any."""
     from rmr1_jax.distributed.exchange import first
-    from rmr1_jax.distributed.join import together
+    from rmr1_jax.distributed.join import join_processes
 
-    with together():
+    with join_processes():
         stage(config)
         if first():
             print(f"trained: {config.out}/model\nnext:    {next_command}")

@@ -33,7 +33,7 @@ from rmr1_jax.data import store, writer
 from rmr1_jax.data.examples import Example, Stage, Target, first_row, is_rendered, load_tokenizer, read_source
 from rmr1_jax.data.tokenize_rows import CHUNK, Refused, tokenize_rows
 from rmr1_jax.errors import InputError, RunError
-from rmr1_jax.files.append import alone
+from rmr1_jax.files.append import lock_for_writing
 from rmr1_jax.files.hub import locate
 from rmr1_jax.files.write import writing
 from rmr1_jax.model.tokenizer import Tokenizer
@@ -88,7 +88,7 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
     """
     out = Path(config.out)
     partial, lock = (out.with_name(out.name + end) for end in (".partial", ".lock"))
-    with alone(lock):
+    with lock_for_writing(lock):
         try:
             if out.exists() and (not out.is_dir() or any(out.iterdir())):
                 raise InputError(f"{out} exists already; remove it, or give another out")

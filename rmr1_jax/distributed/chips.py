@@ -1,46 +1,49 @@
-"""What a chip can do: its memory, its bandwidth, and its peak FLOP/s."""
+"""The speeds of TPU chips and GPUs, by the `device_kind` that JAX reports."""
 
 from __future__ import annotations
 
-import dataclasses
+from typing import NamedTuple
 
 import jax
 
 
-@dataclasses.dataclass(frozen=True)
-class Chip:
-    """Bytes a second of a chip's memory, of all its links out, and of its share of the network between slices."""
+class Chip(NamedTuple):
+    """The peaks of one device as JAX counts devices; None where a number is not known.
 
-    memory: float
-    links: float
-    network: float
+    flops: FLOP/s of dense bfloat16 matrix products. In bytes per second: memory, the bandwidth of the chip's memory;
+    links, of all its links to other chips, outgoing; network, of its share of the network between slices.
+    """
+
+    flops: float
+    memory: float | None = None
+    links: float | None = None
+    network: float | None = None
 
 
-# By `device_kind`. From Google's pages on the TPU versions: HBM bandwidth, half of the bidirectional bandwidth of the
-# links (400, 800, 1200 GB/s), and the data centre's bandwidth a pod (6.4 and 25.6 Tb/s for 256 chips) or a chip
+# From Google's pages on the TPU versions: bfloat16 peak, HBM bandwidth, half of the bidirectional bandwidth of the
+# links (400, 800, 1200 GB/s), and the data center's bandwidth per pod (6.4 and 25.6 Tb/s for 256 chips) or per chip
 # (50 Gb/s).
+V5E = Chip(197e12, 819e9, 200e9, 3.125e9)
+V5P = Chip(459e12, 2765e9, 600e9, 6.25e9)
+V6E = Chip(918e12, 1638e9, 400e9, 12.5e9)
+
 CHIPS = {
-    "TPU v5 lite": Chip(819e9, 200e9, 3.125e9),
-    "TPU v6 lite": Chip(1638e9, 400e9, 12.5e9),
-    "TPU v5": Chip(2765e9, 600e9, 6.25e9),  # v5p
+    "TPU v4": Chip(275e12),
+    "TPU v5 lite": V5E,
+    "TPU v5e": V5E,
+    "TPU v5": V5P,
+    "TPU v5p": V5P,
+    "TPU v6 lite": V6E,
+    "TPU v6e": V6E,
+    # The kind of a GPU is its product's name, such as "NVIDIA H100 80GB HBM3".
+    "A100": Chip(312e12),
+    "H100": Chip(989e12),
+    "H200": Chip(989e12),
+    "GH200": Chip(989e12),
 }
 
-# bfloat16 products, dense, in FLOP/s of one device as JAX counts them.
-TPU_PEAKS = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5": 459e12,
-    "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-}
 
-
-GPU_PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
-
-
-def peak_flops(device: jax.Device) -> float | None:
-    """In bfloat16, where the kind of the device is known."""
+def chip_of(device: jax.Device) -> Chip | None:
+    """Return the entry for the device's kind, or None for a kind that is not in the table."""
     kind = device.device_kind
-    return TPU_PEAKS.get(kind) or next((peak for name, peak in GPU_PEAKS.items() if name in kind), None)
+    return next((CHIPS[name] for name in (kind, *kind.replace("-", " ").split()) if name in CHIPS), None)

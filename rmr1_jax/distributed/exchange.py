@@ -1,4 +1,7 @@
-"""What the processes of a run tell each other."""
+"""Communication between the processes of a run: barriers, flags, and gathering Python values.
+
+In a run of one process every function here works and does nothing. Next: `join.py`, which starts several processes.
+"""
 
 from __future__ import annotations
 
@@ -12,16 +15,16 @@ import numpy as np
 
 T = TypeVar("T")
 
-GATHER_BYTES = 2**28  # of all processes together, gathered at a time: for a moment they lie on every device
+GATHER_BYTES = 2**28  # gathered in one collective, over all processes; the bytes lie on every device for that time
 
 
 def first() -> bool:
-    """Whether this is the process that writes files and shows progress."""
+    """Return True in process 0, which writes the files of a run and shows its progress."""
     return jax.process_index() == 0
 
 
 def wait(name: str) -> None:
-    """Wait until all processes are at the place called `name`."""
+    """Wait for all processes at the barrier `name` (a collective)."""
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
 
@@ -29,7 +32,7 @@ def wait(name: str) -> None:
 
 
 def any_of(flag: bool) -> bool:
-    """Whether it is so for any process; the same answer on all, which must all ask."""
+    """Return on all processes whether `flag` is true on any of them (a collective)."""
     if jax.process_count() == 1:
         return flag
     from jax.experimental.multihost_utils import process_allgather
@@ -37,35 +40,31 @@ def any_of(flag: bool) -> bool:
     return bool(process_allgather(np.asarray([flag])).any())
 
 
-def posts() -> bool:
-    """Whether there are other processes to leave notes for."""
-    return _store() is not None
+def set_flag(name: str) -> None:
+    """Set a flag that the other processes read with `flag_is_set`. Not a collective."""
+    if client := coordination_client():
+        with suppress(jax.errors.JaxRuntimeError):  # process 0 has ended, and the key-value store with it
+            client.key_value_set(name, "1", allow_overwrite=True)
 
 
-def post(name: str) -> None:
-    """Leave a note for the other processes, which may read it at any time with `posted`."""
-    if store := _store():
-        with suppress(jax.errors.JaxRuntimeError):  # the first process is gone, and with it the store
-            store.key_value_set(name, "1", allow_overwrite=True)
-
-
-def posted(name: str) -> bool:
-    """Whether any process has left this note."""
-    store = _store()
-    with suppress(jax.errors.JaxRuntimeError):  # it is not there
-        return bool(store and store.key_value_try_get(name))
+def flag_is_set(name: str) -> bool:
+    """Return whether any process has set this flag. Not a collective."""
+    client = coordination_client()
+    with suppress(jax.errors.JaxRuntimeError):  # no such key
+        return bool(client and client.key_value_try_get(name))
     return False
 
 
-def _store():
-    """The key-value store that JAX's coordination service has; None in one process. JAX has no public name for it."""
-    from jax._src.distributed import global_state
+def coordination_client():
+    """Return the client of JAX's coordination service, which has a key-value store; None in a run of one process."""
+    from jax._src.distributed import global_state  # JAX has no public name for it
 
     return global_state.client
 
 
 def gather(value: T) -> list[T]:
-    """One value of each process, in their order, on all of them. It is pickled, so it may be of any size and kind."""
+    """Return the values of all processes in their order, on all of them (a collective). A value may be of any type
+    that can be pickled and of any size."""
     if jax.process_count() == 1:
         return [value]
     from jax.experimental.multihost_utils import process_allgather
@@ -74,7 +73,7 @@ def gather(value: T) -> list[T]:
     sizes = process_allgather(np.asarray([len(data)], np.int32))[:, 0]
     pieces, most = [], GATHER_BYTES // jax.process_count()
     for at in range(0, int(sizes.max()), most):
-        size = min(most, 1 << int(sizes.max() - at - 1).bit_length())  # few sizes, few compilations
+        size = min(most, 1 << int(sizes.max() - at - 1).bit_length())  # powers of two, to compile for few sizes
         piece = np.zeros(size, np.uint8)
         piece[: max(0, len(data) - at)] = data[at : at + size]
         pieces.append(process_allgather(piece))
@@ -83,12 +82,12 @@ def gather(value: T) -> list[T]:
 
 
 def own_share(items: Sequence[T]) -> Sequence[T]:
-    """Every n-th item, dealt to n processes like cards."""
+    """Return this process's share of `items`: of n processes, process i takes items i, i + n, i + 2n, ..."""
     return items[jax.process_index() :: jax.process_count()]
 
 
 def all_shares(mine: Sequence[T]) -> list[T]:
-    """What all processes made of their shares, one for one, in the order of the whole."""
+    """Gather one result for each item of every `own_share`, in the order of the whole sequence (a collective)."""
     parts = gather(list(mine))
     total = sum(map(len, parts))
     return [parts[i % len(parts)][i // len(parts)] for i in range(total)]

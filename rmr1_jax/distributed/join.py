@@ -1,7 +1,8 @@
-"""Several processes, one to a host: how a run finds its others, and the little they tell each other.
+"""Start-up of a run of several processes, usually one on each host.
 
 Every process runs the same program over the same mesh of all devices. Each reads and assembles what its own devices
-need; the first alone writes. In one process every function here is there too and does nothing.
+need; process 0 alone writes files. `join_processes` learns from the environment which process this is, checks that all
+processes are present, starts `jax.distributed`, and watches the other processes with `heartbeat.py`.
 Next: `mesh.py`, which orders the devices of all processes.
 """
 
@@ -18,18 +19,18 @@ from typing import NamedTuple
 
 import jax
 
-from rmr1_jax.distributed.exchange import _store, first
-from rmr1_jax.distributed.heartbeat import Pulse
-from rmr1_jax.errors import InputError, RunError
+from rmr1_jax.distributed.exchange import coordination_client, first
+from rmr1_jax.distributed.heartbeat import Heartbeat
+from rmr1_jax.errors import InputError, RunError, exit_code
 
-GO, NO = "go.", "no:"  # the first process's answers
+VARIABLES = ("RMR1_COORDINATOR", "RMR1_PROCESSES", "RMR1_PROCESS")
+
+OK, FAILED = "ok.", "no:"  # how an answer of process 0 to the attendance check begins
 
 
-EXPLICIT = ("RMR1_COORDINATOR", "RMR1_PROCESSES", "RMR1_PROCESS")
-
-
-class Place(NamedTuple):
-    """Which process this is. coordinator: host:port of the first. devices: numbers of its own, None for all it sees."""
+class ProcessInfo(NamedTuple):
+    """Which process this is. coordinator: host:port of process 0. count: the number of processes. devices: the local
+    device ids of this process; None for all that it sees."""
 
     coordinator: str
     count: int
@@ -38,64 +39,58 @@ class Place(NamedTuple):
 
 
 @contextmanager
-def together() -> Iterator[None]:
-    """Join the run's other processes as the environment says, for the time of a run; before any other use of JAX.
+def join_processes() -> Iterator[None]:
+    """Join the other processes of the run for the time of the `with` block. Enter it before any other use of JAX.
 
-    On a TPU pod and under Slurm they find each other; elsewhere RMR1_COORDINATOR=host:port, RMR1_PROCESSES=n and
-    RMR1_PROCESS=i say it. Without any of these, and with RMR1_PROCESSES=1, there is one process and nothing is started.
-
-    A process that falls silent for RMR1_LOST_TIMEOUT seconds (default 60) is named by the others, which end with 42.
+    The processes of a TPU pod or of a Slurm job find each other. Elsewhere set RMR1_COORDINATOR=host:port,
+    RMR1_PROCESSES=n and RMR1_PROCESS=i in each. Without any of these, or with RMR1_PROCESSES=1, the run has one
+    process and nothing is started. When a process is silent for RMR1_LOST_TIMEOUT seconds (default 60), the others
+    print its number and host and exit with 42.
 
     Raises:
-        InputError: what the environment says cannot be.
-        RunError: not all processes are there within RMR1_START_TIMEOUT seconds (default 300); names those missing.
+        InputError: the environment variables are incomplete or wrong.
+        RunError: not all processes have started within RMR1_START_TIMEOUT seconds (default 300); names the missing.
     """
     timeout = _positive(os.environ, "RMR1_START_TIMEOUT", 300)
     silence = _positive(os.environ, "RMR1_LOST_TIMEOUT", 60)
-    pulse = None
-    place = None if jax.distributed.is_initialized() else find_place(os.environ, timeout)
-    if place and place.count > 1:
-        roll_call(place.coordinator, place.count, place.index, timeout)
+    heartbeat = None
+    info = None if jax.distributed.is_initialized() else process_info(os.environ, timeout)
+    if info and info.count > 1:
+        check_attendance(info.coordinator, info.count, info.index, timeout)
         jax.distributed.initialize(
-            *place[:3],
-            local_device_ids=place.devices,
+            *info[:3],
+            local_device_ids=info.devices,
             cluster_detection_method="deactivate",
             initialization_timeout=timeout,
         )
-        pulse = Pulse(_store(), index=place.index, count=place.count, host=socket.gethostname(), timeout=silence)
-        pulse.start()
+        client, host = coordination_client(), socket.gethostname()
+        heartbeat = Heartbeat(client, index=info.index, count=info.count, host=host, timeout=silence)
+        heartbeat.start()
     try:
         yield
     except (Exception, KeyboardInterrupt, SystemExit) as e:
-        if pulse and isinstance(e, jax.errors.JaxRuntimeError):
-            pulse.others_may_be_lost()
+        if heartbeat and isinstance(e, jax.errors.JaxRuntimeError):
+            heartbeat.wait_for_lost_process()
         if jax.distributed.is_initialized():
-            # JAX would wait for the others at the exit, and they may be waiting for this one in the middle of a step.
-            code = exit_code(e)
-            if pulse:
-                pulse.end(code)
-            atexit.register(_leave, code)
+            # At its exit JAX waits for the other processes, which may be waiting for this one in a collective.
+            if heartbeat:
+                heartbeat.end(exit_code(e))
+            atexit.register(_exit_at_once, exit_code(e))
         raise
-    if pulse:
-        pulse.end(0)
+    if heartbeat:
+        heartbeat.end(0)
 
 
-def exit_code(error: BaseException) -> int:
-    """What a process ends with that this ended: see `cli.py`."""
-    if isinstance(error, SystemExit) and isinstance(error.code, int):
-        return error.code
-    return 2 if isinstance(error, InputError) else 130 if isinstance(error, KeyboardInterrupt) else 1
-
-
-def find_place(environ: Mapping[str, str], timeout: int) -> Place | None:
-    """What the environment says; None where it speaks of no others.
+def process_info(environ: Mapping[str, str], timeout: int) -> ProcessInfo | None:
+    """Read from the environment which process this is. Returns None for a run of one process.
 
     Raises:
-        InputError: see `together`.
+        InputError: as `join_processes`.
     """
-    if any(name in environ for name in EXPLICIT):
-        return _explicit_place(environ)
-    # The public start in JAX asks these as well, and keeps what it learns to itself: who is missing could not be said.
+    if any(name in environ for name in VARIABLES):
+        return _from_variables(environ)
+    # `jax.distributed.initialize` detects these clusters too, but does not report what it found, and without the number
+    # of processes nobody could say which are missing.
     from jax._src.clusters import GceTpuCluster, GkeTpuCluster, SlurmCluster
 
     cluster = None
@@ -105,30 +100,30 @@ def find_place(environ: Mapping[str, str], timeout: int) -> Place | None:
             return None
         port = environ.get("JAX_COORDINATOR_PORT")
         coordinator = cluster.get_coordinator_address(timeout_secs=timeout, override_coordinator_port=port)
-        # A TPU host is one process with all its chips; a Slurm task has the one GPU of its number on the node.
+        # A TPU host runs one process with all its chips; a Slurm task has the one GPU with its number on the node.
         local = cluster.get_local_process_id()
-        return Place(coordinator, count, cluster.get_process_id(), None if local is None else [local])
+        return ProcessInfo(coordinator, count, cluster.get_process_id(), None if local is None else [local])
     except (OSError, RuntimeError, ValueError, ImportError) as e:
         raise InputError(
-            f"cannot learn which processes this run has from {cluster.name if cluster else 'the TPU'}'s environment "
-            f"({e}); set RMR1_PROCESSES=1 where this is the only one, else {', '.join(EXPLICIT)}"
+            f"cannot read the processes of this run from the environment of {cluster.name if cluster else 'the TPU'} "
+            f"({e}); set RMR1_PROCESSES=1 if this is the only process, else {', '.join(VARIABLES)}"
         ) from e
 
 
-def _explicit_place(environ: Mapping[str, str]) -> Place | None:
+def _from_variables(environ: Mapping[str, str]) -> ProcessInfo | None:
     count = _positive(environ, "RMR1_PROCESSES", None)
     if count == 1:
         return None
-    missing = [name for name in EXPLICIT if name not in environ]
+    missing = [name for name in VARIABLES if name not in environ]
     if missing:
-        raise InputError(f"{', '.join(missing)} must be set as well: {', '.join(EXPLICIT)} go together")
+        raise InputError(f"{', '.join(missing)} must be set as well: {', '.join(VARIABLES)} go together")
     coordinator, index = environ["RMR1_COORDINATOR"], environ["RMR1_PROCESS"]
     host, _, port = coordinator.rpartition(":")
     if not host or not port.isdigit():
-        raise InputError(f"RMR1_COORDINATOR={coordinator!r} must be host:port of the first process")
+        raise InputError(f"RMR1_COORDINATOR={coordinator!r} must be host:port of process 0")
     if not index.isdigit() or int(index) >= count:
         raise InputError(f"RMR1_PROCESS={index!r} must be a number from 0 to {count - 1} (RMR1_PROCESSES={count})")
-    return Place(coordinator, count, int(index))
+    return ProcessInfo(coordinator, count, int(index))
 
 
 def _positive(environ: Mapping[str, str], name: str, default: int | None) -> int | None:
@@ -138,91 +133,91 @@ def _positive(environ: Mapping[str, str], name: str, default: int | None) -> int
     return int(text) if text else default
 
 
-def roll_call(coordinator: str, count: int, index: int, timeout: float) -> None:
-    """Returns when all processes have called the first one. JAX does this too, but ends every process without a word
-    about who was missing; its service starts on this port afterwards.
+def check_attendance(coordinator: str, count: int, index: int, timeout: float) -> None:
+    """Wait until all processes have reported to process 0, on the port that JAX's service takes afterwards.
+
+    JAX waits for the processes too, but then aborts every process with DEADLINE_EXCEEDED and names none of the missing.
 
     Raises:
-        RunError: on every process that is there, with the numbers of those that are not.
+        RunError: in every process that is present, with the numbers of those that are missing after `timeout` seconds.
+        InputError: process 0 cannot listen on the port.
     """
-    until = time.monotonic() + timeout
+    deadline = time.monotonic() + timeout
     host, _, port = coordinator.rpartition(":")
     if index == 0:
-        _call_the_roll(int(port), count, until, timeout)
+        _collect_attendance(int(port), count, deadline, timeout)
         return
     answer = ""
-    while answer[:3] not in (GO, NO):
-        left = until - time.monotonic()
+    while answer[:3] not in (OK, FAILED):
+        left = deadline - time.monotonic()
         if left <= 0:
             raise RunError(
-                f"process 0, the coordinator at {coordinator}, was not there within {timeout:g} s, says process "
+                f"process 0, the coordinator at {coordinator}, did not appear within {timeout:g} s, reports process "
                 f"{index} of {count} on {socket.gethostname()}; start it, or check the address and the firewall"
             )
-        try:
-            with socket.create_connection((host, int(port)), timeout=left) as connection:
-                connection.sendall(f"{count} {index} {socket.gethostname()}\n".encode())
-                connection.settimeout(timeout + 5)  # the first one may have begun to wait later than this one
-                answer = connection.makefile(errors="replace").read()
-        except OSError:
-            pass  # not there yet
+        # An OSError means that process 0 does not listen yet.
+        with suppress(OSError), socket.create_connection((host, int(port)), timeout=left) as connection:
+            connection.sendall(f"{count} {index} {socket.gethostname()}\n".encode())
+            connection.settimeout(timeout + 5)  # the deadline of process 0 may be later than this one's
+            answer = connection.makefile(errors="replace").read()
         time.sleep(0.1)
-    if answer != GO:
-        raise RunError(answer.removeprefix(NO))
+    if answer != OK:
+        raise RunError(answer.removeprefix(FAILED))
 
 
-def _call_the_roll(port: int, count: int, until: float, timeout: float) -> None:
-    """The first process's side: who calls is told to go when all have called, or else what is wrong."""
-    there = {0: socket.gethostname()}
-    calls: dict[int, socket.socket] = {}
+def _collect_attendance(port: int, count: int, deadline: float, timeout: float) -> None:
+    """Do the part of process 0: answer all processes when they have reported, or at the first contradiction."""
+    present = {0: socket.gethostname()}
+    connections: dict[int, socket.socket] = {}
     problem = ""
     with closing(_listen(port, count)) as server:
-        while len(there) < count and not problem:
-            server.settimeout(max(0.01, until - time.monotonic()))
+        while len(present) < count and not problem:
+            server.settimeout(max(0.01, deadline - time.monotonic()))
             try:
                 connection, _ = server.accept()
                 connection.settimeout(5)
-                said = connection.makefile(errors="replace").readline(1000).split()
-            except OSError:  # the time is over, or somebody called and hung up
-                if time.monotonic() > until:
-                    problem = _missing(there, count, timeout)
+                words = connection.makefile(errors="replace").readline(1000).split()
+            except OSError:  # no connection before the deadline, or one that was closed without a report
+                if time.monotonic() > deadline:
+                    problem = _describe_missing(present, count, timeout)
                 continue
-            if len(said) != 3 or not said[1].isdigit():
-                connection.close()  # a stranger
+            if len(words) != 3 or not words[1].isdigit():
+                connection.close()  # not a process of a run
                 continue
-            for gone in [i for i, call in calls.items() if _hung_up(call)]:  # it may be started again
-                del there[gone], calls[gone]
-            index, name = int(said[1]), said[2]
-            if said[0] != str(count):
-                problem = f"process {index} on {name} was told of {said[0]} processes, process 0 of {count}"
-            elif index in there:
-                problem = f"process {index} is there twice, on {there[index]} and on {name}"
-                index = -1  # tell both
-            there[index], calls[index] = name, connection
-    for connection in calls.values():
+            for closed in [i for i, each in connections.items() if _is_closed(each)]:  # it may be restarted
+                del present[closed], connections[closed]
+            index, host = int(words[1]), words[2]
+            if words[0] != str(count):
+                problem = f"process {index} on {host} expects {words[0]} processes, process 0 expects {count}"
+            elif index in present:
+                problem = f"process {index} was started twice, on {present[index]} and on {host}"
+                index = -1  # keep the other connection, to answer both
+            present[index], connections[index] = host, connection
+    for connection in connections.values():
         with closing(connection), suppress(OSError):
-            connection.sendall((NO + problem if problem else GO).encode())
+            connection.sendall((FAILED + problem if problem else OK).encode())
     if problem:
         raise RunError(problem)
 
 
 def _listen(port: int, count: int) -> socket.socket:
-    both = socket.has_dualstack_ipv6()
-    family = socket.AF_INET6 if both else socket.AF_INET
+    dual = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if dual else socket.AF_INET
     try:
-        return socket.create_server(("", port), family=family, backlog=count, dualstack_ipv6=both)
+        return socket.create_server(("", port), family=family, backlog=count, dualstack_ipv6=dual)
     except OSError as e:
         raise InputError(f"process 0 cannot listen on port {port} ({e.strerror}); is another run using it?") from e
 
 
-def _missing(there: Mapping[int, str], count: int, timeout: float) -> str:
-    missing = [str(i) for i in range(count) if i not in there]
-    named = f"process{'es' if len(missing) > 1 else ''} {', '.join(missing)} of {count}"
-    present = ", ".join(f"{i} on {name}" for i, name in sorted(there.items()))
-    return f"{named} did not appear within {timeout:g} s (present: {present}); start every process, on every host"
+def _describe_missing(present: Mapping[int, str], count: int, timeout: float) -> str:
+    missing = [str(i) for i in range(count) if i not in present]
+    described = f"process{'es' if len(missing) > 1 else ''} {', '.join(missing)} of {count}"
+    hosts = ", ".join(f"{i} on {host}" for i, host in sorted(present.items()))
+    return f"{described} did not appear within {timeout:g} s (present: {hosts}); start every process, on every host"
 
 
-def _hung_up(connection: socket.socket) -> bool:
-    """Whether the other end of a connection that says nothing more is gone."""
+def _is_closed(connection: socket.socket) -> bool:
+    """Return whether the other end has closed this connection, on which it sends nothing more."""
     connection.setblocking(False)
     try:
         return not connection.recv(1)
@@ -232,11 +227,10 @@ def _hung_up(connection: socket.socket) -> bool:
         return True
 
 
-def _leave(code: int) -> None:
-    """Exit without waiting for anybody. With the first process JAX's service ends, and with it all the others: what
-    failed for all of them alike they should have the time to say."""
+def _exit_at_once(code: int) -> None:
+    """Exit without waiting for the other processes."""
     sys.stdout.flush()
     sys.stderr.flush()
     if first():
-        time.sleep(3)
+        time.sleep(3)  # JAX ends the others with process 0; they need the time to print an error that all have met
     os._exit(code)

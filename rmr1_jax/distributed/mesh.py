@@ -1,10 +1,10 @@
-"""The device mesh and the two tables that say how dimensions are laid out on it.
+"""The device mesh, and the two tables that map dimension letters to its axes.
 
-Axes: `replica` (across slices), `fsdp` (weights and rows are split), `tensor` (heads, MLP width, vocabulary are split).
-Weights and activations have separate tables, because a weight's width is split over `fsdp` while an activation's is
-whole. On one CPU device the mesh is 1x1x1 and every line of code is the same.
+The axes are `replica` (across slices), `fsdp` (splits weights and rows) and `tensor` (splits heads, MLP width and
+vocabulary). Weights and activations have separate tables, because the width of a weight is split over `fsdp` and that
+of an activation is not. On one CPU device the mesh is 1x1x1 and the code is the same.
 
-Next: `model/qwen.py`, where each weight's letters are declared.
+Next: `model/qwen.py`, where the letters of each weight are declared.
 """
 
 from __future__ import annotations
@@ -12,49 +12,51 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from typing import Annotated
 
 import jax
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from pydantic import Field, PositiveInt
 
 from rmr1_jax.config import config_dataclass
 from rmr1_jax.errors import InputError
 
 AXES = ("replica", "fsdp", "tensor")
 
-# Dimension letter -> mesh axes. A letter that is not named is replicated.
+# Dimension letter -> mesh axes. A letter that is not listed is replicated.
 WEIGHT_AXES = {"D": ("fsdp",), "N": ("tensor",), "K": ("tensor",), "F": ("tensor",), "V": ("tensor",)}
-
-
 ACTIVATION_AXES = {"B": ("replica", "fsdp"), "N": ("tensor",), "K": ("tensor",), "F": ("tensor",), "V": ("tensor",)}
 
 
 @config_dataclass
 class MeshConfig:
-    """Sizes of the mesh axes. `fsdp=-1` takes every device that the other two leave."""
+    """The sizes of the mesh axes. `fsdp=-1` takes all devices that the other two leave."""
 
-    replica: int = 1
-    fsdp: int = -1
-    tensor: int = 1
+    replica: PositiveInt = 1
+    fsdp: Annotated[int, Field(ge=-1)] = -1
+    tensor: PositiveInt = 1
 
 
 def make_mesh(config: MeshConfig | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh over `devices` (default: all of them, of all processes), slice by slice and process by process.
+    """Make the mesh over `devices` (default: those of all processes), ordered by slice, process and id.
 
     Raises:
         InputError: the axis sizes do not multiply to the number of devices, or a replica would lie across slices.
     """
     config = config or MeshConfig()
-    devices = sorted(devices if devices is not None else jax.devices(), key=_place)
+    devices = sorted(
+        devices if devices is not None else jax.devices(), key=lambda d: (slice_of(d), d.process_index, d.id)
+    )
     slices = len({slice_of(d) for d in devices if d.platform == "tpu"}) or 1
     if config.replica % slices:
         raise InputError(
             f"mesh replica={config.replica} on {slices} slices: no replica may lie across slices; replica must be "
-            f"{slices} or a multiple of it"
+            f"a multiple of {slices}"
         )
     others = config.replica * config.tensor
-    fsdp = len(devices) // max(1, others) if config.fsdp == -1 else config.fsdp
-    if min(config.replica, config.tensor, fsdp) < 1 or fsdp * others != len(devices):
+    fsdp = len(devices) // others if config.fsdp == -1 else config.fsdp
+    if fsdp < 1 or fsdp * others != len(devices):
         fitting = [n for n in range(1, len(devices) + 1) if len(devices) % n == 0]
         raise InputError(
             f"mesh replica={config.replica} fsdp={config.fsdp} tensor={config.tensor} does not cover "
@@ -64,11 +66,15 @@ def make_mesh(config: MeshConfig | None = None, devices: Sequence[jax.Device] | 
 
 
 def sampling_mesh(mesh: Mesh, tensor: int | None = None) -> Mesh:
-    """The devices of `mesh` in the same order, (1, rest, tensor): where the sampler's weights go to. tensor: default
-    that of `mesh`. No tensor group reaches into another process, so that `local_mesh` gives each process its own.
+    """Make the mesh of the sampler's weights: the devices of `mesh` in the same order, as (1, rest, tensor).
+
+    Each tensor group lies within one process, so that each process samples on its own part, its `local_mesh`.
+
+    Args:
+        tensor: the size of the tensor axis; by default that of `mesh`.
 
     Raises:
-        InputError: one would.
+        InputError: a tensor group would lie across processes.
     """
     tensor = tensor or mesh.shape["tensor"]
     own = math.gcd(*Counter(d.process_index for d in mesh.devices.flat).values())
@@ -82,73 +88,78 @@ def sampling_mesh(mesh: Mesh, tensor: int | None = None) -> Mesh:
 
 
 def local_mesh(mesh: Mesh, process: int | None = None) -> Mesh:
-    """The part of a `sampling_mesh` that lies in one process (default: this one); any mesh that lies there whole."""
+    """Return the part of a `sampling_mesh` that belongs to one process (default: this one). A mesh of any shape is
+    returned as it is if all of it belongs to that process."""
     process = jax.process_index() if process is None else process
     own = [d for d in mesh.devices.flat if d.process_index == process]
     return mesh if len(own) == mesh.size else _mesh(own, (1, -1, mesh.shape["tensor"]))
 
 
 def slice_of(device: jax.Device) -> int:
-    """The slice that a device belongs to; 0 where there is but one."""
+    """Return the number of the slice that a device belongs to; 0 where there is only one."""
     return getattr(device, "slice_index", None) or 0
 
 
 def single_device_mesh() -> Mesh:
-    """1x1x1 over the first local device: the default wherever no mesh is given."""
+    """Make the mesh 1x1x1 of the first local device, the default wherever no mesh is given."""
     return make_mesh(MeshConfig(fsdp=1), jax.local_devices()[:1])
 
 
 def weight_sharding(mesh: Mesh, dims: str, shape: Sequence[int]) -> NamedSharding:
-    """The sharding of a weight with dimension letters `dims`. A dimension its axis does not divide is replicated
-    (two key-value heads on a tensor axis of four), so the result is always valid for `shape`."""
+    """Return the sharding of a weight with dimension letters `dims`. A dimension that its axis does not divide is
+    replicated (two key-value heads on a tensor axis of four), so the result is always valid for `shape`."""
     return _sharding(mesh, WEIGHT_AXES, dims, shape)
 
 
 def sampling_sharding(mesh: Mesh, dims: str, shape: Sequence[int]) -> NamedSharding:
-    """As `weight_sharding` for a sampling copy: split over `tensor` alone, whole on every data-parallel replica."""
+    """Like `weight_sharding`, for the sampler's copy: split over `tensor` alone and replicated over the other axes."""
     table = {letter: axes for letter, axes in WEIGHT_AXES.items() if axes == ("tensor",)}
     return _sharding(mesh, table, dims, shape)
 
 
 def activation_sharding(mesh: Mesh, dims: str, shape: Sequence[int]) -> NamedSharding:
-    """As `weight_sharding`, for activations and batches."""
+    """Like `weight_sharding`, for activations and batches."""
     return _sharding(mesh, ACTIVATION_AXES, dims, shape)
 
 
 def constrain(x: jax.Array, dims: str) -> jax.Array:
-    """Pin an activation's layout inside jit, on the mesh in context."""
-    return _pin(x, ACTIVATION_AXES, dims)
+    """Constrain the sharding of an activation inside jit, on the mesh in context."""
+    return _constrain(x, ACTIVATION_AXES, dims)
 
 
 def constrain_weight(x: jax.Array, dims: str) -> jax.Array:
-    """As `constrain`, by the weights' table: for a weight and its gradient."""
-    return _pin(x, WEIGHT_AXES, dims)
+    """Like `constrain`, for a weight or its gradient."""
+    return _constrain(x, WEIGHT_AXES, dims)
 
 
 def activation_spec(mesh: Mesh | AbstractMesh, dims: str, shape: Sequence[int]) -> PartitionSpec:
-    """As `activation_sharding`, without the devices: for use inside jit."""
+    """Like `activation_sharding`, without the devices, for use inside jit."""
     return _spec(mesh, ACTIVATION_AXES, dims, shape)
 
 
 def rows_divisor(mesh: Mesh) -> int:
-    """A batch's number of rows must be a multiple of this."""
+    """Return the number that the rows of a batch must be a multiple of."""
     return mesh.shape["replica"] * mesh.shape["fsdp"]
 
 
 def check_micro_rows(mesh: Mesh, micro_rows: int) -> None:
-    """Raises InputError where the mesh's data axes cannot share the rows of a micro-batch evenly."""
+    """Raise InputError if the data axes of the mesh do not divide the rows of a micro-batch."""
     if micro_rows % rows_divisor(mesh):
         raise InputError(f"micro_rows={micro_rows} must be divisible by the mesh's {rows_divisor(mesh)} row shards")
 
 
 def own_rows(mesh: Mesh, rows: int) -> list[int]:
-    """Which of a batch's `rows` rows this process's devices hold, in order."""
+    """Return which of the `rows` rows of a batch the devices of this process hold, in order."""
     held = activation_sharding(mesh, "B", (rows,)).addressable_devices_indices_map((rows,)).values()
     return sorted({row for (part,) in held for row in range(rows)[part]})
 
 
 def place_rows(mesh: Mesh, dims: str, arrays: dict[str, np.ndarray], rows: int) -> dict[str, jax.Array]:
-    """Batches on the mesh, from each process's `own_rows`: arrays with dimension letters `dims`, `rows` long in B."""
+    """Put batches on the mesh, from the `own_rows` of each process.
+
+    Args:
+        dims: the dimension letters of every array. arrays: this process's rows. rows: the size of B over all processes.
+    """
 
     def place(own: np.ndarray) -> jax.Array:
         shape = tuple(rows if letter == "B" else size for letter, size in zip(dims, own.shape, strict=True))
@@ -161,11 +172,7 @@ def _mesh(devices: Iterable[jax.Device], shape: tuple[int, int, int]) -> Mesh:
     return Mesh(np.asarray(list(devices)).reshape(shape), AXES, axis_types=(AxisType.Auto,) * 3)
 
 
-def _place(device: jax.Device) -> tuple[int, int, int]:
-    return slice_of(device), device.process_index, device.id
-
-
-def _pin(x: jax.Array, table: dict[str, tuple[str, ...]], dims: str) -> jax.Array:
+def _constrain(x: jax.Array, table: dict[str, tuple[str, ...]], dims: str) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return x

@@ -1,10 +1,11 @@
-"""SIGTERM: a machine that is taken away says so some seconds before. A run then saves, and exits with 42: run it again.
+"""Preemption: on SIGTERM a run saves a checkpoint and exits with 42. The same command then goes on from there.
 
-Python hears a signal between two of its own instructions, so not during a compilation or a long computation. A thread
-hears it at once: it tells the run's other processes, and ends this one with 42 when the main thread has not come back
-to a place where it can save within RMR1_GRACE_SECONDS (20); the last checkpoint on the disk then stands.
+A machine that is about to be taken away sends SIGTERM some seconds before. Python runs signal handlers only between two
+of its own instructions, so not during a compilation or a long computation. A thread sees the signal at once: it informs
+the other processes of the run, and ends this one with 42 if the main thread has not reached a point where it can save
+within RMR1_GRACE_SECONDS (default 20). The last checkpoint on the disk then stands.
 
-Next: `train/sft.py`, which asks at every step.
+Next: `train/run_directory.py`, where training asks at every step.
 """
 
 from __future__ import annotations
@@ -20,45 +21,41 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-PREEMPTED = 42  # the exit code; see tpu/README.md
+PREEMPTED = 42  # the exit code of a run that goes on when it is started again; see tpu/README.md
 
-
-TOLD = "rmr1/preempted"  # where processes read that another one was told
+FLAG = "rmr1/preempted"  # set for the other processes when one has received SIGTERM
 
 
 class Preempted(SystemExit):
-    """The process was told to stop, and what it did is safe: the same command goes on from there."""
+    """The process was asked to stop, and its work is safe: the same command goes on from there."""
 
     def __init__(self):
         super().__init__(PREEMPTED)
 
 
 class Preemption:
-    """What SIGTERM does between `with` and its end: it is noted, and raised where that does no harm (`interruptible`).
+    """A context in which SIGTERM is recorded, for `reached`, and raised as `Preempted` inside `interruptible`.
 
-    Does nothing outside of the main thread, where Python has no signals. Such contexts may lie in each other; the inner
-    one hears.
+    Outside of the main thread, where Python has no signals, it does nothing. Contexts may be nested; the innermost one
+    receives the signal.
 
-    hold: whether something is under way that is not to be cut off; set it when there is.
+    hold: returns True while work is in progress that must not be cut off, such as a save. Assign it when there is any.
     """
 
     def __init__(self):
         self.hold: Callable[[], bool] = lambda: False
-        self._told = self._stopping = self._at_once = False
-        self._heard, self._bell = socket.socketpair()
+        self._received = self._stopping = self._interruptible = False
+        # Python writes the number of each signal to one end of this pair, and the thread reads it from the other.
+        self._reader, self._writer = socket.socketpair()
         self._done = threading.Event()
 
     def __enter__(self) -> Preemption:
         self._active = threading.current_thread() is threading.main_thread()
-        self._shared = False
-        if "jax" in sys.modules:  # a command without it is one process, and shall not have to load it
-            from rmr1_jax.distributed.exchange import posts
-
-            self._shared = posts()
+        self._distributed = "jax" in sys.modules  # a command without JAX has one process, and must not load it
         if self._active:
-            self._bell.setblocking(False)
-            self._before = signal.signal(signal.SIGTERM, self._handle)
-            self._bell_before = signal.set_wakeup_fd(self._bell.fileno(), warn_on_full_buffer=False)
+            self._writer.setblocking(False)
+            self._handler_before = signal.signal(signal.SIGTERM, self._handle)
+            self._writer_before = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
             self._listener = threading.Thread(target=self._listen, name="preemption", daemon=True)
             self._listener.start()
         return self
@@ -67,76 +64,76 @@ class Preemption:
         if self._active:
             self._done.set()
             with suppress(BlockingIOError):
-                self._bell.send(b"\0")
+                self._writer.send(b"\0")
             self._listener.join()
-            signal.set_wakeup_fd(self._bell_before)
-            signal.signal(signal.SIGTERM, self._before or signal.SIG_DFL)
-        self._heard.close()
-        self._bell.close()
+            signal.set_wakeup_fd(self._writer_before)
+            signal.signal(signal.SIGTERM, self._handler_before or signal.SIG_DFL)
+        self._reader.close()
+        self._writer.close()
 
     def reached(self) -> bool:
-        """Whether to save and stop here: any of the run's processes was told. All must ask, at the same place."""
+        """Return whether to save and stop here, because any process has received SIGTERM (a collective)."""
         from rmr1_jax.distributed.exchange import any_of
 
-        self._stopping = self._stopping or any_of(self._told)
+        self._stopping = self._stopping or any_of(self._received)
         return self._stopping
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
-        """In here SIGTERM raises `Preempted` at once: nothing that cannot be done again is lost."""
-        self._at_once = True
+        """Raise `Preempted` at once on SIGTERM inside this block, for work that can be repeated without loss."""
+        self._interruptible = True
         try:
-            if self._told:
+            if self._received:
                 self._raise()
             yield
         finally:
-            self._at_once = False
+            self._interruptible = False
 
     def _handle(self, *_: Any) -> None:
-        self._told = True
-        if self._at_once:
+        self._received = True
+        if self._interruptible:
             self._raise()
 
     def _raise(self) -> None:
-        self._stopping, self._at_once = True, False
+        self._stopping, self._interruptible = True, False
         raise Preempted
 
     def _listen(self) -> None:
-        """The thread: hears the signal itself, or from another process, and counts the seconds from then on."""
-        until = None
+        """Run in the thread: wait for the signal, here or in another process, and enforce the grace period."""
+        deadline = None
         while not self._done.is_set():
-            self._heard.settimeout(1.0)
+            self._reader.settimeout(1.0)
             with suppress(TimeoutError):
-                if signal.SIGTERM in self._heard.recv(64):
-                    self._told = True
-            if until is None and self._tell():
-                until = time.monotonic() + grace_seconds()
-            if until and time.monotonic() > until and not (self._stopping or self.hold() or self._done.is_set()):
-                _say(f"not at a place to save within {grace_seconds():g} s of SIGTERM; the last checkpoint stands")
+                if signal.SIGTERM in self._reader.recv(64):
+                    self._received = True
+            if deadline is None and self._share():
+                deadline = time.monotonic() + grace_seconds()
+            if deadline and time.monotonic() > deadline and not (self._stopping or self.hold() or self._done.is_set()):
+                _print(f"cannot save within {grace_seconds():g} s of SIGTERM; the last checkpoint stands")
                 os._exit(PREEMPTED)
 
-    def _tell(self) -> bool:
-        """Whether this process or another one was told; then all are."""
-        if self._shared:
-            from rmr1_jax.distributed.exchange import post, posted
+    def _share(self) -> bool:
+        """Pass SIGTERM on between the processes. Returns whether any has received it."""
+        if self._distributed:
+            from rmr1_jax.distributed.exchange import flag_is_set, set_flag
 
-            if self._told:
-                post(TOLD)
-            elif posted(TOLD):
-                self._told = True
-                _thread.interrupt_main(signal.SIGTERM)  # it may be in `interruptible`
-        if self._told:
-            _say("SIGTERM: saving and stopping")
-        return self._told
+            if self._received:
+                set_flag(FLAG)
+            elif flag_is_set(FLAG):
+                self._received = True
+                _thread.interrupt_main(signal.SIGTERM)  # the main thread may be inside `interruptible`
+        if self._received:
+            _print("SIGTERM: saving and stopping")
+        return self._received
 
 
 def grace_seconds() -> float:
-    """How long the main thread has to come to a place where it can save."""
+    """Return the seconds that the main thread has to reach a point where it can save."""
     try:
         return float(os.environ.get("RMR1_GRACE_SECONDS", 20))
     except ValueError:
         return 20.0
 
 
-def _say(text: str) -> None:
+def _print(text: str) -> None:
     print(f"\n{text}", file=sys.stderr, flush=True)

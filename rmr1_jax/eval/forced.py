@@ -26,7 +26,7 @@ from tqdm import tqdm
 from rmr1_jax.distributed.mesh import rows_divisor
 from rmr1_jax.eval.lenses import BUDGETS, FORCED, as_first_shown, longest_text
 from rmr1_jax.eval.logs import JUDGEMENTS, conversations, read_judgements
-from rmr1_jax.files.append import append_rows, take_up
+from rmr1_jax.files.append import append_rows, resume_rows
 from rmr1_jax.files.untrusted import read_object
 from rmr1_jax.judge.judge import Judge
 from rmr1_jax.judge.judgement import RULES
@@ -67,7 +67,7 @@ def force_verdicts(
     """
     path, side = out / FORCED, out / f"{JUDGEMENTS}.run.json"
     settings = {"budgets": list(budgets), "ending": ENDING, "judgements": read_object(side)}
-    done = set(take_up(path, settings, lambda row: row["id"], command="rmr1 eval"))
+    done = set(resume_rows(path, settings, lambda row: row["id"], command="rmr1 eval"))
     path.touch()  # also where no text is long enough to be cut
     rows = (row for row in read_judgements(out / JUDGEMENTS) if longest_text(row) > min(budgets))
     todo = (row for row in rows if row["id"] not in done)

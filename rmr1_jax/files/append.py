@@ -1,9 +1,9 @@
-"""A JSONL file that is appended to as its rows are made, so that a killed run loses nothing and does nothing twice.
+"""JSONL files that grow row by row, so that a run that was killed loses no row and makes none twice.
 
-Rows are on the disk (fsync) when `append_rows` returns. A side file holds the settings they were made with, so that a
-run with others cannot continue them unnoticed.
+Rows are on the disk (fsync) when `append_rows` returns. A second file beside the rows, with the suffix .run.json, holds
+the settings that they were made with, so that a run with other settings is refused.
 
-Next: `judge_file.py` and `data/teacher.py`, which write such files; `files.py` for files that are replaced whole.
+Next: `judge/file.py` and `data/chains/chains.py`, which write such files.
 """
 
 from __future__ import annotations
@@ -23,30 +23,32 @@ from rmr1_jax.files.write import write_whole, writing
 Item = TypeVar("Item")
 
 
-def take_up(
+def resume_rows(
     path: Path, settings: Mapping[str, Any], parse: Callable[[dict[str, Any]], Item], *, command: str
 ) -> list[Item]:
-    """What `parse` makes of each row that `path` holds. Half a row at its end, left by a killed run, is cut off.
+    """Parse the rows that `path` holds, and prepare it for `append_rows`.
 
-    Nothing is touched unless `path` is new or empty, or was made with these settings, which `path` + ".run.json" holds.
+    An incomplete last line, left by a killed run, is cut off. The files are changed only if `path` is new or empty, or
+    was made with these settings, according to `path` + ".run.json".
 
     Args:
-        parse: raises ValueError, KeyError or TypeError for what is no row of this file. command: that writes it.
+        parse: converts a row; raises ValueError, KeyError or TypeError for a row that this file cannot hold.
+        command: the command that writes the file, for messages.
 
     Raises:
         InputError: `path` was made with other settings, is not such a file, or cannot be read and written.
     """
     side = path.with_name(path.name + ".run.json")
-    settings = json.loads(json.dumps(settings))  # as it will be read back
+    settings = json.loads(json.dumps(settings))  # as the file will give them back
     try:
         size = path.stat().st_size if path.exists() else 0
         if size and not side.is_file():
             raise InputError(
-                f"{path} is there, but not {side.name} beside it, which says how it was made; give another output"
+                f"{path} exists, but not {side.name} beside it, which holds its settings; give another output"
             )
         rows, whole = [], 0
         if size and _has_a_line(path):
-            _refuse_changes(path, side, settings, command)  # first: to other settings the rows may mean nothing
+            _refuse_changes(path, side, settings, command)  # first: other settings may not parse the rows
             rows, whole = _read_whole_lines(path, parse, command)
         else:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -59,10 +61,14 @@ def take_up(
 
 
 @contextmanager
-def alone(path: Path) -> Iterator[None]:
-    """For the time of a run that appends to `path`: a second one is refused. The lock ends with the process, however
-    that ends; where the file system knows no locks, nobody is refused."""
-    import fcntl  # not on every system
+def lock_for_writing(path: Path) -> Iterator[None]:
+    """Lock `path` against a second run that would write it. The lock ends with the process, however that ends. A file
+    system without locks refuses nothing.
+
+    Raises:
+        InputError: another run holds the lock, or `path` cannot be written.
+    """
+    import fcntl  # not on every operating system
 
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -80,10 +86,14 @@ def alone(path: Path) -> Iterator[None]:
 
 
 def append_rows(path: Path, rows: Iterable[Mapping[str, Any]], *, sync: bool = True) -> None:
-    """Append rows, each a line; they are on the disk on return, with all before them. RunError where it refuses them.
+    """Append rows, one a line.
 
-    sync: whether to wait for the disk, which takes milliseconds. Without, the system has the rows: they outlive this
-    process for certain, the machine only from the next call on that waits.
+    Args:
+        sync: wait until these rows and all before them are on the disk, which takes milliseconds. Otherwise the rows
+            survive the end of this process, but not a crash of the machine before the next call with `sync`.
+
+    Raises:
+        RunError: the rows cannot be written.
     """
     lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
     with (
@@ -97,9 +107,9 @@ def append_rows(path: Path, rows: Iterable[Mapping[str, Any]], *, sync: bool = T
 
 
 def files_digest(files: Iterable[Path]) -> str:
-    """A short hash of files for the settings: it tells a retrained model or an edited input from the one before.
+    """Return a short hash of files, for settings: a retrained model or an edited input has another one.
 
-    It reads names, sizes and up to 256 blocks of 4 KiB spread evenly over each file, so it takes no time for weights.
+    It covers names, sizes and up to 256 blocks of 4 KiB spread evenly over each file, so it is fast for weights too.
     """
     digest = hashlib.sha256()
     for path in files:
@@ -113,7 +123,7 @@ def files_digest(files: Iterable[Path]) -> str:
 
 
 def model_digest(directory: Path) -> str:
-    """`files_digest` of a model directory: its weights, config and tokenizer."""
+    """Return `files_digest` of a model directory: its weights, config and tokenizer."""
     return files_digest([*sorted(directory.glob("*.safetensors")), *sorted(directory.glob("*.json"))])
 
 
@@ -123,7 +133,7 @@ def _has_a_line(path: Path) -> bool:
 
 
 def _read_whole_lines(path: Path, parse: Callable[[dict[str, Any]], Item], command: str) -> tuple[list[Item], int]:
-    """The rows, and how many bytes their lines take: all but a last one without its end."""
+    """Return the parsed rows, and the bytes of their lines: all but an incomplete last one."""
     rows: list[Item] = []
     whole = 0
     with path.open("rb") as file:

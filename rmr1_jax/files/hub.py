@@ -1,12 +1,12 @@
-"""Where data and models lie: a local path as it is, or a snapshot of a hub repository, whose revision can be pinned.
+"""Locating data and models: local paths, and snapshots of Hugging Face hub repositories at a pinned revision.
 
     locate("pairs.jsonl")                                              # Path("pairs.jsonl")
-    locate("Skywork/Skywork-Reward-Preference-80K-v0.2")               # the snapshot's folder in the hub's cache
+    locate("Skywork/Skywork-Reward-Preference-80K-v0.2")               # the snapshot's folder in the hub cache
     locate("allenai/reward-bench@168ed8ab/data/filtered-00000-of-00001.parquet")    # one file of one revision
 
-What was fetched once is found again without a network (HF_HUB_OFFLINE=1), in the cache that HF_HOME names.
+Downloads are kept in the cache that HF_HOME names, and are found there without a network too (HF_HUB_OFFLINE=1).
 
-Next: `data/containers.py`, which reads the files; `policy.py`, which loads a model from such a folder.
+Next: `pairs/rows.py`, which reads data files; `policy.py`, which loads a model from such a folder.
 """
 
 from __future__ import annotations
@@ -22,16 +22,14 @@ SUFFIXES = (".jsonl", ".json", ".parquet")
 
 DATA_FILES = tuple(f"*{suffix}" for suffix in SUFFIXES)
 
+_LOCAL = {"dataset": "file or folder", "model": "directory"}  # what a local source of each kind is
 
-_LOCAL = {"dataset": "file or folder", "model": "directory"}  # what a source of each kind is on this machine
-
-
-# A path in the repository needs the revision before it: without, a misspelt local path would be looked for in the hub.
+# A path in a repository requires a revision. Otherwise a misspelt local path would be requested from the hub.
 _HUB = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[^/\s]+)(?:/(?P<inside>\S.*))?)?")
 
 
 class HubId(NamedTuple):
-    """A repository of the hub, the revision (a branch, tag or commit; None: the newest) and a file or folder in it."""
+    """A hub repository, a revision (branch, tag or commit; None: the newest), and a path in it (None: all)."""
 
     repo: str
     revision: str | None
@@ -39,7 +37,7 @@ class HubId(NamedTuple):
 
 
 def parse_hub_id(source: str) -> HubId | None:
-    """`owner/name[@revision[/path in the repository]]` taken apart; None where `source` is nothing of the kind."""
+    """Parse `owner/name[@revision[/path in the repository]]`; returns None for any other text."""
     found = _HUB.fullmatch(source)
     if not found or ".." in source.split("/") or found["repo"].endswith(SUFFIXES):
         return None
@@ -53,15 +51,15 @@ def locate(
     kind: str = "dataset",
     patterns: Sequence[str] = DATA_FILES,
 ) -> Path:
-    """The local file or folder that `source` names, fetched from the hub where it is no path of this machine.
+    """Return the local file or folder that `source` names, after a download if it is a hub id.
 
     Args:
-        source: a path, or `owner/name[@revision[/path in the repository]]`; a path that exists wins.
-        revision: pins a hub id that has no `@revision` of its own: a branch, a tag, or best a commit.
-        kind: of the repository, "dataset" or "model". patterns: the files to fetch of it.
+        source: a path, or `owner/name[@revision[/path in the repository]]`; a path that exists takes precedence.
+        revision: a branch, a tag, or best a commit, for a hub id without its own `@revision`.
+        kind: the type of the repository, "dataset" or "model". patterns: the files to download.
 
     Raises:
-        InputError: no such path and no hub id; a local path with a revision; the hub and its cache do not have it.
+        InputError: neither a path that exists nor a hub id; a local path with a revision; the download failed.
     """
     path = Path(source)
     if path.is_dir() or (path.exists() and kind == "dataset"):
@@ -70,7 +68,9 @@ def locate(
         return path
     hub = None if path.is_absolute() else parse_hub_id(str(source))
     if hub is None:
-        raise InputError(f"{kind} {str(source)!r} is no {_LOCAL[kind]} and no hub id (owner/name[@revision[/path]])")
+        raise InputError(
+            f"{kind} {str(source)!r} is neither a {_LOCAL[kind]} nor a hub id (owner/name[@revision[/path]])"
+        )
     if hub.revision is not None and revision not in (None, hub.revision):
         raise InputError(
             f"{source}: names revision {hub.revision!r}, and revision={revision!r} is given; leave one out"
@@ -83,7 +83,7 @@ def locate(
 
 
 def commit_of(path: Path) -> str | None:
-    """The commit of the hub's snapshot that `path` lies in; None for any other path."""
+    """Return the commit of the hub snapshot that `path` is in; None for any other path."""
     return next((commit for folder in (path, *path.parents) if (commit := _commit(folder))), None)
 
 
@@ -92,16 +92,16 @@ def _commit(folder: Path) -> str | None:
 
 
 def _snapshot(hub: HubId, revision: str | None, kind: str, patterns: Sequence[str]) -> Path:
-    from huggingface_hub import snapshot_download  # here: it takes half a second, and a local path does not need it
+    from huggingface_hub import snapshot_download  # imported here because it takes half a second
 
     wanted = [hub.inside, f"{hub.inside}/*"] if hub.inside else list(patterns)
     try:
         return Path(snapshot_download(hub.repo, repo_type=kind, revision=revision, allow_patterns=wanted))
     except Exception as error:
-        # The hub's errors, its HTTP library's and the disk's have no class in common, and the remedy is the user's in
-        # all of them: the name, the network, the token, or space.
+        # The errors of the hub, of its HTTP library and of the disk have no common class, and the user can fix all of
+        # them: the name, the network, the token, or space on the disk.
         at = f" at revision {revision!r}" if revision else ""
         raise InputError(
-            f"{kind} {hub.repo!r} is no local {_LOCAL[kind]}, and the hub did not give it{at}: {error}; check the name "
-            f"or fetch it where there is a network: hf download {hub.repo} --repo-type {kind}"
+            f"{kind} {hub.repo!r} is not a local {_LOCAL[kind]}, and cannot be downloaded{at}: {error}; check the name "
+            f"or download it on a machine with a network: hf download {hub.repo} --repo-type {kind}"
         ) from error

@@ -1,4 +1,7 @@
-"""Writing files: neither a kill nor a full disk leaves half of one, and a refusal says what and where."""
+"""Writing files whole: neither a kill nor a full disk leaves half a file, and an error says which file and why.
+
+Next: `append.py`, for files that grow row by row.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +18,10 @@ from rmr1_jax.errors import RunError
 
 @contextmanager
 def writing(path: Path, size: int | None = None, then: str = "make room or mend it") -> Iterator[None]:
-    """For the time of a write to `path`: what the file system refuses becomes a `RunError` that says what and where.
+    """Turn an OSError of a write to `path` into a `RunError` that names the file, the reason and the free space.
 
     Args:
-        size: bytes that are wanted, where known. then: what to do about it, and what stands.
+        size: the bytes to be written, if known. then: what the user should do, and what remains valid.
     """
     try:
         yield
@@ -27,23 +30,23 @@ def writing(path: Path, size: int | None = None, then: str = "make room or mend 
 
 
 def refusal(path: Path, why: str, size: int | None, then: str) -> str:
-    """The message for a write that was refused, with the bytes that were wanted and those that are free."""
+    """Return the message for a write that failed, with the bytes that were needed and those that are free."""
     wanted = "" if size is None else f"{size:,} bytes wanted, "
     return f"{path} cannot be written: {why} ({wanted}{free_bytes(path)}); {then}"
 
 
 def free_bytes(path: Path) -> str:
-    """What is free where `path` lies or would lie, in words."""
-    there = next((p for p in (path, *path.absolute().parents) if p.exists()), Path("/"))
+    """Describe the free space of the file system that `path` is on or would be on."""
+    existing = next((p for p in (path, *path.absolute().parents) if p.exists()), Path("/"))
     try:
-        return f"{shutil.disk_usage(there).free:,} bytes free"
+        return f"{shutil.disk_usage(existing).free:,} bytes free"
     except OSError as e:
         return f"free space unknown: {e.strerror}"
 
 
 def write_whole(path: Path, text: str | Iterable[str]) -> None:
-    """Write a text file, given whole or in pieces: after a kill the old one is there, or the new one, on the disk and
-    whole. Raises RunError."""
+    """Replace a text file, given whole or in pieces: after a kill either the old or the new file is complete on the
+    disk. Raises RunError if it cannot be written."""
     partial = path.with_name(path.name + ".partial")
     with writing(path, len(text.encode()) if isinstance(text, str) else None):
         with partial.open("w", encoding="utf-8") as file:
@@ -54,7 +57,7 @@ def write_whole(path: Path, text: str | Iterable[str]) -> None:
 
 
 def to_disk(path: Path) -> None:
-    """A file's bytes, or the names in a directory after a rename in it: on the disk on return."""
+    """Wait until the bytes of a file, or the names in a directory after a rename, are on the disk (fsync)."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -63,8 +66,8 @@ def to_disk(path: Path) -> None:
 
 
 def hash_written(path: Path) -> dict[str, Any]:
-    """{"bytes", "sha256"} of a file that was just written; on the disk, and out of the memory that would hide its loss
-    from who reads it again."""
+    """Return {"bytes", "sha256"} of a file that was just written, and make sure that it is on the disk. The file leaves
+    the page cache, which would hide damage on the disk from the next reader."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
         digest = hashlib.file_digest(file, "sha256").hexdigest()

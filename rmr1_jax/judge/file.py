@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from rmr1_jax.errors import InputError
-from rmr1_jax.files.append import alone, append_rows, take_up
+from rmr1_jax.files.append import append_rows, lock_for_writing, resume_rows
 from rmr1_jax.files.write import write_whole
 from rmr1_jax.judge.judgement import STATUSES, AnyJudge, Judgement
 from rmr1_jax.pairs.pair import PreferencePair
@@ -145,7 +145,7 @@ def judge_file(
     settings = {**(identity or {}), **judge.settings(votes, both_orders, seed)}
     seen: dict[str, int] = {}
     synced = time.monotonic()
-    with alone(output), tqdm(total=total, desc="judge", unit="pair", dynamic_ncols=True) as bar:
+    with lock_for_writing(output), tqdm(total=total, desc="judge", unit="pair", dynamic_ncols=True) as bar:
         done = _take_up(output, settings, command)
         for batch in _batches(_numbered(pairs, seen, output), batch_size):
             missing = [pair for pair in batch if pair.id not in done]
@@ -232,5 +232,5 @@ def _take_up(output: Path, settings: Mapping[str, Any], command: str) -> dict[st
             raise ValueError(f"status {row['status']!r}")
         done[row["id"]] = _outcome(row)
 
-    take_up(output, settings, parse, command=command)
+    resume_rows(output, settings, parse, command=command)
     return done

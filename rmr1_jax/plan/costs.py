@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from rmr1_jax.distributed.chips import CHIPS, peak_flops
+from rmr1_jax.distributed.chips import chip_of
 from rmr1_jax.distributed.mesh import rows_divisor
 from rmr1_jax.model.attention import BLOCKS, block_size, choose
 from rmr1_jax.model.config import QwenConfig
@@ -49,16 +49,16 @@ class Bound(NamedTuple):
 
 def time_bound(cost: Cost, traffic: Traffic, device: jax.Device) -> Bound | None:
     """None for a device whose speeds are not known."""
-    chip, peak = CHIPS.get(device.device_kind), peak_flops(device)
-    if chip is None or peak is None:
+    chip = chip_of(device)
+    if chip is None or chip.memory is None or chip.links is None or chip.network is None:
         return None
     seconds = {
-        "compute": cost.flops / cost.chips / peak,
+        "compute": cost.flops / cost.chips / chip.flops,
         "memory": cost.memory / chip.memory,
         "links": max(traffic.total / chip.links, traffic.slices / chip.network),
     }
     name = max(seconds, key=seconds.__getitem__)
-    return Bound(name, seconds[name], cost.model_flops / (cost.chips * peak * seconds[name]))
+    return Bound(name, seconds[name], cost.model_flops / (cost.chips * chip.flops * seconds[name]))
 
 
 def update_cost(config: Any, model: QwenConfig, mesh: Mesh, rows: Any) -> Cost:

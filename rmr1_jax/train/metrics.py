@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from rmr1_jax.distributed.chips import peak_flops
+from rmr1_jax.distributed.chips import chip_of
 from rmr1_jax.distributed.exchange import first
 from rmr1_jax.errors import InputError
 from rmr1_jax.files.write import write_whole, writing
@@ -105,5 +105,5 @@ def throughput(tokens: int, seconds: float, mesh: Mesh) -> dict[str, float]:
 
 def mfu(flops: float, seconds: float, mesh: Mesh) -> dict[str, float]:
     """The metric `mfu`, model FLOPs over what `mesh` could have done in the time; nothing where its peak is unknown."""
-    peak = peak_flops(mesh.devices.flat[0])
-    return {"mfu": flops / (seconds * mesh.size * peak)} if peak else {}
+    chip = chip_of(mesh.devices.flat[0])
+    return {"mfu": flops / (seconds * mesh.size * chip.flops)} if chip else {}

@@ -203,7 +203,7 @@ def test_judge_refuses_before_it_asks(folder, tmp_path, capsys):
     assert f"{bad}:{PAIRS + 1}:2: not JSON" in error_of(capsys, argv, 2)
     assert "neither a name nor a file" in error_of(capsys, judge_arguments(folder, "r.jsonl", "--prompt", "core"), 2)
     argv = judge_arguments(folder, "refused.jsonl", "--model", str(tmp_path / "nowhere"))
-    assert "is no directory and no hub id" in error_of(capsys, argv, 2)
+    assert "is neither a directory nor a hub id" in error_of(capsys, argv, 2)
     assert not list(folder.glob("*.run.json"))
 
 

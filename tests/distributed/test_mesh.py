@@ -1,4 +1,4 @@
-"""The mesh: sizes, what does not fit, and the two tables. Eight virtual devices."""
+"""The mesh: sizes, sizes that do not fit, and the two tables. Eight virtual devices."""
 
 import dataclasses
 
@@ -57,15 +57,19 @@ def test_the_default_mesh_is_one_device():
         {"replica": 16},
         {"fsdp": 4},
         {"fsdp": 0},
-        {"replica": 0},
-        {"tensor": -2},
-        {"replica": -1, "tensor": -1},
     ],
     ids=str,
 )
 def test_sizes_that_do_not_fit(wrong):
     with pytest.raises(InputError, match=r"does not cover 8 devices exactly; .* one of \[1, 2, 4, 8\]"):
         make_mesh(MeshConfig(**wrong))
+
+
+@pytest.mark.parametrize("wrong", [{"replica": 0}, {"tensor": -2}, {"replica": -1}, {"fsdp": -2}], ids=str)
+def test_sizes_below_one(wrong):
+    ((name, value),) = wrong.items()
+    with pytest.raises(InputError, match=rf"{name}: Input should be greater than .* \(got {value}\)"):
+        MeshConfig(**wrong)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,9 +97,9 @@ def test_devices_come_slice_by_slice_and_process_by_process():
 
 @pytest.mark.parametrize("config", [MeshConfig(), MeshConfig(tensor=2), MeshConfig(replica=1, fsdp=8)], ids=str)
 def test_a_replica_stays_within_a_slice(config):
-    with pytest.raises(InputError, match=r"replica=1 on 2 slices: .* replica must be 2 or a multiple of it"):
+    with pytest.raises(InputError, match=r"replica=1 on 2 slices: .* replica must be a multiple of 2"):
         make_mesh(config, chips())
-    assert make_mesh(MeshConfig(), chips("gpu")).devices.shape == (1, 8, 1)  # a GPU's host is no slice
+    assert make_mesh(MeshConfig(), chips("gpu")).devices.shape == (1, 8, 1)  # the host of a GPU is no slice
 
 
 def test_sampling_stays_within_a_process():

@@ -1,4 +1,4 @@
-"""SIGTERM: noted, raised where that is harmless, agreed on by several processes, and never waited for without end."""
+"""SIGTERM: recorded, raised in interruptible work, agreed on by all processes, and obeyed within the grace period."""
 
 import json
 import os
@@ -17,10 +17,9 @@ from hosts import free_port, start
 from training import assert_same, metrics_but_timings, run, small_grpo, small_sft, vowels
 
 from rmr1_jax.cli import main as cli
-from rmr1_jax.distributed.heartbeat import Pulse
-from rmr1_jax.distributed.join import exit_code
+from rmr1_jax.distributed.heartbeat import Heartbeat
 from rmr1_jax.distributed.preemption import PREEMPTED, Preempted, Preemption
-from rmr1_jax.errors import RunError
+from rmr1_jax.errors import RunError, exit_code
 from rmr1_jax.policy import load
 from rmr1_jax.train import grpo as grpo_stage
 from rmr1_jax.train import health
@@ -31,8 +30,8 @@ from rmr1_jax.train.metrics import MetricsLog, read_metrics
 from rmr1_jax.train.micro_batches import to_micro_batches
 
 
-def told() -> None:
-    """This process is told to stop, and has heard it."""
+def send_sigterm() -> None:
+    """Send SIGTERM to this process, and wait until it has been handled."""
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(0.01)
 
@@ -47,57 +46,57 @@ def policy(tiny_policy, tmp_path_factory):
 # ---- one process
 
 
-def test_it_is_noted_and_then_raised_where_that_does_no_harm():
+def test_the_signal_is_recorded_and_raised_in_interruptible_work():
     before = signal.getsignal(signal.SIGTERM)
     with Preemption() as preemption:
         assert not preemption.reached()
-        told()
+        send_sigterm()
         assert preemption.reached()
         with pytest.raises(Preempted), preemption.interruptible():
-            raise AssertionError("this was not to be reached")
+            raise AssertionError("the block must not run")
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_what_is_interruptible_is_left_at_once():
+def test_interruptible_work_ends_at_once():
     with Preemption() as preemption:
         began = time.monotonic()
         with pytest.raises(Preempted) as e, preemption.interruptible():
-            threading.Timer(0.1, told).start()
+            threading.Timer(0.1, send_sigterm).start()
             time.sleep(60)
         assert time.monotonic() - began < 5 and e.value.code == exit_code(e.value) == PREEMPTED == 42
         assert preemption.reached()
 
 
-def test_the_inner_one_hears():
+def test_the_innermost_context_receives_the_signal():
     with Preemption() as outer, outer.interruptible():
         with Preemption() as inner:
-            told()
+            send_sigterm()
             assert inner.reached()
         assert not outer.reached()
         with pytest.raises(Preempted):
-            told()
+            send_sigterm()
 
 
-def test_elsewhere_than_in_the_main_thread_it_does_nothing():
-    heard = []
+def test_a_context_in_another_thread_does_nothing():
+    reached = []
 
     def work():
         with Preemption() as preemption:
-            heard.append(preemption.reached())
+            reached.append(preemption.reached())
 
     thread = threading.Thread(target=work)
     thread.start()
     thread.join()
-    assert heard == [False]
+    assert reached == [False]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("hold", "least", "most"), [(0.0, 1.0, 8.0), (4.0, 4.0, 12.0)])
-def test_a_main_thread_that_does_not_come_back_is_not_waited_for(hold, least, most):
-    """As in a compilation: the interpreter does not run a handler. But a save that is under way is not cut off."""
+def test_the_process_ends_after_the_grace_period(hold, least, most):
+    """The main thread runs no signal handler, as in a compilation. A save in progress is not cut off."""
     code = f"""
         import ctypes, time
-        from rmr1_jax.preemption import Preemption
+        from rmr1_jax.distributed.preemption import Preemption
         with Preemption() as preemption:
             until = time.monotonic() + {hold}
             preemption.hold = lambda: time.monotonic() < until
@@ -114,12 +113,12 @@ def test_a_main_thread_that_does_not_come_back_is_not_waited_for(hold, least, mo
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=60)
     assert process.returncode == PREEMPTED and least <= time.monotonic() - began < most
-    assert "SIGTERM: saving and stopping" in said and "not at a place to save within 1 s" in said
+    assert "SIGTERM: saving and stopping" in said and "cannot save within 1 s" in said
 
 
 def test_the_command_ends_with_42(monkeypatch, capsys):
     def run(self):
-        told()
+        send_sigterm()
         raise AssertionError("it went on")
 
     monkeypatch.setattr(cli.Report, "run", run)
@@ -131,7 +130,7 @@ def test_the_command_ends_with_42(monkeypatch, capsys):
 
 
 def at_step(monkeypatch, number: int, then) -> None:
-    """Calls `then` when the metrics of a step have been written."""
+    """Call `then` when the metrics of a step have been written."""
     write = MetricsLog.write
 
     def write_and(self, metrics):
@@ -144,14 +143,14 @@ def at_step(monkeypatch, number: int, then) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["sft", "grpo"])
-def test_a_run_that_is_told_to_stop_saves_and_goes_on_bitwise(stage, policy, tmp_path, monkeypatch):
-    """At the end of a step; and for GRPO in a rollout too, which is then made again."""
+def test_a_run_saves_on_sigterm_and_resumes_bitwise(stage, policy, tmp_path, monkeypatch):
+    """At the end of a step, and for GRPO also inside a rollout, which is then repeated."""
     make = small_sft if stage == "sft" else small_grpo
     length = {"sft": {"max_steps": 6}, "grpo": {"steps": 4}}[stage]
     whole, hurt = (make(out=str(tmp_path / name), save_every=100, **length) for name in ("whole", "hurt"))
     expected = run(stage, whole, policy)
     with monkeypatch.context() as patched:
-        at_step(patched, 1, told)
+        at_step(patched, 1, send_sigterm)
         with pytest.raises(Preempted):
             run(stage, hurt, policy)
     assert steps_of(tmp_path / "hurt" / "checkpoints") == [2] and len(read_metrics(hurt.out)) == 2
@@ -161,7 +160,7 @@ def test_a_run_that_is_told_to_stop_saves_and_goes_on_bitwise(stage, policy, tmp
         def reward(text, prompt):
             asked.append(text)
             if len(asked) == 19:  # of 16 for each step: in the second rollout from here on
-                told()
+                send_sigterm()
             return vowels(text, prompt)
 
         with monkeypatch.context() as patched, pytest.raises(Preempted):
@@ -175,7 +174,7 @@ def test_a_run_that_is_told_to_stop_saves_and_goes_on_bitwise(stage, policy, tmp
 
 @pytest.mark.slow
 def test_updates_that_are_not_finite_are_skipped_and_counted(policy, tmp_path, monkeypatch, capsys):
-    """The weights are those of the steps without them, and what is known of the batch is in a file."""
+    """The weights are those of the other steps, and a file describes the batch."""
     places = to_micro_batches
 
     def poisoned(batch, *rest):
@@ -202,7 +201,7 @@ def test_updates_that_are_not_finite_are_skipped_and_counted(policy, tmp_path, m
 
 @pytest.mark.slow
 def test_one_of_several_updates_is_skipped(policy, tmp_path, monkeypatch):
-    """GRPO: the metrics are of the other; the step is counted, so that what goes on from it is at the right place."""
+    """GRPO: the metrics are those of the other update, and the step counts, so that a resumed run is in place."""
     check, numbers = check_finite, iter(range(100))
 
     def second_is_bad(row, *rest, **named):
@@ -218,7 +217,7 @@ def test_one_of_several_updates_is_skipped(policy, tmp_path, monkeypatch):
     assert steps_of(tmp_path / "checkpoints") == [2, 4]
 
 
-def test_a_collapse_is_said_once(capsys):
+def test_a_collapse_is_reported_once(capsys):
     watch = health.CollapseWatch()
     fine = {"reward": 0.1, "verdict_a": 0.4, "truncated": 0.2}
     for step, row in enumerate([fine, *[fine | {"reward": -1.0}] * 9, fine, *[fine | {"verdict_a": 0.0}] * 4, fine]):
@@ -234,10 +233,10 @@ def test_a_collapse_is_said_once(capsys):
 
 TWO = """
     import os, sys, time
-    from rmr1_jax.preemption import Preempted, Preemption
-    from rmr1_jax.processes import any_of, together
+    from rmr1_jax.distributed.join import join_processes
+    from rmr1_jax.distributed.preemption import Preempted, Preemption
     import jax
-    with together(), Preemption() as preemption:
+    with join_processes(), Preemption() as preemption:
         for step in range(10_000):
             if preemption.reached():
                 print("agreed at", step, flush=True)
@@ -259,7 +258,7 @@ def until_ready(processes) -> None:
 
 
 @pytest.mark.slow
-def test_one_of_two_processes_is_told_and_both_agree_where_to_stop():
+def test_one_of_two_processes_gets_sigterm_and_both_stop_at_the_same_step():
     both = two(TWO)
     until_ready(both)
     both[1].send_signal(signal.SIGTERM)
@@ -280,12 +279,12 @@ def test_a_process_that_is_lost_is_named_by_the_other(victim):
     assert both[1 - victim].returncode in (PREEMPTED, -signal.SIGABRT), said
     if victim == 1:
         assert "error: process 1 of 2 on " in said and "goes on from its last checkpoint" in said
-    else:  # the notes are on the first process: JAX itself ends the others with it, and says so
+    else:  # process 0 holds the store: JAX itself ends the others with it, with this error
         assert "error: process 0 of 2 on " in said or "the leader task was preempted/died" in said
 
 
 class Store:
-    """JAX's key-value store, for processes of one test."""
+    """A stand-in for the client of JAX's key-value store."""
 
     def __init__(self):
         self.values = {}
@@ -297,31 +296,34 @@ class Store:
         return [(k, v) for k, v in self.values.items() if k.startswith(place)]
 
 
-def pulse_that_stops(store, monkeypatch, timeout) -> tuple[list, Pulse]:
+def start_heartbeat(store, monkeypatch, timeout) -> tuple[list, Heartbeat]:
     stops = []
-    pulse = Pulse(store, index=0, count=2, host="here", timeout=timeout)
-    monkeypatch.setattr(pulse, "_give_up", lambda *what: (stops.append(what), pulse._ended.set()))
-    pulse.start()
-    return stops, pulse
+    heartbeat = Heartbeat(store, index=0, count=2, host="here", timeout=timeout)
+    monkeypatch.setattr(heartbeat, "_exit", lambda *given: (stops.append(given), heartbeat._ended.set()))
+    heartbeat.start()
+    return stops, heartbeat
 
 
 @pytest.mark.slow
-def test_a_process_that_failed_takes_the_others_with_it_and_one_that_is_done_does_not(monkeypatch):
-    for code, expected in (("2", "process 1 of 2 on there ended with exit code 2; this one ends too"), ("0", None)):
+def test_a_failed_process_ends_the_others_and_a_finished_one_does_not(monkeypatch):
+    for code, expected in (
+        ("2", "process 1 of 2 on host-b ended with exit code 2; this process ends too"),
+        ("0", None),
+    ):
         store = Store()
-        store.values |= {"rmr1/sign/1": "5 there", "rmr1/end/1": code}
-        stops, pulse = pulse_that_stops(store, monkeypatch, timeout=1)
-        pulse.join(6)
+        store.values |= {"rmr1/heartbeat/1": "5 host-b", "rmr1/exit_code/1": code}
+        stops, heartbeat = start_heartbeat(store, monkeypatch, timeout=1)
+        heartbeat.join(6)
         assert [message for message, _ in stops] == ([expected] if expected else [])
-        pulse.end(0)
-    assert store.values["rmr1/end/0"] == "0"
+        heartbeat.end(0)
+    assert store.values["rmr1/exit_code/0"] == "0"
 
 
-def test_errors_have_their_codes():
+def test_exit_codes():
     assert [exit_code(e) for e in (RunError(""), KeyboardInterrupt(), SystemExit(7), Preempted())] == [1, 130, 7, 42]
 
 
-# ---- all of it, a little of each
+# ---- the chaos script, a few faults of each kind
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Several processes: they find each other or say who is missing, and two of four devices do what one of eight does."""
+"""Several processes: start-up, errors that name the missing, and equality of two processes with one."""
 
 import functools
 import json
@@ -20,7 +20,7 @@ from training import assert_same, metrics_but_timings, small_grpo, small_sft
 
 from rmr1_jax.config import dump_config
 from rmr1_jax.distributed.exchange import all_shares, first, gather, own_share, wait
-from rmr1_jax.distributed.join import Place, find_place, roll_call
+from rmr1_jax.distributed.join import ProcessInfo, check_attendance, process_info
 from rmr1_jax.distributed.mesh import MeshConfig, make_mesh
 from rmr1_jax.errors import InputError, RunError
 from rmr1_jax.policy import load
@@ -54,90 +54,92 @@ def run_in_two(stage: str, model: Path, config) -> None:
     assert [process.returncode for process in both] == [0, 0], "\n".join(said)
 
 
-# ---- who is there
+# ---- attendance
 
 
-def call_the_roll(*callers: tuple[int, int], port: int, timeout: float) -> list[str]:
-    """The roll call of processes (number, of how many), each in a thread: "there", or what it raises."""
+def attendance(*callers: tuple[int, int], port: int, timeout: float) -> list[str]:
+    """The attendance check of processes (index, count), each in a thread: "present", or the message that it raises."""
 
     def call(index: int, count: int) -> str:
         try:
-            roll_call(f"127.0.0.1:{port}", count, index, timeout)
+            check_attendance(f"127.0.0.1:{port}", count, index, timeout)
         except RunError as e:
             return str(e)
-        return "there"
+        return "present"
 
     with ThreadPoolExecutor(len(callers)) as pool:
         return list(pool.map(lambda caller: call(*caller), callers))
 
 
-def test_all_are_there_and_the_port_is_free_again():
+def test_all_are_present_and_the_port_is_free_afterwards():
     port = free_port()
     for _ in range(3):
-        assert call_the_roll((0, 3), (1, 3), (2, 3), port=port, timeout=30) == ["there"] * 3
+        assert attendance((0, 3), (1, 3), (2, 3), port=port, timeout=30) == ["present"] * 3
 
 
-def test_strangers_at_the_port_are_not_counted():
+def test_other_programs_at_the_port_are_not_counted():
     port = free_port()
     with ThreadPoolExecutor(1) as pool:
-        others = pool.submit(call_the_roll, (0, 2), port=port, timeout=30)
+        others = pool.submit(attendance, (0, 2), port=port, timeout=30)
         for said in (b"", b"GET / HTTP/1.1\r\n\r\n", b"\xff\xfe\n", b"2 x y\n"):
-            with connect(port) as stranger:
-                stranger.sendall(said)
-        assert call_the_roll((1, 2), port=port, timeout=30) == others.result() == ["there"]
+            with connect(port) as other:
+                other.sendall(said)
+        assert attendance((1, 2), port=port, timeout=30) == others.result() == ["present"]
 
 
-def test_a_process_that_is_started_again_is_counted_once():
+def test_a_process_that_is_restarted_is_counted_once():
     port = free_port()
     with ThreadPoolExecutor(1) as pool:
-        first_one = pool.submit(call_the_roll, (0, 3), port=port, timeout=30)
+        first_one = pool.submit(attendance, (0, 3), port=port, timeout=30)
         with connect(port) as died:
             died.sendall(b"3 1 elsewhere\n")
-        assert call_the_roll((2, 3), (1, 3), port=port, timeout=30) == first_one.result() * 2 == ["there"] * 2
+        assert attendance((2, 3), (1, 3), port=port, timeout=30) == first_one.result() * 2 == ["present"] * 2
 
 
 def connect(port: int) -> socket.socket:
-    """A connection to a port that is about to be there."""
+    """A connection to a port on which somebody is about to listen."""
     for _ in range(100):
         with suppress(ConnectionRefusedError):
             return socket.create_connection(("127.0.0.1", port))
         time.sleep(0.05)
-    raise AssertionError("nobody listens")
+    raise AssertionError("nobody listens on the port")
 
 
-def test_those_who_are_missing_are_named_everywhere_in_time():
+def test_every_process_names_the_missing_ones_in_time():
     began = time.monotonic()
-    said = call_the_roll((0, 5), (1, 5), (4, 5), port=free_port(), timeout=1)
+    said = attendance((0, 5), (1, 5), (4, 5), port=free_port(), timeout=1)
     present = ", ".join(f"{i} on {socket.gethostname()}" for i in (0, 1, 4))
     missing = f"processes 2, 3 of 5 did not appear within 1 s (present: {present}); start every process, on every host"
     assert said == [missing] * 3
     assert time.monotonic() - began < 5
 
 
-def test_a_missing_first_process_is_named():
+def test_a_missing_process_0_is_named():
     port = free_port()
-    (said,) = call_the_roll((1, 2), port=port, timeout=0.5)
-    assert re.match(rf"process 0, the coordinator at 127.0.0.1:{port}, was not there within 0.5 s", said)
+    (said,) = attendance((1, 2), port=port, timeout=0.5)
+    assert re.match(
+        rf"process 0, the coordinator at 127.0.0.1:{port}, did not appear within 0.5 s, reports process 1 of 2", said
+    )
 
 
 @pytest.mark.parametrize(
     ("callers", "message"),
     [
-        ([(0, 3), (1, 3), (1, 3)], "process 1 is there twice, on {here} and on {here}"),
-        ([(0, 3), (1, 4)], "process 1 on {here} was told of 4 processes, process 0 of 3"),
+        ([(0, 3), (1, 3), (1, 3)], "process 1 was started twice, on {here} and on {here}"),
+        ([(0, 3), (1, 4)], "process 1 on {here} expects 4 processes, process 0 expects 3"),
     ],
 )
 def test_processes_that_contradict_each_other(callers, message):
-    said = call_the_roll(*callers, port=free_port(), timeout=30)
+    said = attendance(*callers, port=free_port(), timeout=30)
     assert set(said) == {message.format(here=socket.gethostname())}
 
 
 @pytest.mark.slow
-def test_the_command_says_who_is_missing(tmp_path):
+def test_the_command_names_the_missing_process(tmp_path):
     (tmp_path / "c.yaml").write_text(f"out: {tmp_path}/run\n")
     port, command = free_port(), [sys.executable, "-m", "rmr1_jax", "sft", str(tmp_path / "c.yaml")]
-    there = [start(command, i, 3, port, RMR1_START_TIMEOUT="12") for i in (0, 2)]
-    for process in there:
+    present = [start(command, i, 3, port, RMR1_START_TIMEOUT="12") for i in (0, 2)]
+    for process in present:
         said, _ = process.communicate(timeout=300)
         assert process.returncode == 1
         assert re.search(r"^error: process 1 of 3 did not appear within 12 s \(present: 0 on .*, 2 on ", said, re.M), (
@@ -148,13 +150,14 @@ def test_the_command_says_who_is_missing(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("failing", ["both", "second"])
-def test_a_process_that_fails_leaves_with_its_own_code(failing):
-    """It does not wait for the others, which may wait for it in the middle of a step."""
+def test_a_process_that_fails_exits_with_its_own_code(failing):
+    """It does not wait for the others, which may be waiting for it in a collective."""
     code = f"""
 import time, jax
 from rmr1_jax.errors import InputError
-from rmr1_jax.processes import together, wait
-with together():
+from rmr1_jax.distributed.exchange import wait
+from rmr1_jax.distributed.join import join_processes
+with join_processes():
     assert jax.process_count() == 2
     wait("all")
     if {failing == "both"} or jax.process_index() == 1:
@@ -173,7 +176,7 @@ with together():
         both[0].communicate()
 
 
-# ---- what the environment says
+# ---- the environment
 
 SLURM = {
     "SLURM_JOB_ID": "77",
@@ -182,27 +185,27 @@ SLURM = {
     "SLURM_PROCID": "1",
     "SLURM_LOCALID": "0",
 }
-TOLD = {"RMR1_COORDINATOR": "h:1234", "RMR1_PROCESSES": "4", "RMR1_PROCESS": "3"}
+VARIABLES = {"RMR1_COORDINATOR": "h:1234", "RMR1_PROCESSES": "4", "RMR1_PROCESS": "3"}
 
 
 @pytest.mark.parametrize(
-    ("environ", "place"),
+    ("environ", "info"),
     [
         ({}, None),
-        (TOLD, Place("h:1234", 4, 3)),
-        (TOLD | SLURM, Place("h:1234", 4, 3)),
+        (VARIABLES, ProcessInfo("h:1234", 4, 3)),
+        (VARIABLES | SLURM, ProcessInfo("h:1234", 4, 3)),
         ({"RMR1_PROCESSES": "1"} | SLURM, None),
-        (SLURM, Place(f"node3:{77 + 65536 - 4096}", 2, 1, [0])),
-        (SLURM | {"JAX_COORDINATOR_PORT": "99"}, Place("node3:99", 2, 1, [0])),
+        (SLURM, ProcessInfo(f"node3:{77 + 65536 - 4096}", 2, 1, [0])),
+        (SLURM | {"JAX_COORDINATOR_PORT": "99"}, ProcessInfo("node3:99", 2, 1, [0])),
         (SLURM | {"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, None),
     ],
 )
-def test_the_place_of_a_process(environ, place, monkeypatch):
-    for name in {*SLURM, *TOLD}:
+def test_process_info(environ, info, monkeypatch):
+    for name in {*SLURM, *VARIABLES}:
         monkeypatch.delenv(name, raising=False)
     for name, value in environ.items():
         monkeypatch.setenv(name, value)
-    assert find_place(os.environ, 1) == place
+    assert process_info(os.environ, 1) == info
 
 
 @pytest.mark.parametrize(
@@ -215,32 +218,32 @@ def test_the_place_of_a_process(environ, place, monkeypatch):
         ({"RMR1_COORDINATOR": "h"}, "RMR1_COORDINATOR='h' must be host:port"),
     ],
 )
-def test_an_environment_that_cannot_be(wrong, message):
+def test_wrong_variables(wrong, message):
     with pytest.raises(InputError, match=message):
-        find_place(TOLD | wrong, 1)
+        process_info(VARIABLES | wrong, 1)
 
 
-@pytest.mark.parametrize("missing", TOLD)
-def test_an_environment_that_says_half(missing):
+@pytest.mark.parametrize("missing", VARIABLES)
+def test_missing_variables(missing):
     with pytest.raises(InputError, match=f"{missing} must be set as well"):
-        find_place({k: v for k, v in TOLD.items() if k != missing}, 1)
+        process_info({k: v for k, v in VARIABLES.items() if k != missing}, 1)
 
 
-def test_metadata_that_do_not_answer_are_no_sign_of_one_process(monkeypatch):
+def test_an_unreachable_metadata_server_is_an_error(monkeypatch):
     def is_env_present():
         raise OSError("no route")
 
     monkeypatch.setattr("jax._src.clusters.GceTpuCluster.is_env_present", is_env_present)
-    with pytest.raises(InputError, match=r"no route.*set RMR1_PROCESSES=1 where this is the only one"):
-        find_place({}, 1)
+    with pytest.raises(InputError, match=r"no route.*set RMR1_PROCESSES=1 if this is the only process"):
+        process_info({}, 1)
 
 
-def test_one_process_has_everything_and_waits_for_nobody():
+def test_functions_of_one_process():
     assert all_shares(own_share("abcde")) == list("abcde") and gather(7) == [7] and first()
-    wait("anybody")
+    wait("a barrier")
 
 
-# ---- two of four devices do what one of eight does
+# ---- two processes of four devices equal one of eight
 
 
 @pytest.fixture(scope="module")
@@ -260,14 +263,14 @@ def config(model):
 
 @pytest.fixture(scope="module")
 def in_one(model, config):
-    """stage -> (trained policy, what was seen) of the run in one process with eight devices; each is made once."""
+    """stage -> (trained policy, rollouts) of the run in one process with eight devices, cached."""
     return functools.cache(
         lambda stage: run_stage(stage, config(stage, f"{stage}-in-one"), load(model, "float32", make_mesh(MESH)))
     )
 
 
 def assert_same_run(ours: str, theirs: str) -> None:
-    """Metrics of every step, but for what is measured in time, and how busy a sampler was."""
+    """Compare the metrics of every step, except times and the occupancy of the sampler."""
     rows, expected = (
         [{k: v for k, v in row.items() if k != "occupancy"} for row in metrics_but_timings(out)]
         for out in (ours, theirs)
@@ -279,15 +282,15 @@ def assert_same_run(ours: str, theirs: str) -> None:
 
 
 def copy_half(run: str, to: str) -> None:
-    """A run as it was before its last checkpoint."""
+    """Copy a run without its last checkpoint."""
     shutil.copytree(run, to)
     shutil.rmtree(max(Path(to, "checkpoints").iterdir(), key=lambda p: int(p.name)))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", CONFIGS)
-def test_two_processes_do_what_one_does(model, config, in_one, stage):
-    """Data order, samples, losses, weights, and what is written; then one process goes on from their checkpoint."""
+def test_two_processes_equal_one(model, config, in_one, stage):
+    """Data order, samples, losses, weights and files are equal; then one process resumes from their checkpoint."""
     one, two, after = (config(stage, f"{stage}-in-{x}") for x in ("one", "two", "one-after-two"))
     trained, seen = in_one(stage)
     run_in_two(stage, model, two)
@@ -305,7 +308,7 @@ def test_two_processes_do_what_one_does(model, config, in_one, stage):
 
 
 @pytest.mark.slow
-def test_two_processes_go_on_from_the_checkpoint_of_one(model, config, in_one):
+def test_two_processes_resume_from_the_checkpoint_of_one(model, config, in_one):
     trained, _ = in_one("sft")
     one, after = (config("sft", f"sft-in-{x}") for x in ("one", "two-after-one"))
     copy_half(one.out, after.out)

@@ -99,7 +99,7 @@ def test_what_the_hub_is_asked_for(asked):
 
 def test_what_is_refused(asked, tmp_path):
     for source in ("data/pairs.jsonl", "a/b/c", str(tmp_path / "none")):
-        with pytest.raises(InputError, match="is no file or folder and no hub id"):
+        with pytest.raises(InputError, match="is neither a file or folder nor a hub id"):
             locate(source)
     with pytest.raises(InputError, match="names revision 'v1', and revision='v2' is given"):
         locate("o/n@v1", "v2")
@@ -111,7 +111,7 @@ def test_what_is_refused(asked, tmp_path):
 def test_a_model_is_a_directory(tmp_path):
     (tmp_path / "file").write_text("x")
     for model in (tmp_path / "file", "no_such_model", "runs/no/model"):
-        with pytest.raises(InputError, match="is no directory and no hub id"):
+        with pytest.raises(InputError, match="is neither a directory nor a hub id"):
             load(model)
 
 
@@ -125,7 +125,7 @@ def test_whatever_the_hub_says_is_the_user_s_to_mend(monkeypatch, error):
         locate("o/n", "v9")
     message = str(caught.value)
     assert message.startswith(
-        "dataset 'o/n' is no local file or folder, and the hub did not give it at revision 'v9': "
+        "dataset 'o/n' is not a local file or folder, and cannot be downloaded at revision 'v9': "
     )
     assert str(error) in message and "hf download o/n --repo-type dataset" in message
 
@@ -137,7 +137,7 @@ def test_without_a_network_the_cache_answers(cache):
     assert [pair.id for pair in read_pairs(locate("o/n@v1/data/train.jsonl"))] == ["1"]
     assert commit_of(locate("o/n@v1/data/train.jsonl")) == COMMIT  # a link to a blob, whose own place has no commit
     for source in ("o/other", "o/n@v2"):
-        with pytest.raises(InputError, match="the hub did not give it"):
+        with pytest.raises(InputError, match=r"is not a local .*, and cannot be downloaded"):
             locate(source)
-    with pytest.raises(InputError, match="model 'o/n' is no local directory, and the hub did not give it"):
+    with pytest.raises(InputError, match="model 'o/n' is not a local directory, and cannot be downloaded"):
         load("o/n")

@@ -173,7 +173,7 @@ def test_settings_of_a_run_without_rows_do_not_bind(tmp_path):
 def test_a_file_of_someone_else_is_not_touched(tmp_path):
     output = tmp_path / "notes.txt"
     output.write_text("my notes, without a line break")
-    with pytest.raises(InputError, match=r"notes\.txt is there, but not notes\.txt\.run\.json beside it"):
+    with pytest.raises(InputError, match=r"notes\.txt exists, but not notes\.txt\.run\.json beside it"):
         judge_pairs(output)
     assert output.read_text() == "my notes, without a line break"
     assert os.listdir(tmp_path) == ["notes.txt"]

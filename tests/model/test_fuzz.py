@@ -183,8 +183,8 @@ def test_the_largest_numbers_that_are_taken_can_be_computed_with():
         (b"[" * 10**6, "nested too deep"),
         (b'{"x": ' * 10**5, "nested too deep"),
         (b'{"vocab_size": ' + b"9" * 10**5 + b"}", "digits"),
-        (b'{"vocab_size": 32, "vocab_size": 64}', "the key 'vocab_size' stands twice"),
-        (b'{"x": {"y": 1, "y": 1}}', "the key 'y' stands twice"),
+        (b'{"vocab_size": 32, "vocab_size": 64}', "the key 'vocab_size' is repeated"),
+        (b'{"x": {"y": 1, "y": 1}}', "the key 'y' is repeated"),
         (b"{}" + b" " * 2**20, "expected at most 1048576"),
         (b"\xff\xfe{}", "not UTF-8 at byte 0"),
         (b"NaN", "expected a JSON object, got float"),
@@ -247,7 +247,7 @@ def test_no_file_of_a_model_leads_out_of_it(export, name, kind):
     spoil(export / name, kind)
     text = error_of(read_config, export) if name == "config.json" else error_of(load_params, export, module_for(config))
     assert str(export / name) in text
-    wording = {"directory": "no regular file", "pipe": "no regular file", "loop": "cannot be looked up"}
+    wording = {"directory": "not a regular file", "pipe": "not a regular file", "loop": "cannot be looked up"}
     assert wording.get(kind, "is a link out of its directory") in text
 
 

@@ -14,7 +14,7 @@ from mutate import mutate_bytes, mutate_json, mutate_value
 from rmr1_jax.errors import InputError
 from rmr1_jax.eval.evaluate import load, score_logs
 from rmr1_jax.eval.logs import FLAG, read_judgements
-from rmr1_jax.files.append import take_up
+from rmr1_jax.files.append import resume_rows
 from rmr1_jax.pairs.read import read_pairs
 from rmr1_jax.pairs.rows import ReadReport
 from rmr1_jax.pairs.training_sets import read_published
@@ -198,10 +198,10 @@ def test_a_key_that_stands_twice_is_a_bad_row(tmp_path):
     path = tmp_path / "rows.jsonl"
     row = json.dumps(FORMATS["answers"](0))
     path.write_text(f'{row}\n{row[:-1]}, "better": "B"}}\n')
-    with pytest.raises(InputError, match=r"rows\.jsonl:2:1: .*the key 'better' stands twice"):
+    with pytest.raises(InputError, match=r"rows\.jsonl:2:1: .*the key 'better' is repeated"):
         list(read_pairs(path))
     path.write_text(f'[{row}, {{"id": {{"x": 1, "x": 2}}}}]')
-    with pytest.raises(InputError, match="the key 'x' stands twice"):
+    with pytest.raises(InputError, match="the key 'x' is repeated"):
         list(read_pairs(path))
 
 
@@ -340,7 +340,7 @@ def test_damaged_files_that_are_gone_on_with(tmp_path):
         path.write_bytes(content)
         side.write_bytes(told)
         try:
-            found = take_up(path, settings, lambda row: (row["id"], row["status"]), command="rmr1 judge")
+            found = resume_rows(path, settings, lambda row: (row["id"], row["status"]), command="rmr1 judge")
         except InputError as error:
             assert str(path) in str(error) and path.read_bytes() == content
             outcomes.append("refused")

@@ -1,4 +1,4 @@
-"""Several processes on this machine, each with four virtual devices."""
+"""Starts several processes of a run on this machine, each with four virtual devices."""
 
 import os
 import socket
@@ -12,7 +12,7 @@ def free_port() -> int:
 
 
 def start(command: list[str], index: int, count: int, port: int, **environ: str) -> subprocess.Popen:
-    """One process of `count`, with four devices."""
+    """Start one process of `count`, with four devices."""
     place = {"RMR1_COORDINATOR": f"127.0.0.1:{port}", "RMR1_PROCESSES": str(count), "RMR1_PROCESS": str(index)}
     flags = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
     environ = os.environ | {"XLA_FLAGS": flags} | place | environ

@@ -1,5 +1,5 @@
-"""One of several processes of a run: `python process_worker.py STAGE MODEL CONFIG.yaml`, with its place in the
-environment. Each process leaves what it saw of the rollouts beside the run, as seen-<its number>.json."""
+"""One of several processes of a run: `python process_worker.py STAGE MODEL CONFIG.yaml`, with RMR1_PROCESS and the like
+in the environment. Each process writes the rollouts that it saw beside the run, as seen-<its number>.json."""
 
 import json
 import sys
@@ -13,7 +13,7 @@ from training import small_examples, small_prompts, vowels
 from rmr1_jax.config import load_config
 from rmr1_jax.distributed import exchange
 from rmr1_jax.distributed.exchange import all_shares, gather, own_share
-from rmr1_jax.distributed.join import together
+from rmr1_jax.distributed.join import join_processes
 from rmr1_jax.distributed.mesh import MeshConfig, local_mesh, make_mesh, own_rows, place_rows, sampling_mesh
 from rmr1_jax.errors import InputError
 from rmr1_jax.policy import load
@@ -23,7 +23,7 @@ from rmr1_jax.train.sft import sft
 
 
 def run_stage(stage: str, config, policy):
-    """The stage on small data; the trained policy, and for GRPO (id, tokens, rewards) of every group of every step."""
+    """Run a stage on small data. Returns the policy, and for GRPO (id, tokens, rewards) of each group of each step."""
     if stage == "sft":
         return sft(config, policy=policy, examples=small_examples(policy)), []
     seen = []
@@ -35,9 +35,9 @@ def run_stage(stage: str, config, policy):
     return trained, seen
 
 
-def check_the_parts() -> None:
-    """What each process holds of a batch, on meshes where processes have rows of their own and where they share them;
-    and what they tell each other."""
+def check_rows_and_exchange() -> None:
+    """Check the rows that each process holds, on meshes where processes own rows and where they share them, and the
+    exchange of values."""
     whole = np.arange(24.0).reshape(8, 3)
     for sizes, rows in (({"replica": 2}, 4), ({"tensor": 2}, 4), ({"tensor": 8}, 8), ({"tensor": 4, "replica": 2}, 4)):
         mesh = make_mesh(MeshConfig(**sizes))
@@ -59,10 +59,10 @@ def check_the_parts() -> None:
 
 
 def main(stage: str, model: str, path: str) -> None:
-    with together():
+    with join_processes():
         config = load_config({"sft": SftConfig, "grpo": GrpoConfig}[stage], path)
         assert (jax.process_count(), jax.local_device_count(), jax.device_count()) == (2, 4, 8)
-        check_the_parts()
+        check_rows_and_exchange()
         policy = load(model, "float32", make_mesh(config.mesh), master_dtype="float32")
         _, seen = run_stage(stage, config, policy)
         file = Path(config.out).with_name(f"{Path(config.out).name}-seen-{jax.process_index()}.json")

@@ -1,14 +1,13 @@
 """FLOPs by formula against a count of weights and of pairs, and the share of a known peak."""
 
 import dataclasses
-from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 from policies import shapes_of
 
-from rmr1_jax.distributed.chips import peak_flops
+from rmr1_jax.distributed.chips import Chip
 from rmr1_jax.distributed.mesh import make_mesh
 from rmr1_jax.train.metrics import forward_flops, mfu, throughput, train_flops
 
@@ -29,28 +28,11 @@ def test_flops_are_two_for_each_weight_and_token_and_four_for_each_number_of_a_p
     assert train_flops(config, []) == 0
 
 
-@pytest.mark.parametrize(
-    ("kind", "peak"),
-    [
-        ("TPU v4", 275e12),
-        ("TPU v5 lite", 197e12),
-        ("TPU v5", 459e12),
-        ("TPU v5p", 459e12),
-        ("TPU v6 lite", 918e12),
-        ("NVIDIA H100 80GB HBM3", 989e12),
-        ("NVIDIA H200", 989e12),
-        ("NVIDIA A100-SXM4-40GB", 312e12),
-        ("TPU v9", None),
-        ("cpu", None),
-    ],
-)
-def test_peaks(kind, peak):
-    assert peak_flops(SimpleNamespace(device_kind=kind)) == peak
-
-
 def test_the_metrics_of_a_step(monkeypatch):
     mesh = make_mesh()
     assert throughput(600, 1.5, mesh) == {"tokens_per_second": 400, "tokens_per_second_per_device": 50}
     assert mfu(1e12, 2.0, mesh) == {}  # a CPU's peak is not known
-    monkeypatch.setattr("rmr1_jax.train.metrics.peak_flops", lambda device: 2e11 if device is jax.devices()[0] else 0)
+    monkeypatch.setattr(
+        "rmr1_jax.train.metrics.chip_of", lambda device: Chip(2e11) if device is jax.devices()[0] else None
+    )
     assert mfu(1e12, 2.0, mesh) == {"mfu": pytest.approx(1 / (2 * 8 * 0.2))}

@@ -31,7 +31,7 @@ from rmr1_jax.data.chains.correction import correction
 from rmr1_jax.data.chains.ledger import Attempt, Ledger, PairAttempts, Turn, attempt_row, make_ledger, read_attempt
 from rmr1_jax.endpoint import Answer, Request
 from rmr1_jax.errors import InputError, RunError
-from rmr1_jax.files.append import alone, append_rows, files_digest, take_up
+from rmr1_jax.files.append import append_rows, files_digest, lock_for_writing, resume_rows
 from rmr1_jax.files.write import write_whole, writing
 from rmr1_jax.pairs.pair import PreferencePair, render_pair
 from rmr1_jax.pairs.read import read_pairs
@@ -94,8 +94,8 @@ def make_chains(
             raise ValueError(f"there is no pair {name!r}")
         by_id[name].add(attempt)
 
-    with alone(answers):
-        take_up(answers, _settings(config, prompt, teacher, second), restore, command="rmr1 data chains")
+    with lock_for_writing(answers):
+        resume_rows(answers, _settings(config, prompt, teacher, second), restore, command="rmr1 data chains")
         budget = _Budget(config, by_id.values())
         unanswered: dict[str, str] = {}
         try:

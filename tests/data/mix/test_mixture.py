@@ -390,7 +390,7 @@ def test_invalid_configs_are_refused(tmp_path, change, message):
 
 def test_an_absent_benchmark_is_refused(tmp_path):
     tree = simple(tmp_path, [own(0)]) | {"overlap": {"benchmarks": [str(tmp_path / "none")]}}
-    assert "is no file or folder and no hub id" in error_of(made, tree, tmp_path)
+    assert "is neither a file or folder nor a hub id" in error_of(made, tree, tmp_path)
 
 
 def test_a_benchmark_is_refused_as_a_source(tmp_path):
