@@ -53,8 +53,7 @@ class JudgePairs:
         from rmr1_jax.prompts.cor import get_prompt
 
         prompt = get_prompt(self.prompt)
-        on_bad_row = "error" if self.rejects is None else "quarantine"
-        reading = {"seed": self.seed, "on_bad_row": on_bad_row, "rejects": self.rejects}
+        reading = {"seed": self.seed, "rejects": self.rejects}
         report = ReadReport()
         # All rows are read once before the model is: a bad one shows now, not after hours.
         total = sum(1 for _ in read_pairs(self.input, report=report, **reading))

@@ -75,7 +75,7 @@ def read_source(
     """Read rendered rows from `paths`, or with a prompt the pairs of its only path.
 
     Args:
-        seed: decides the order of A and B of pairs that fix none. reading: on_bad_row, rejects, report of `keep_good`.
+        seed: decides the order of A and B of pairs that fix none. reading: rejects, report of `parse_rows`.
     """
     if prompt is None:
         return read_published(paths, **reading)

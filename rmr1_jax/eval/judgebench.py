@@ -18,7 +18,7 @@ from rmr1_jax.errors import InputError
 from rmr1_jax.eval.logs import OURS, ArrayFiles, Judged, extras, log_files, with_meta, with_ours
 from rmr1_jax.judge.judgement import count_votes, settle
 from rmr1_jax.pairs.pair import PreferencePair
-from rmr1_jax.pairs.rows import Row, describe, keep_good, read_rows
+from rmr1_jax.pairs.rows import Row, describe, parse_rows, read_rows
 from rmr1_jax.prompts.trace import parse_trace
 
 NAME = "judgebench"
@@ -46,8 +46,8 @@ def load(path: Path) -> Iterator[PreferencePair]:
     """The pairs, answer A shown in A."""
     # A folder may hold other files beside the data; a row that has some of the fields is a bad one, not another.
     fields = {"pair_id", "label", "response_A", "response_B"}
-    rows = (row for row in read_rows(path) if not isinstance(row, Row) or fields & set(row.value))
-    for number, pair in enumerate(keep_good(rows, lambda row: [_pair(row)])):
+    pairs = parse_rows(read_rows(path), lambda row: [_pair(row)] if fields & set(row.value) else [])
+    for number, pair in enumerate(pairs):
         yield with_meta(pair, number=number)
 
 

@@ -30,7 +30,7 @@ from rmr1_jax.eval.logs import (
     shown_text,
     with_meta,
 )
-from rmr1_jax.pairs.benchmarks import LegacyFlags
+from rmr1_jax.pairs.order import LegacyFlags
 from rmr1_jax.pairs.pair import PreferencePair
 from rmr1_jax.pairs.read import read_pairs
 from rmr1_jax.pairs.rows import Row, source_files

@@ -10,6 +10,7 @@ Next: `model/config.py`, `model/tensor_files.py` and `model/tokenizer.py`, which
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,23 @@ def own_file(path: Path, root: Path | None = None, *, most: int = MAX_BYTES) -> 
     if size > most:
         raise InputError(f"{path}: has {size} bytes, expected at most {most}")
     return path
+
+
+def wrong_download(path: Path) -> str | None:
+    """Describe a file that a download left in place of the data: a Git LFS pointer or an HTML page; None for others."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            head = file.read(512)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+    if head.startswith(b"version https://git-lfs"):
+        named = re.search(rb"^size (\d+)", head, re.MULTILINE)
+        expected = f"the {int(named[1])} bytes" if named else "the file"
+        return f"this is a Git LFS pointer of {size} bytes, not {expected} that it stands for (run git lfs pull)"
+    if re.match(rb"\s*<(!doctype|html|\?xml)", head, re.IGNORECASE):
+        return f"this is an HTML page of {size} bytes (a failed download saved under this name)"
+    return None
 
 
 def read_object(path: Path, *, most: int = 2**20) -> dict[str, Any]:

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rmr1_jax.errors import InputError
-from rmr1_jax.files.untrusted import own_file, parse_json, read_object
+from rmr1_jax.files.untrusted import own_file, parse_json, read_object, wrong_download
 
 DTYPES = {"F32": jnp.dtype(jnp.float32), "BF16": jnp.dtype(jnp.bfloat16), "F16": jnp.dtype(jnp.float16)}
 
@@ -166,15 +166,11 @@ def _read_index(index: Path) -> dict[str, str]:
 
 def _nature(path: Path) -> str:
     """What a file is that is not what its name says."""
+    if what := wrong_download(path):
+        return what
     actual = path.stat().st_size
     with path.open("rb") as file:
         head = file.read(512)
-    if head.startswith(b"version https://git-lfs"):
-        size = re.search(rb"^size (\d+)", head, re.MULTILINE)
-        expected = f"the {int(size[1])} bytes" if size else "the file"
-        return f"this is a Git LFS pointer of {actual} bytes, not {expected} that it stands for (run git lfs pull)"
-    if re.match(rb"\s*<(!doctype|html|\?xml)", head, re.IGNORECASE):
-        return f"this is an HTML page of {actual} bytes (a failed download saved under this name)"
     if head.startswith((b"PK\x03\x04", b"\x80\x02")):
         return f"this is a pickled PyTorch file of {actual} bytes, which is never read"
     length = int.from_bytes(head[:8], "little")

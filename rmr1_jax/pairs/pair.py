@@ -1,11 +1,10 @@
-"""PreferencePair: two conversations with a client, one of them better, the unit that everything else works on.
+"""Defines `PreferencePair`: two conversations with a client, one of them better. Everything else works on these.
 
-Next: `data/preferences.py`, which reads pairs; `prompts/prompt.py`, which shows them to a judge.
+Next: `pairs/read.py`, which reads pairs from files; `prompts/prompt.py`, which renders them for a judge.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
@@ -26,13 +25,13 @@ class Message(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class PreferencePair:
-    """Two conversations, each ending with the answer to be judged, and which is better ("A", "B"; None: not known).
+    """Two conversations, each ending with the answer to be judged, and the better side ("A", "B"; None: not known).
 
-    `meta` holds what the source says beside that (subset, domain, model names, ...). An empty answer is a valid loser;
+    `meta` holds the other facts of the source (subset, domain, model names, ...). An empty answer is a valid loser;
     where both answers are empty there is nothing to judge, and `meta["both_empty"]` is True.
 
-    Raises InputError where a conversation does not end with the assistant, has other roles, or `better` is another
-    value.
+    Raises:
+        InputError: a conversation does not end with the assistant or has other roles, or `better` has another value.
     """
 
     id: str
@@ -67,7 +66,7 @@ class PreferencePair:
         better: str | None = None,
         meta: Mapping[str, object] | None = None,
     ) -> PreferencePair:
-        """The single-turn pair: two answers to one question."""
+        """Make a single-turn pair: two answers to one question."""
         return cls(
             id=id,
             conversation_a=(Message("user", question), Message("assistant", response_a)),
@@ -86,21 +85,21 @@ class PreferencePair:
         chosen_in_b: bool,
         meta: Mapping[str, object] | None = None,
     ) -> PreferencePair:
-        """The pair of a chosen and a rejected conversation, with the chosen one in B or in A."""
+        """Make the pair of a chosen and a rejected conversation, with the chosen one shown as B or as A."""
         a, b = (rejected, chosen) if chosen_in_b else (chosen, rejected)
         better = "B" if chosen_in_b else "A"
         return cls(id=id, conversation_a=tuple(a), conversation_b=tuple(b), better=better, meta=meta or {})
 
     @property
     def single_turn(self) -> bool:
-        """Whether both sides are one answer to one and the same question."""
+        """Whether each side is one answer, to the same question."""
         if not len(self.conversation_a) == len(self.conversation_b) == 2:
             return False
         return self.conversation_a[0].role == "user" and self.conversation_a[0] == self.conversation_b[0]
 
     @property
     def question(self) -> str:
-        """What the client asked last before answer A (a single-turn pair's question); "" where nothing was asked."""
+        """The client's last message before answer A; "" where there is none."""
         asked = [message.content for message in self.conversation_a if message.role == "user"]
         return asked[-1] if asked else ""
 
@@ -115,7 +114,7 @@ class PreferencePair:
         return self.conversation_b[-1].content
 
     def swapped(self) -> PreferencePair:
-        """The same pair with A and B exchanged; the id stays."""
+        """Return the same pair with A and B exchanged; the id stays."""
         return replace(
             self,
             conversation_a=self.conversation_b,
@@ -124,13 +123,8 @@ class PreferencePair:
         )
 
 
-def drawn_in_b(seed: int, id: str) -> bool:
-    """Whether a pair's chosen answer is shown in B, where the source fixes no order: by seed and id alone."""
-    return bool(hashlib.sha256(f"{seed}/{id}".encode()).digest()[0] & 1)
-
-
 def render_pair(prompt: Prompt, pair: PreferencePair) -> Messages:
-    """The messages that ask for a verdict on `pair`: the single-turn frame where it fits, else the multi-turn one."""
+    """Return the messages that ask for a verdict on `pair`, in the single-turn frame where it fits."""
     if pair.single_turn:
         return prompt.render(pair.question, pair.response_a, pair.response_b)
     return prompt.render_conversations(pair.conversation_a, pair.conversation_b)

@@ -200,7 +200,7 @@ def test_judge_refuses_before_it_asks(folder, tmp_path, capsys):
     bad = tmp_path / "bad.jsonl"
     bad.write_text((folder / "pairs.jsonl").read_text() + "{oops\n")
     argv = judge_arguments(folder, "refused.jsonl", "--input", str(bad))
-    assert f"{bad}:{PAIRS + 1}:2: not JSON" in error_of(capsys, argv, 2)
+    assert f"{bad}:{PAIRS + 1}: not JSON" in error_of(capsys, argv, 2)
     assert "neither a name nor a file" in error_of(capsys, judge_arguments(folder, "r.jsonl", "--prompt", "core"), 2)
     argv = judge_arguments(folder, "refused.jsonl", "--model", str(tmp_path / "nowhere"))
     assert "is neither a directory nor a hub id" in error_of(capsys, argv, 2)

@@ -72,7 +72,7 @@ def test_bad_and_long_rows_are_counted_with_their_reasons(tmp_path, world_tokeni
     # By default each is an error that names the place, and nothing is left behind.
     before = set(tmp_path.iterdir())
     for changes, message in (
-        ({}, r"rows.jsonl:4:\d+: field 'winner' is empty"),
+        ({}, r"rows.jsonl:4: field 'winner' is empty"),
         ({"on_bad_row": "quarantine"}, "row r5 has .* tokens, more than max_length=500; .* on_too_long=drop"),
     ):
         with pytest.raises(InputError, match=message):
@@ -112,7 +112,7 @@ def test_rows_that_the_template_refuses_or_that_are_not_text(tmp_path, world_tok
         prepare(config_of(**settings))
     with data.open("ab") as file:
         file.write(b'{"winner": "\xff"}\n')
-    with pytest.raises(InputError, match=r"rows\.jsonl:5:13: .*UTF-8"):
+    with pytest.raises(InputError, match=r"rows\.jsonl:5: not UTF-8"):
         prepare(config_of(**settings))
     counts = prepare(config_of(**settings, on_bad_row="quarantine"))["counts"]
     assert counts == {"read": 5, "kept": 3, "rejected": 2, "too_long": 0, "left_out": 0}

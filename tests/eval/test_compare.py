@@ -108,7 +108,7 @@ def test_verdicts_of_rmr1_judge(tmp_path):
     found = compare(tmp_path / "a.jsonl", tmp_path / "b.jsonl")
     assert (found["score_a"], found["score_b"]) == (pytest.approx(200 / 3), pytest.approx(100 / 3))
     (tmp_path / "b.jsonl").write_text('{"id": "0", "winner": "A", "status": "ok"}\n')
-    with pytest.raises(InputError, match=r"b.jsonl:1:1: field 'correct' is missing"):
+    with pytest.raises(InputError, match=r"b.jsonl:1: field 'correct' is missing"):
         compare(tmp_path / "a.jsonl", tmp_path / "b.jsonl")
 
 

@@ -299,7 +299,7 @@ def test_a_malformed_log_is_named_and_the_others_count(shared_data, tmp_path, ca
     line = spoilt.read_text(encoding="utf-8").count("\n") + 1
     assert main(["score", "rmb", "--logs", str(logs), "--out", str(tmp_path / "out")]) == 2
     told = capsys.readouterr()
-    assert f"{spoilt}:{line}:1: not JSON: there is a comma before the closing bracket" in told.err
+    assert f"{spoilt}:{line}: not JSON: there is a comma before the closing bracket" in told.err
     assert "BoN Helpfulness" in told.out and "Pairwise" not in told.out
     rows = [json.loads(line) for line in (tmp_path / "out/judgements.jsonl").read_text().splitlines()]
     assert [row["meta"]["kind"] for row in rows] == ["best-of-n"] * 2  # nothing of the file, not even its good entries

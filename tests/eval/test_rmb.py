@@ -10,7 +10,7 @@ from rmr1_jax.errors import InputError
 from rmr1_jax.eval.logs import FLAG, OURS, ArrayFiles
 from rmr1_jax.eval.rmb import SCORE, SETS, judgements_of, load, meta_result, score, set_of, write_logs
 from rmr1_jax.judge.file import judgement_row
-from rmr1_jax.pairs.benchmarks import LegacyFlags
+from rmr1_jax.pairs.order import LegacyFlags
 from rmr1_jax.pairs.rows import read_rows
 from rmr1_jax.prompts.verdict import eval_verdict
 

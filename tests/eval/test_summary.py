@@ -292,7 +292,7 @@ def test_a_summary_file(tmp_path):
     assert path == tmp_path / "summary.json" and found["judge"] == "ours" and found["n"] == 9
     assert found["settings"] == {"rule": "strict", "votes": 1} and found["headline"] == pytest.approx(200 / 3)
     (tmp_path / "judgements.jsonl").write_text('{"id": "1", "status": "ok", "better": "A", "winner": "A"}\n')
-    with pytest.raises(InputError, match=r"judgements.jsonl:1:1: field 'correct' is missing"):
+    with pytest.raises(InputError, match=r"judgements.jsonl:1: field 'correct' is missing"):
         write_summary(tmp_path, {})
 
 

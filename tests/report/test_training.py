@@ -169,9 +169,9 @@ def test_of_many_judgements_an_even_choice_is_shown(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"text": 3}, r"samples\.jsonl:2:\d+: field 'text' is 3 \(int\), expected a text"),
-        ({"winner": "C"}, r"samples\.jsonl:2:\d+: field 'winner' is 'C', expected A or B"),
-        ({"correct": "yes"}, r"samples\.jsonl:2:\d+: field 'correct' is \"yes\""),
+        ({"text": 3}, r"samples\.jsonl:2: field 'text' is 3 \(int\), expected a text"),
+        ({"winner": "C"}, r"samples\.jsonl:2: field 'winner' is 'C', expected A or B"),
+        ({"correct": "yes"}, r"samples\.jsonl:2: field 'correct' is \"yes\""),
     ],
 )
 def test_a_bad_sample_is_named_by_line_and_field(tmp_path, change, message):
@@ -232,15 +232,13 @@ def test_a_line_that_is_cut_short_is_a_note_and_any_other_bad_line_an_error(tmp_
     file.write_text(whole + '{"step": 40, "lo')
     assert "sft/metrics.jsonl:41: the last line is cut short" in words_of(page_of(root))
     file.write_text(whole + '{"step": 40, "lo\n')
-    with pytest.raises(InputError, match=r"sft/metrics\.jsonl:41:17: not JSON: "):
+    with pytest.raises(InputError, match=r"sft/metrics\.jsonl:41: not JSON: "):
         page_of(root)
     file.write_text('{"step": 0}\n{"step": 1, oops}\n{"step": 2}')
-    with pytest.raises(InputError, match=r"sft/metrics\.jsonl:2:13: not JSON: "):
+    with pytest.raises(InputError, match=r"sft/metrics\.jsonl:2: not JSON: "):
         page_of(root)
     file.write_text('{"step": 0}\n{"step": "one"}\n')
-    with pytest.raises(
-        InputError, match=r"sft/metrics\.jsonl:2:10: field 'step' is \"one\" \(str\), expected an integer"
-    ):
+    with pytest.raises(InputError, match=r"sft/metrics\.jsonl:2: field 'step' is \"one\" \(str\), expected an integer"):
         page_of(root)
     file.write_text("")
     assert "sft/metrics.jsonl: no steps yet." in words_of(page_of(root))

@@ -57,7 +57,7 @@ def read_known_pairs(config: ChainsConfig) -> list[PreferencePair]:
         rejects = Path(config.out) / "rejects.jsonl"
         with writing(rejects):
             rejects.parent.mkdir(parents=True, exist_ok=True)
-    pairs = list(read_pairs(config.pairs, seed=config.seed, on_bad_row=config.on_bad_row, rejects=rejects))
+    pairs = list(read_pairs(config.pairs, seed=config.seed, rejects=rejects))
     unknown = [pair.id for pair in pairs if pair.better is None]
     if unknown:
         shown = ", ".join(map(repr, unknown[:3])) + (", ..." if len(unknown) > 3 else "")

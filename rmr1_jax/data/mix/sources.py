@@ -113,8 +113,7 @@ def read_source(
         )
     row_filter, read = _RowFilter(source, report, bar), ReadReport()
     quarantine = rejects if on_bad_row == "quarantine" else None
-    reading = {"on_bad_row": on_bad_row, "rejects": quarantine, "report": read}
-    pairs = list(read_pairs(path, report.format, select=row_filter, **reading))
+    pairs = list(read_pairs(path, report.format, select=row_filter, rejects=quarantine, report=read))
     if quarantine and not read.rejected:
         quarantine.unlink()
     report.read, report.rejected = read.read, read.rejected

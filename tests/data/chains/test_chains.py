@@ -293,7 +293,7 @@ def test_pairs_that_cannot_be_used(tmp_path):
     with pytest.raises(InputError, match="the better answer of 1 pairs is not known \\('a'\\)"):
         run(path, first())
     path.write_text(json.dumps(row | {"better": "A", "id": "p1", "response_a": " ", "response_b": ""}) + "\nbad\n")
-    with pytest.raises(InputError, match=r"pairs.jsonl:2:1: not JSON"):
+    with pytest.raises(InputError, match=r"pairs.jsonl:2: not JSON"):
         run(path, first())
     teacher = first()
     ledger = run(path, teacher, on_bad_row="quarantine")

@@ -178,18 +178,10 @@ def test_a_mixture_can_be_a_source_of_another(paper, tmp_path):
     assert {pair.meta["origin"] for pair in pairs} <= {"sky", "code", "math"}
 
 
-def test_published_rows_are_a_source_when_asked_for(shared_data, tmp_path):
+def test_published_rows_are_no_source(shared_data, tmp_path):
     path = str(shared_data / "published_rows/rlvr.jsonl")
     tree = {"out": str(tmp_path / "out"), "sources": [{"path": path}]}
-    assert "training and `rmr1 data prepare` take them as they are" in error_of(made, tree, tmp_path)
-    report, pairs, _ = made(
-        tree,
-        tmp_path,
-        "sources.0.format=published",
-        f"overlap.benchmarks=[{shared_data}/rewardbench/filtered_sample.jsonl]",
-    )
-    assert counts(report)["read"] == 114 and report.pairs == len(pairs) > 100
-    assert sum(next(iter(report.sources[0].overlaps.values())).values()) == report.pairs
+    assert "training and `rmr1 data prepare` take them unchanged" in error_of(made, tree, tmp_path)
 
 
 # ---- the tests of a row ----
@@ -309,7 +301,7 @@ def test_bad_rows_stop_the_run_or_are_quarantined(tmp_path):
     rows = [own(0), '{"id": "x", "question": "q", ', own(1, better="C"), own(0), own(2, better=None), own(3)]
     tree = simple(tmp_path, rows)
     path = tree["sources"][0]["path"]
-    with pytest.raises(BadRow, match=f"{path}:2:30: not JSON"):
+    with pytest.raises(BadRow, match=f"{path}:2: not JSON"):
         made(tree, tmp_path)
     assert not (tmp_path / "out/pairs.jsonl").exists()
     tree["sources"].append({"path": write(tmp_path / "good.jsonl", [own(7)])})
@@ -323,8 +315,7 @@ def test_bad_rows_stop_the_run_or_are_quarantined(tmp_path):
         (4, "id"),
         (5, "better"),
     ]
-    column = json.dumps(own(2, better=None)).index("null") + 1
-    assert rejects[3]["column"] == column and "a pair to train on needs better" in rejects[3]["reason"]
+    assert "a pair to train on needs better" in rejects[3]["reason"]
     assert not (tmp_path / "out/rejects-good.jsonl").exists()
 
 
