@@ -11,7 +11,6 @@ Next: `store.py`, the examples of a prepared set, whose lengths are known withou
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -159,31 +158,6 @@ class Batch(NamedTuple):
     trained_tokens: int
 
 
-@dataclasses.dataclass(frozen=True)
-class _Batches:
-    """A random-access source for Grain. Batch k has rows k * batch_rows to (k + 1) * batch_rows of the plan; the last
-    batch is filled up with empty rows."""
-
-    plan: list[list[int]]
-    examples: Sequence
-    lengths: np.ndarray
-    trained_lengths: np.ndarray
-    row_length: int
-    batch_rows: int
-    own: Sequence[int]
-
-    def __len__(self) -> int:
-        return -(-len(self.plan) // self.batch_rows)
-
-    def __getitem__(self, k: int) -> Batch:
-        rows = self.plan[k * self.batch_rows : (k + 1) * self.batch_rows]
-        items = [i for row in rows for i in row]
-        own = [[self.examples[i] for i in rows[r]] if r < len(rows) else [] for r in self.own]
-        batch = assemble(own, self.row_length, ["trained"])
-        batch["trained"] *= batch["positions"] > 0  # see `trained_lengths_of`
-        return Batch(batch, items, self.lengths[items].tolist(), int(self.trained_lengths[items].sum()))
-
-
 def sft_batches(
     examples: Sequence,
     *,
@@ -212,8 +186,18 @@ def sft_batches(
             f"{too_long} examples are longer than row_length={row_length} tokens (the longest, "
             f"{examples[worst].id}, has {lengths[worst]}); raise row_length, or set on_too_long: drop"
         )
+    trained_lengths = trained_lengths_of(examples)
     plan = plan_rows(lengths, row_length, epochs=epochs, seed=seed)
-    own = range(batch_rows) if own is None else own
-    batches = _Batches(plan, examples, lengths, trained_lengths_of(examples), row_length, batch_rows, own)
-    dataset = grain.MapDataset.source(batches)[start:]
-    return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=8))), len(batches)
+    total = -(-len(plan) // batch_rows)
+
+    def make_batch(k: int) -> Batch:
+        rows = plan[k * batch_rows : (k + 1) * batch_rows]
+        items = [i for row in rows for i in row]
+        rows += [[]] * (batch_rows - len(rows))  # empty rows fill up the last batch
+        own_rows = [[examples[i] for i in rows[r]] for r in (range(batch_rows) if own is None else own)]
+        batch = assemble(own_rows, row_length, ["trained"])
+        batch["trained"] *= batch["positions"] > 0  # see `trained_lengths_of`
+        return Batch(batch, items, lengths[items].tolist(), int(trained_lengths[items].sum()))
+
+    dataset = grain.MapDataset.range(total)[start:].map(make_batch)
+    return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=8))), total

@@ -1,15 +1,11 @@
 """`rmr1 data chains`: reasoning chains from teachers, in two passes. The second corrects what the first got wrong.
 
-    ledger = make_chains(config, read_known_pairs(config), Endpoint(config.teacher), Endpoint(config.second))
-
 Every pair gets the same attempts in the same order, however often the run is stopped: `tries` by the first teacher
 until a chain is accepted (`ledger.py` has the conditions), then one by the second teacher, which is shown the last
 chain and the right verdict. Every answer is on the disk (OUT/answers.jsonl) before the next request begins in its
 place, and the state of a pair follows from its answers: a run that was killed continues, and repeats no request that
 was answered. At the end of each run the answers give OUT/chains.jsonl (training rows in the published format, in the
 order of the pairs) and OUT/ledger.json.
-
-    read = right at first + right at second + failed + open
 
 Next: `ledger.py`, which checks and counts chains; `correction.py`, the request of the second pass; `endpoint.py` and
 `policy_teacher.py`, the two kinds of teacher.

@@ -1,16 +1,9 @@
 """`rmr1 data mix`: combine preference sets into the pairs to train on.
 
-    report = mix(load_config(MixtureConfig, "configs/mixture_rm_r1.yaml"))     # `rmr1 data mix CONFIG.yaml`
-
-Each row is tested in this order: a bad row stops the run or is quarantined; `where` and `exclude` filter rows by their
-fields; `count` rows are drawn; a pair with the same answer on both sides is dropped; of pairs with the same question
-and the same answers, in either order, the first is kept, or none if they disagree on which answer is better; overlaps
-with evaluation sets are removed, or only reported. Every row is counted once:
-
-    read = kept + rejected + filtered + not_drawn + alike + duplicates + contradictory + overlap
-
-Then the pairs of all sources are shuffled by the seed, and along that order the better answer is shown in A, in B, in
-A, and so on. The same config and sources give the same bytes; another seed gives another order of the same pairs.
+Bad rows, filtered rows, rows that are not drawn, pairs of the same answer twice, duplicates, contradictions and
+overlaps with evaluation sets are dropped and counted, in this order: read = kept + the counts in `sources.DROPPED`. The
+other pairs are sorted by a hash of seed and id, and show the better answer in A, in B, in A, and so on. The same config
+and sources give the same bytes.
 
 OUT/pairs.jsonl has the project's own format (`pairs/read.py`); a pair's `id` is `SOURCE NAME/ID IN THE SOURCE`, and
 `origin` is the field `source` of its row. OUT/mixture.json holds the counts and is written last; both appear whole.
