@@ -167,7 +167,7 @@ class Steps(Shape):
         from rmr1_jax.model.qwen import Qwen, init_params, with_params
         from rmr1_jax.sampler import programs
         from rmr1_jax.sampler.engine import Engine
-        from rmr1_jax.sampler.programs import make_controls, to_slots
+        from rmr1_jax.sampler.programs import make_controls, stack_slots
         from rmr1_jax.sampler.sample import SamplingConfig
         from rmr1_jax.sampler.slots import Bank
         from rmr1_jax.sampler.weights import sampling_weights
@@ -187,7 +187,7 @@ class Steps(Shape):
                 for _ in range(6):
                     start = time.perf_counter()
                     cache, drawn = programs.decode(
-                        engine.graphdef, weights, make_controls(sampling, ()), cache, to_slots([bank], [0])
+                        engine.graphdef, weights, make_controls(sampling, ()), cache, stack_slots([bank], [0])
                     )
                     jax.block_until_ready(drawn)
                     seconds.append((time.perf_counter() - start) / programs.STEPS)

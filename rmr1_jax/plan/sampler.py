@@ -23,7 +23,7 @@ from rmr1_jax.plan.compile import Compiled, abstract, bytes_here, compile_progra
 from rmr1_jax.plan.slice import GIB
 from rmr1_jax.sampler import programs
 from rmr1_jax.sampler.cache import Cache
-from rmr1_jax.sampler.programs import make_controls, to_slots
+from rmr1_jax.sampler.programs import make_controls, stack_slots
 from rmr1_jax.sampler.sample import SamplingConfig
 from rmr1_jax.sampler.shapes import CHUNKS, PREFILL_ROWS, Shapes, cache_ways, plan_shapes
 from rmr1_jax.sampler.slots import Bank
@@ -114,7 +114,7 @@ def sampler_programs(config: QwenConfig, mesh: Mesh, shapes: Shapes, dtype, resi
         idle = [Bank(*size) for _ in range(shapes.banks)]
         controls = abstract(make_controls(SamplingConfig(), ()), NamedSharding(mesh, PartitionSpec()))
         by_bank = NamedSharding(mesh, PartitionSpec(("replica", "fsdp")))
-        slots = abstract(to_slots(idle, [0] * shapes.banks), by_bank)
+        slots = abstract(stack_slots(idle, [0] * shapes.banks), by_bank)
         compiled = {
             "decode": compile_here(programs.decode, graphdef, weights, controls, cache, slots, resident=resident)
         }

@@ -1,4 +1,4 @@
-"""The sampler: a slot engine. A fixed number of samples is in flight, and who finishes makes room for the next.
+"""The sampler: continuous batching over a fixed number of slots. `Engine` holds the settled shapes, `Run` is one call.
 
 A prompt is prefilled once, in chunks, and all its samples read the same cache; a prefix that all prompts share is
 computed once. Decode runs many steps a dispatch, over rings that are as wide as the oldest live sample needs, and when
@@ -6,7 +6,7 @@ the queue is empty and few samples are left, over fewer rows. All shapes come fr
 after `warm_up` nothing compiles. A sample is a function of (seed, prompt, sample, step): its slot and its neighbours do
 not matter.
 
-Read `run.py` for what happens in a call, `schedule.py` for who sits where, `programs.py` for what runs on the device;
+Read `slots.py` for the host's record of the slots, `programs.py` for the compiled programs, `cache.py` for the cache;
 `policy.py` puts a tokenizer on top.
 """
 
@@ -30,15 +30,15 @@ from rmr1_jax.model.config import QwenConfig
 from rmr1_jax.model.qwen import Qwen, split
 from rmr1_jax.sampler import programs
 from rmr1_jax.sampler.cache import Cache
-from rmr1_jax.sampler.programs import compiled, make_controls, to_slots
+from rmr1_jax.sampler.programs import compiled, make_controls, stack_slots
 from rmr1_jax.sampler.sample import Sample, SampleStats, SamplingConfig
-from rmr1_jax.sampler.shapes import CHUNKS, PREFILL_ROWS, _common_prefix, _free_gib, _pieces, plan_shapes
-from rmr1_jax.sampler.slots import Bank, Seat
+from rmr1_jax.sampler.shapes import CHUNKS, PREFILL_ROWS, common_prefix, free_cache_gib, pieces, plan_shapes
+from rmr1_jax.sampler.slots import Bank, LiveSample
 from rmr1_jax.sampler.weights import Weights
 
 
 class Run:
-    """One call of an `engine.Engine`."""
+    """One call of an engine: the queue of prompts, the banks, the cache, and the statistics."""
 
     def __init__(self, engine, weights: Weights, prompts, sampling: SamplingConfig, stop_token_ids):
         self.engine, self.weights, self.sampling = engine, weights, sampling
@@ -46,21 +46,21 @@ class Run:
         self.stops = set(map(int, stop_token_ids))
         self.prompts = [np.asarray(p, np.int32) for p in prompts]
         self.hashes = [zlib.crc32(p.tobytes()) for p in self.prompts]
-        # Longest first: what is prefilled together is of like length, and memory trouble shows at once, not at the end.
+        # Longest first: prompts of like length are prefilled together, and memory runs out at once or never.
         self.queue = deque(sorted(range(len(prompts)), key=lambda i: -len(prompts[i])))
-        self.prefix = _common_prefix(self.prompts)
+        self.prefix = common_prefix(self.prompts)
         shapes = engine.shapes
-        self.size, self.width = 0, 0  # places in shapes.sizes and shapes.widths
+        self.size, self.width = 0, 0  # indices into shapes.sizes and shapes.widths
         self.banks = [Bank(*shapes.sizes[0]) for _ in range(shapes.banks)]
         self.stats = SampleStats(prompt_tokens=sum(map(len, prompts)), slots=shapes.banks * shapes.slots)
 
-    def go(self) -> Iterator[Seat]:
-        """Everything from the first prefill to the last stop; yields those who finish. `seconds` counts the time that
-        passes in here, not what the caller does between."""
+    def go(self) -> Iterator[LiveSample]:
+        """Runs from the first prefill to the last stop; yields each sample when it has finished. `stats.seconds` counts
+        the time that passes in here, not what the caller does between two samples."""
         mark, before = time.perf_counter(), compiled()
         with jax.set_mesh(self.engine.mesh):
             self.cache = self.engine.empty_cache(self.engine.shapes.widths[0])
-        while self.queue or any(bank.live_count or bank.unseated for bank in self.banks):
+        while self.queue or any(bank.live_count or bank.waiting for bank in self.banks):
             with jax.set_mesh(self.engine.mesh):
                 self._admit()
                 self._reshape()
@@ -70,13 +70,14 @@ class Run:
             yield from finished
             mark = time.perf_counter()
 
-    def sample(self, seat: Seat) -> Sample:
-        ids = np.concatenate(seat.tokens).tolist()
+    def finish(self, live: LiveSample) -> Sample:
+        """The sample as the caller gets it."""
+        ids = np.concatenate(live.tokens).tolist()
         reason = "stop" if ids[-1] in self.stops else "length"
-        return Sample(ids, np.concatenate(seat.logp), np.concatenate(seat.sampled_logp), reason)
+        return Sample(ids, np.concatenate(live.logp), np.concatenate(live.sampled_logp), reason)
 
     def _admit(self) -> None:
-        """Prompts from the queue into free entries, wherever there are slots for their samples."""
+        """Moves prompts from the queue to free entries of the cache, as long as slots are open for their samples."""
         admitted: list[list[tuple[int, np.ndarray]]] = [[] for _ in self.banks]
         while self.queue:
             x = max(range(len(self.banks)), key=lambda x: self.banks[x].open_slots)
@@ -91,22 +92,24 @@ class Run:
         if any(admitted):
             self._prefill(admitted)
         for bank in self.banks:
-            bank.seat(self.sampling.n)
+            bank.fill(self.sampling.n)
 
     def _prefill(self, admitted: list[list[tuple[int, np.ndarray]]]) -> None:
         if self.prefix and not self.stats.prefill_tokens:
-            # Once, in each bank's first entry, and copied to all others: what comes later starts behind it.
+            # Computed once, in each bank's first entry, and copied to all others: every prompt then starts behind it.
             first = self.prompts[0][: self.prefix + 1]
             self._prefill_from(0, [[(0, first)] for _ in self.banks])
             self.cache = programs.share_prefix(self.cache, np.int32(self.prefix))
         self._prefill_from(self.prefix, admitted)
 
     def _prefill_from(self, start: int, prompts: list[list[tuple[int, np.ndarray]]]) -> None:
-        """All of each bank's prompts but their last token, from position `start` on. Each prompt is cut into pieces by
-        itself, and what is computed together are pieces of one size, of whichever prompts: in every layer they are all
-        written before any is read, so that pieces of one prompt may be among them, the earlier ones first."""
+        """Prefills each bank's prompts, all but their last token, from position `start` on.
+
+        Each prompt is cut into pieces by itself, and pieces of one size are computed together, of whichever prompts: in
+        every layer all are written before any is read, so that pieces of one prompt may be among them, in order.
+        """
         room = self.engine.shapes.room
-        cut = [[(e, t, *piece) for e, t in bank for piece in _pieces(start, len(t) - 1, room)] for bank in prompts]
+        cut = [[(e, t, *piece) for e, t in bank for piece in pieces(start, len(t) - 1, room)] for bank in prompts]
         for size in CHUNKS:
             banks = [[piece for piece in bank if piece[3] == size] for bank in cut]
             while any(banks):
@@ -127,7 +130,7 @@ class Run:
         self.stats.prefill_tokens += tokens.size
 
     def _reshape(self) -> None:
-        """Rings wide enough for the next dispatch; no more rows than needed once nobody waits."""
+        """Widens the rings for the next dispatch, and shrinks the batch once no sample waits for a slot."""
         shapes = self.engine.shapes
         needed = min(max(bank.oldest for bank in self.banks) + programs.STEPS, self.sampling.max_new_tokens)
         while shapes.widths[self.width] < needed:
@@ -143,27 +146,28 @@ class Run:
 
     @property
     def _waiting(self) -> bool:
-        return bool(self.queue) or any(bank.unseated for bank in self.banks)
+        return bool(self.queue) or any(bank.waiting for bank in self.banks)
 
     @property
     def _fewer(self) -> int:
-        """The slots of the next smaller batch; 0 where there is none to go to: samples wait for their slots, or the
-        last ones have so few tokens to go that it would not pay."""
+        """The slots of the next smaller batch; 0 where samples wait for slots, there is no smaller batch, or the last
+        samples have so few tokens to go that shrinking would not pay."""
         sizes = self.engine.shapes.sizes[self.size + 1 :]
-        youngest = min((int(b.drawn[b.live].min()) for b in self.banks if b.live_count), default=0)
+        youngest = min((int(b.arrays.drawn[b.arrays.live].min()) for b in self.banks if b.live_count), default=0)
         short = self.sampling.max_new_tokens - youngest <= 2 * programs.STEPS
         return 0 if self._waiting or short or not sizes else sizes[0][0]
 
-    def _decode(self) -> list[Seat]:
+    def _decode(self) -> list[LiveSample]:
+        """One dispatch; returns the samples that it finished."""
         waiting, fewer = self._waiting, self._fewer
-        # Several banks wait for the last of them anyway: what one leaves early for it would spend waiting.
+        # Several banks wait for the slowest of them anyway, so none gains by leaving early.
         leave_at = [0 if len(self.banks) > 1 else self._leave_at(bank, waiting, fewer) for bank in self.banks]
-        slots = to_slots(self.banks, leave_at)
+        slots = stack_slots(self.banks, leave_at)
         self.cache, drawn = programs.decode(self.engine.graphdef, self.weights, self.controls, self.cache, slots)
         tokens, logp, sampled_logp, steps = jax.device_get(drawn)
         finished = []
         for x, bank in enumerate(self.banks):
-            finished += bank.take(
+            finished += bank.record(
                 tokens[x], logp[x], sampled_logp[x], int(steps[x]), self.stops, self.sampling.max_new_tokens
             )
         new, rows = int((tokens >= 0).sum()), int(steps.max()) * tokens.shape[0] * tokens.shape[1]
@@ -177,11 +181,11 @@ class Run:
 
     @staticmethod
     def _leave_at(bank: Bank, waiting: bool, fewer: int) -> int:
-        """How few live slots end a dispatch early: a few less than now while others wait for their places, or so few
-        that they fit in the next smaller batch."""
+        """The number of live slots at which a dispatch ends early: a few less than now while samples wait for slots, or
+        so few that they fit in the next smaller batch."""
         live = bank.live_count
         if waiting:
-            return max(0, live - max(1, len(bank.seats) // 16))
+            return max(0, live - max(1, len(bank.samples) // 16))
         return fewer if live > fewer else 0
 
 
@@ -189,9 +193,9 @@ class Engine:
     """A sampler for prompts up to a length, with all its shapes settled.
 
     Args:
-        sampling: `n`, `max_new_tokens`, `slots` and `cache_gib` settle the shapes; the rest are the settings of a run
-            when it brings none of its own.
-        prompts: how many prompts a run has (more may come: they queue). longest: the tokens of the longest.
+        model: only its structure is used, so it need not hold arrays. sampling: `n`, `max_new_tokens`, `slots` and
+            `cache_gib` settle the shapes; the rest are the settings of a call that brings none of its own.
+        prompts: the number of prompts of a call (more queue). longest: the tokens of the longest prompt.
 
     Raises:
         InputError: see `plan_shapes`.
@@ -204,7 +208,7 @@ class Engine:
         self.mesh, self.dtype, self.longest = mesh, jnp.dtype(dtype), longest
         banks = rows_divisor(mesh)
         sizes = {"prompts": prompts, "longest": longest, "banks": banks, "itemsize": self.dtype.itemsize}
-        self.shapes = plan_shapes(self.config, sampling, **sizes, free_gib=_free_gib(mesh, self.config))
+        self.shapes = plan_shapes(self.config, sampling, **sizes, free_gib=free_cache_gib(mesh, self.config))
         self.stats = SampleStats()
 
     @classmethod
@@ -216,7 +220,7 @@ class Engine:
         return cls(model, sampling, prompts=len(prompts), longest=longest, mesh=mesh, dtype=dtype)
 
     def warm_up(self, weights: Weights) -> int:
-        """Compile every program that a run can need; returns how many were compiled."""
+        """Compiles every program that a call can need; returns how many were compiled."""
         before, shapes = compiled(), self.shapes
         controls = make_controls(self.sampling, ())
         with jax.set_mesh(self.mesh):
@@ -225,10 +229,10 @@ class Engine:
                 for i, size in enumerate(shapes.sizes):
                     idle = [Bank(*size) for _ in range(shapes.banks)]
                     cache, _ = programs.decode(
-                        self.graphdef, weights, controls, cache, to_slots(idle, [0] * shapes.banks)
+                        self.graphdef, weights, controls, cache, stack_slots(idle, [0] * shapes.banks)
                     )
                     if wider:
-                        programs.grow(Cache(*map(list, cache)), width=wider)  # uses its lists up
+                        programs.grow(Cache(*map(list, cache)), width=wider)  # consumes its lists
                     if i + 1 < len(shapes.sizes):
                         kept = [bank.compact(*shapes.sizes[i + 1]) for bank in idle]
                         cache = programs.compact(cache, *map(np.stack, zip(*kept, strict=True)))
@@ -250,14 +254,14 @@ class Engine:
         sampling: SamplingConfig | None = None,
         bar: bool = False,
     ) -> Iterator[tuple[int, int, Sample]]:
-        """Sample `n` completions of every prompt, and yield (prompt, number, sample) as they finish.
+        """Samples `n` completions of every prompt, and yields (prompt, number, sample) as they finish.
 
         Args:
-            weights: from `programs.sampling_weights`. prompts: token ids, not empty. stop_token_ids: at most 16.
+            weights: from `weights.sampling_weights`. prompts: token ids, not empty. stop_token_ids: at most 16.
             sampling: other settings than the engine's own; n and max_new_tokens must not be larger than those.
             bar: show a progress bar with tokens a second and live slots.
 
-        `self.stats` says what the run took, also while it goes on.
+        `self.stats` has the statistics of the call, also while it goes on.
         """
         sampling = sampling or self.sampling
         if sampling.n > self.sampling.n or sampling.max_new_tokens > self.sampling.max_new_tokens:
@@ -269,12 +273,12 @@ class Engine:
         run = Run(self, weights, prompts, sampling, stop_token_ids)
         self.stats = run.stats
         with tqdm(total=len(prompts) * sampling.n, unit="text", desc="sampling", disable=not bar, leave=False) as shown:
-            for seat in run.go():
+            for live in run.go():
                 shown.update()
                 rate = run.stats.new_tokens / max(1e-9, run.stats.seconds)
-                live = sum(bank.live_count for bank in run.banks)
-                shown.set_postfix_str(f"{rate:.0f} tok/s, {live} live", refresh=False)
-                yield seat.prompt, seat.number, run.sample(seat)
+                count = sum(bank.live_count for bank in run.banks)
+                shown.set_postfix_str(f"{rate:.0f} tok/s, {count} live", refresh=False)
+                yield live.prompt, live.number, run.finish(live)
 
     def generate(
         self,
@@ -292,7 +296,7 @@ class Engine:
         return results, self.stats
 
     def empty_cache(self, width: int) -> Cache:
-        """All slots and prompts, with rings of `width` columns."""
+        """A cache for all slots and prompts, with rings of `width` columns."""
         s = self.shapes
         sizes = {"banks": s.banks, "entries": s.entries, "room": s.room, "slots": s.slots}
         return programs.empty_cache(self.config, **sizes, width=width, dtype=self.dtype)

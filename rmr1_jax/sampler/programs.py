@@ -1,12 +1,13 @@
-"""The device side of the sampler: four compiled programs over a cache, and the weights in decode's own layout.
+"""The device side of the sampler: the compiled programs that read and write the cache.
 
 `decode` draws up to a dispatch's worth of tokens for every slot in one `while_loop`, `prefill` runs a chunk of some
-prompts, `grow` and `compact` change the cache's shape. Everything else about a slot (whose sample it is, how old, which
-token comes next) is a few numbers that the host sends along; `engine.py` keeps them.
+prompts, `grow` and `compact` change the cache's shape. All else about a slot is a few numbers (`slots.Slots`) that the
+host sends along.
 
 The mesh's data axes hold independent banks of slots: each device (or tensor-parallel group) has its own prompts, slots
 and step counter, and its loop ends when its own slots are done. Inside a bank only `tensor` is left, and the compiler
-splits heads over it. Arrays on the host have a leading axis X, the banks.
+splits heads over it. The host's arrays have a leading axis X, the banks; a cache has the rows of all banks, one bank
+after the other.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec
+from jaxtyping import Array, Bool, Int
 
 from rmr1_jax.distributed.mesh import constrain
 from rmr1_jax.errors import InputError
@@ -38,35 +40,50 @@ from rmr1_jax.sampler.cache import (
 )
 from rmr1_jax.sampler.draw import draw
 from rmr1_jax.sampler.sample import SamplingConfig
-from rmr1_jax.sampler.slots import Bank
+from rmr1_jax.sampler.slots import Bank, Slots
 from rmr1_jax.sampler.weights import Weights, bind
 
+STEPS = 16  # decode steps a dispatch, at most
+MAX_STOP_IDS = 16
 
-def to_slots(banks: list[Bank], leave_at: list[int]) -> Slots:
-    """What the host knows of the banks' slots, as `programs.decode` takes it."""
 
-    def stacked(name: str) -> np.ndarray:
-        return np.stack([getattr(bank, name) for bank in banks])
+class Controls(NamedTuple):
+    """The settings as arrays: arguments of the compiled loop, never closures, so that a change takes effect."""
 
-    arrays = {name: stacked(name) for name in Slots._fields if name not in ("step", "leave_at", "table")}
-    table = np.maximum(stacked("table"), 0)  # where nobody sits any slot will do: nobody reads the result
-    return Slots(
-        **arrays,
-        table=table,
-        step=np.asarray([bank.step for bank in banks], np.int32),
-        leave_at=np.asarray(leave_at, np.int32),
-    )
+    seed: Any
+    temperature: Any
+    top_k: Any
+    top_p: Any
+    stop_ids: Any  # [MAX_STOP_IDS] int32, filled up with -1
+    max_new: Any
+
+
+class Drawn(NamedTuple):
+    """The tokens that a dispatch drew, [X, B, STEPS] int32, -1 where none was; their log-probabilities, float32 (see
+    `draw.Draw`); and the steps of each bank, [X] int32."""
+
+    tokens: jax.Array
+    logp: jax.Array
+    sampled_logp: jax.Array
+    steps: jax.Array
+
+
+def stack_slots(banks: list[Bank], leave_at: list[int]) -> Slots:
+    """The banks' slots as `decode` takes them, with the axis X."""
+    slots = Slots(*(np.stack(parts) for parts in zip(*(bank.arrays for bank in banks), strict=True)))
+    # Where the table has no slot, any will do: the result is not read.
+    return slots._replace(table=np.maximum(slots.table, 0), leave_at=np.asarray(leave_at, np.int32))
 
 
 def make_controls(sampling: SamplingConfig, stop_token_ids: Sequence[int]) -> Controls:
-    """The settings as `programs.decode` takes them.
+    """The settings as `decode` takes them.
 
     Raises:
-        InputError: more than 16 stop ids.
+        InputError: there are more than 16 stop ids.
     """
-    if len(stop_token_ids) > STOP_ID_ROOM:
-        raise InputError(f"{len(stop_token_ids)} stop token ids given; at most {STOP_ID_ROOM} are supported")
-    stops = np.full(STOP_ID_ROOM, -1, np.int32)
+    if len(stop_token_ids) > MAX_STOP_IDS:
+        raise InputError(f"{len(stop_token_ids)} stop token ids given; at most {MAX_STOP_IDS} are supported")
+    stops = np.full(MAX_STOP_IDS, -1, np.int32)
     stops[: len(stop_token_ids)] = stop_token_ids
     return Controls(
         seed=np.uint32(sampling.seed % 2**32),
@@ -78,77 +95,27 @@ def make_controls(sampling: SamplingConfig, stop_token_ids: Sequence[int]) -> Co
     )
 
 
-def compiled() -> int:
-    """Programs in the caches of the sampler's jitted functions."""
-    return sum(program._cache_size() for program in PROGRAMS)
-
-
-STEPS = 16  # decode steps a dispatch, at most
-
-
-STOP_ID_ROOM = 16
-
-
-class Controls(NamedTuple):
-    """The settings as arrays: arguments of the compiled loop, never closures."""
-
-    seed: jax.Array
-    temperature: jax.Array
-    top_k: jax.Array
-    top_p: jax.Array
-    stop_ids: jax.Array  # [STOP_ID_ROOM] int32, filled up with -1
-    max_new: jax.Array
-
-
-class Slots(NamedTuple):
-    """What the host tells about the slots before a dispatch. int32 unless said otherwise."""
-
-    last: jax.Array  # [X, B] the token to feed next
-    length: jax.Array  # [X, B] its prompt's tokens
-    drawn: jax.Array  # [X, B] tokens drawn so far
-    start: jax.Array  # [X, B] the bank's step at which its owner began
-    live: jax.Array  # [X, B] bool
-    prompt_hash: jax.Array  # [X, B] uint32
-    sample: jax.Array  # [X, B] the sample's number
-    entry: jax.Array  # [X, B] where its prompt's cache is
-    rank: jax.Array  # [X, B]
-    table: jax.Array  # [X, E, R] the slots of each prompt
-    prompt_length: jax.Array  # [X, E] tokens in the prompt's cache
-    step: jax.Array  # [X] the bank's step counter
-    leave_at: jax.Array  # [X] the loop ends when as few slots are live
-
-
-class Drawn(NamedTuple):
-    """What a dispatch drew, [X, B, STEPS]; tokens int32, -1 where nothing was drawn. steps: [X] int32."""
-
-    tokens: jax.Array
-    logp: jax.Array
-    sampled_logp: jax.Array
-    steps: jax.Array
-
-
-def _per_bank(function: Callable, outputs: Any) -> Callable:
-    """Run `function(weights, controls, cache, *arrays)` on each bank by itself. Arrays lose their axis X."""
+def _per_bank(
+    function: Callable, cache: Cache, arrays: tuple[Any, ...] = (), *, replicated: tuple[Any, ...] = ()
+) -> Any:
+    """Runs `function(*replicated, cache, *arrays)` on each bank by itself, with the bank's rows of the cache and its
+    arrays without the axis X. All results are split over the banks."""
     banks, whole = PartitionSpec(("replica", "fsdp")), PartitionSpec()
 
-    def run(weights, controls, cache, *arrays):
-        def local(weights, controls, cache, *arrays):
-            return function(weights, controls, cache, *jax.tree.map(lambda x: x[0], arrays))
+    def local(replicated, cache, arrays):
+        return function(*replicated, cache, *jax.tree.map(lambda x: x[0], arrays))
 
-        specs = (whole, whole, banks, *[banks] * len(arrays))
-        mapped = jax.shard_map(
-            local, in_specs=specs, out_specs=outputs(banks), axis_names={"replica", "fsdp"}, check_vma=False
-        )
-        return mapped(weights, controls, cache, *arrays)
-
-    return run
+    mapped = jax.shard_map(
+        local, in_specs=(whole, banks, banks), out_specs=banks, axis_names={"replica", "fsdp"}, check_vma=False
+    )
+    return mapped(replicated, cache, arrays)
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef",), donate_argnames=("cache",))
 def decode(
     graphdef: nnx.GraphDef, weights: Weights, controls: Controls, cache: Cache, slots: Slots
 ) -> tuple[Cache, Drawn]:
-    """Draw up to STEPS tokens for every live slot; ends early when a bank has at most `leave_at` live ones."""
+    """Draws up to STEPS tokens for every live slot; a bank's loop ends early when at most `leave_at` are live."""
 
     def bank(weights, controls, cache: Cache, slots: Slots):
         B = slots.last.shape[0]
@@ -163,8 +130,8 @@ def decode(
         def one(carry):
             cache, slots, drawn = carry
             cache, logits = _decode_step(graphdef, weights, cache, slots)
-            # Whole before the draw: what the compiler makes of a cut in the middle of split rows is an exchange among
-            # all devices, and the banks' loops do not end together.
+            # Replicate the logits first: truncating vocabulary-sharded rows compiles to a collective among all devices,
+            # and the banks' loops do not end together.
             logits = constrain(logits, "RC")
             new = draw(
                 logits,
@@ -194,12 +161,12 @@ def decode(
         cache, _, drawn = jax.lax.while_loop(going, one, (cache, slots, drawn))
         return cache, jax.tree.map(lambda x: x[None], drawn)
 
-    return _per_bank(bank, lambda banks: (banks, banks))(weights, controls, cache, slots)
+    return _per_bank(bank, cache, (slots,), replicated=(weights, controls))
 
 
 def _decode_step(graphdef: nnx.GraphDef, weights: Weights, cache: Cache, slots: Slots) -> tuple[Cache, jax.Array]:
-    """Feed every slot's last token; returns the cache with this step's column, and logits [B, V]."""
-    # A slot's first token to feed is the last one of its prompt; what prefill left is everything before that.
+    """Feeds every slot's last token; returns the cache with this step's column, and logits [B, V]."""
+    # The first token that a slot feeds is the last one of its prompt; prefill wrote everything before that.
     model, blocks = bind(graphdef, weights)
     positions = slots.length - 1 + slots.drawn
     rope = rope_table(model.config, positions[:, None])
@@ -220,13 +187,20 @@ def _decode_step(graphdef: nnx.GraphDef, weights: Weights, cache: Cache, slots: 
     return cache._replace(own_k=own_k, own_v=own_v), model.logits(x)
 
 
-def prefill(graphdef: nnx.GraphDef, weights: Weights, cache: Cache, tokens, entry, start, active) -> Cache:
-    """Run one chunk of each of P prompts a bank, and put its keys and values into the prompts' cache.
+def prefill(
+    graphdef: nnx.GraphDef,
+    weights: Weights,
+    cache: Cache,
+    tokens: Int[Array, "X P T"],
+    entry: Int[Array, "X P"],
+    start: Int[Array, "X P"],
+    active: Bool[Array, "X P"],
+) -> Cache:
+    """Runs one chunk of each of P prompts a bank, and writes its keys and values into the prompts' cache.
 
     Args:
-        tokens: [X, P, T] int32; what lies beyond a prompt's end leaves junk in columns that decode never reads.
-        entry: [X, P] rows of the cache. start: [X, P] the chunk's first position. active: [X, P] bool, False for rows
-            that only fill the batch.
+        tokens: positions beyond a prompt's end are written to columns that decode never reads. entry: the prompts'
+            entries in the cache. start: the chunk's first position. active: False for rows that only fill the batch.
     """
     return _prompts_only(
         lambda prompts: prefill_prompts(graphdef, weights, prompts, tokens, entry, start, active), cache
@@ -234,18 +208,18 @@ def prefill(graphdef: nnx.GraphDef, weights: Weights, cache: Cache, tokens, entr
 
 
 def share_prefix(cache: Cache, prefix: jax.Array) -> Cache:
-    """Copy the first `prefix` columns of each bank's first prompt to its other prompts."""
+    """Copies the first `prefix` columns of each bank's first prompt to its other prompts."""
     return _prompts_only(lambda prompts: _share_prefix(prompts, prefix), cache)
 
 
 def _prompts_only(program: Callable, cache: Cache) -> Cache:
-    """Give a program the prompts' part alone: its shapes, and so its compilation, do not depend on the rings'."""
+    """Hands a program the prompts' part alone, so that its shapes and its compilation do not depend on the rings."""
     return program(cache._replace(own_k=[], own_v=[]))._replace(own_k=cache.own_k, own_v=cache.own_v)
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef",), donate_argnames=("cache",))
 def prefill_prompts(graphdef: nnx.GraphDef, weights: Weights, cache: Cache, tokens, entry, start, active) -> Cache:
-    def bank(weights, _, cache: Cache, tokens, entry, start, active):
+    def bank(weights, cache: Cache, tokens, entry, start, active):
         positions = start[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)
         model, blocks = bind(graphdef, weights)
         rope = rope_table(model.config, positions)
@@ -260,33 +234,33 @@ def prefill_prompts(graphdef: nnx.GraphDef, weights: Weights, cache: Cache, toke
             x = block(x, rope, attend)
         return cache._replace(prompt_k=prompt_k, prompt_v=prompt_v)
 
-    return _per_bank(bank, lambda banks: banks)(weights, (), cache, tokens, entry, start, active)
+    return _per_bank(bank, cache, (tokens, entry, start, active), replicated=(weights,))
 
 
 @functools.partial(jax.jit, donate_argnames=("cache",))
 def _share_prefix(cache: Cache, prefix: jax.Array) -> Cache:
-    def bank(weights, prefix, cache: Cache):
+    def bank(prefix, cache: Cache):
         shared = jnp.arange(cache.prompt_room) < prefix
         prompt_k = [jnp.where(shared, x[:1], x) for x in cache.prompt_k]
         prompt_v = [jnp.where(shared[:, None], x[:1], x) for x in cache.prompt_v]
         return cache._replace(prompt_k=prompt_k, prompt_v=prompt_v)
 
-    return _per_bank(bank, lambda banks: banks)((), prefix, cache)
+    return _per_bank(bank, cache, replicated=(prefix,))
 
 
 def grow(cache: Cache, *, width: int) -> Cache:
-    """The same cache with rings of `width` columns, a multiple of those there are."""
+    """Widens the rings to `width` columns, a multiple of their present width. Consumes the given cache."""
     return _by_layer(functools.partial(_grow, width=width), cache)
 
 
 def compact(cache: Cache, slots: jax.Array, entries: jax.Array) -> Cache:
-    """A smaller cache of the slots [X, B'] and prompts [X, E'] that are given by their numbers."""
+    """Keeps the slots [X, slots] and prompts [X, entries] of the given numbers. Consumes the given cache."""
     return _by_layer(_compact, cache, slots, entries)
 
 
 def _by_layer(program: Callable, cache: Cache, *arrays: jax.Array) -> Cache:
-    """Reshape one layer after the other, and drop each before the next: the old cache and the new one never lie whole
-    beside each other. Uses the given cache up."""
+    """Reshapes one layer after the other and drops each before the next, so that the old cache and the new one are
+    never both whole in memory."""
     layers = []
     for i in range(len(cache.own_k)):
         layer = Cache(*([part[i]] for part in cache))
@@ -298,25 +272,30 @@ def _by_layer(program: Callable, cache: Cache, *arrays: jax.Array) -> Cache:
 
 @functools.partial(jax.jit, static_argnames=("width",))
 def _grow(layer: Cache, *, width: int) -> Cache:
-    return _per_bank(lambda weights, controls, layer: widen(layer, width), lambda banks: banks)((), (), layer)
+    return _per_bank(functools.partial(widen, width=width), layer)
 
 
 @jax.jit
 def _compact(layer: Cache, slots: jax.Array, entries: jax.Array) -> Cache:
-    def bank(weights, controls, layer, slots, entries):
+    def bank(layer, slots, entries):
         rows = (entries, entries, slots, slots)
         dims = ("EKHS", "EKSH", "RKHC", "RKCH")
         return Cache(*([constrain(part[0][r], d)] for part, r, d in zip(layer, rows, dims, strict=True)))
 
-    return _per_bank(bank, lambda banks: banks)((), (), layer, slots, entries)
+    return _per_bank(bank, layer, (slots, entries))
 
 
 PROGRAMS = (decode, prefill_prompts, _share_prefix, _grow, _compact)
 
 
+def compiled() -> int:
+    """The number of programs in the caches of the sampler's jitted functions."""
+    return sum(program._cache_size() for program in PROGRAMS)
+
+
 @functools.partial(jax.jit, static_argnames=("config", "banks", "entries", "room", "slots", "width", "dtype"))
 def empty_cache(config: QwenConfig, *, banks: int, entries: int, room: int, slots: int, width: int, dtype) -> Cache:
-    """Zeroed buffers: for each of `banks` banks `entries` prompts of `room` tokens, and `slots` rings of `width`."""
+    """Makes zeroed buffers: for each bank, `entries` prompts of `room` tokens and `slots` rings of `width` columns."""
     L, K, H = config.num_layers, config.num_kv_heads, config.head_dim
 
     def zeros(rows: int, *columns: int) -> list[jax.Array]:

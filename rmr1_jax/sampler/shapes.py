@@ -1,4 +1,4 @@
-"""Every shape that the sampler's programs can have, from the sizes of a run and a budget in bytes.
+"""Settles every shape that the sampler's programs can have, from the sizes of a call and a memory budget.
 
 Few shapes, few compilations: rings double from one width to the next, and the last samples of a run are gathered into
 three quarters, a half, a third of the slots and so on.
@@ -19,18 +19,18 @@ from rmr1_jax.model.config import QwenConfig
 from rmr1_jax.sampler.sample import SamplingConfig
 
 
-def _free_gib(mesh: Mesh, config: QwenConfig) -> float | None:
-    """The largest cache for which there is room in four fifths of what is free on the devices, where they tell (a CPU
-    does not): the rest is for a step's temporaries."""
-    told = [d.memory_stats() for d in mesh.local_devices]
-    if not all(told):
+def free_cache_gib(mesh: Mesh, config: QwenConfig) -> float | None:
+    """The largest cache in GiB that fits in four fifths of the devices' free memory (the rest is for a step's
+    temporaries); None where the devices do not report it, as CPUs do not."""
+    reports = [device.memory_stats() for device in mesh.local_devices]
+    if not all(reports):
         return None
-    free = min(t["bytes_limit"] - t["bytes_in_use"] for t in told)
+    free = min(report["bytes_limit"] - report["bytes_in_use"] for report in reports)
     return 0.8 * free * cache_ways(config, mesh) / 2**30
 
 
-def _common_prefix(prompts: list[np.ndarray]) -> int:
-    """Tokens that all prompts begin with, in whole chunks of the smallest size, and less than any of them."""
+def common_prefix(prompts: list[np.ndarray]) -> int:
+    """The number of tokens that all prompts begin with, in whole chunks of the smallest size, and below each length."""
     if len(prompts) < 2:
         return 0
     shortest = min(map(len, prompts)) - 1
@@ -38,9 +38,9 @@ def _common_prefix(prompts: list[np.ndarray]) -> int:
     return int(same.argmin() if not same.all() else shortest) // CHUNKS[-1] * CHUNKS[-1]
 
 
-def _pieces(start: int, end: int, room: int) -> Iterator[tuple[int, int]]:
-    """(position, size) of the pieces that cover positions `start` to `end` and stay within `room`, never growing: each
-    the largest of which tokens fill three quarters, or the smallest there is."""
+def pieces(start: int, end: int, room: int) -> Iterator[tuple[int, int]]:
+    """Cuts positions `start` to `end` into (position, size) pieces of the sizes in CHUNKS that stay within `room`. Each
+    has the largest size of which tokens fill three quarters, or the smallest size; sizes never grow."""
     while start < end:
         size = next((c for c in CHUNKS if end - start >= 0.75 * c and c <= room - start), CHUNKS[-1])
         yield start, size
@@ -83,7 +83,7 @@ class Shapes:
         return [(self.slots, self.entries, self.ranks), *shrunk]
 
     def cache_bytes(self, config: QwenConfig, itemsize: int) -> int:
-        """Of the largest cache that a run can have, on all devices together."""
+        """The size of the largest cache that a call can have, on all devices together."""
         column = 2 * config.num_layers * config.num_kv_heads * config.head_dim * itemsize
         most = max(slots * self.widths[-1] + entries * self.room for slots, entries, _ in self.sizes)
         return self.banks * most * column
@@ -131,8 +131,8 @@ def plan_shapes(
 
 
 def cache_ways(config: QwenConfig, mesh: Mesh) -> int:
-    """Over how many devices the cache of all banks is split. A tensor group whose number does not divide the key-value
-    heads holds it whole on each of its devices."""
+    """The number of devices over which the cache of all banks is split. A tensor axis that does not divide the
+    key-value heads replicates it."""
     tensor = mesh.shape["tensor"]
     return rows_divisor(mesh) * (tensor if config.num_kv_heads % tensor == 0 else 1)
 

@@ -1,22 +1,45 @@
-"""Who sits in which slot: the host's bookkeeping of one bank, without a device in sight.
+"""The host's record of one bank: which sample each slot holds, and which prompts are in its cache.
 
-A bank has B slots and room for E prompts. A prompt is admitted to a free entry, its samples are seated in free slots as
-these come, and its entry is free again when the last of them has finished. `run.py` moves what is said here to the
-device and back.
+A bank has B slots and room for E prompts. A prompt is admitted to a free entry of the cache, its samples take free
+slots, and its entry is free again when the last of its samples has finished. No device is involved: `Bank.arrays` is
+what `engine.py` sends to the compiled programs, and `Bank.record` takes what they drew.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from typing import Any, NamedTuple
 
 import numpy as np
 
 FREE = -1
 
 
+class Slots(NamedTuple):
+    """The state of the slots before a dispatch, int32 unless said otherwise. NumPy arrays in a `Bank`; on the device
+    they have a leading axis X, the banks."""
+
+    last: Any  # [B] the token to feed next
+    length: Any  # [B] tokens of its prompt
+    drawn: Any  # [B] tokens drawn so far
+    start: Any  # [B] the bank's step at which its sample began
+    live: Any  # [B] bool: the slot holds a sample
+    prompt_hash: Any  # [B] uint32
+    sample: Any  # [B] the number of the sample among those of its prompt
+    entry: Any  # [B] the entry of the cache that holds its prompt
+    rank: Any  # [B] its column in the table
+    table: Any  # [E, R] the slots of each prompt, FREE where there are fewer
+    prompt_length: Any  # [E] tokens in the prompt's cache: all but the last, which is fed first
+    step: Any  # [] steps that the bank has decoded
+    leave_at: Any  # [] the dispatch ends when as few slots are live
+
+
+PER_SLOT = Slots._fields[: Slots._fields.index("table")]
+
+
 @dataclasses.dataclass
-class Seat:
-    """A sample in flight: which it is, and what has been drawn so far (one array a dispatch)."""
+class LiveSample:
+    """A sample in a slot, and what has been drawn so far (one array a dispatch)."""
 
     prompt: int
     number: int
@@ -26,119 +49,126 @@ class Seat:
 
 
 @dataclasses.dataclass
-class Guest:
-    """A prompt in the cache: its number, its tokens, how many of its samples are still to be seated and to finish."""
+class CachedPrompt:
+    """A prompt in the cache. waiting: its samples that have no slot yet; unfinished: those and the live ones."""
 
     prompt: int
     tokens: np.ndarray
     hash: int
-    unseated: int
+    waiting: int
     unfinished: int
 
 
 class Bank:
-    """The slots and prompts of one bank. The arrays are those that `programs.Slots` describes, without its axis X."""
+    """The slots and cached prompts of one bank: `slots` slots and `entries` prompts of at most `ranks` live samples."""
 
     def __init__(self, slots: int, entries: int, ranks: int):
-        self.seats: list[Seat | None] = [None] * slots
-        self.guests: list[Guest | None] = [None] * entries
-        self.last, self.length, self.drawn, self.start, self.sample, self.entry, self.rank = np.zeros(
-            (7, slots), np.int32
-        )
-        self.live = np.zeros(slots, bool)
-        self.prompt_hash = np.zeros(slots, np.uint32)
-        self.table = np.full((entries, ranks), FREE, np.int32)
-        self.prompt_length = np.zeros(entries, np.int32)
-        self.step = 0
+        self.samples: list[LiveSample | None] = [None] * slots
+        self.prompts: list[CachedPrompt | None] = [None] * entries
+        last, length, drawn, start, sample, entry, rank = np.zeros((7, slots), np.int32)
+        live, prompt_hash = np.zeros(slots, bool), np.zeros(slots, np.uint32)
+        table, prompt_length = np.full((entries, ranks), FREE, np.int32), np.zeros(entries, np.int32)
+        step, leave_at = np.zeros((), np.int32), np.zeros((), np.int32)
+        by_slot = (last, length, drawn, start, live, prompt_hash, sample, entry, rank)
+        self.arrays = Slots(*by_slot, table, prompt_length, step, leave_at)
 
     @property
     def live_count(self) -> int:
-        return int(self.live.sum())
+        return int(self.arrays.live.sum())
 
     @property
-    def unseated(self) -> int:
+    def waiting(self) -> int:
         """Samples of admitted prompts that wait for a slot."""
-        return sum(guest.unseated for guest in self.guests if guest)
+        return sum(prompt.waiting for prompt in self.prompts if prompt)
 
     @property
     def open_slots(self) -> int:
         """Slots that no admitted sample will take."""
-        return len(self.seats) - self.live_count - self.unseated
+        return len(self.samples) - self.live_count - self.waiting
 
     @property
     def oldest(self) -> int:
-        """How many columns of its ring the longest live sample has used."""
-        return int((self.step - self.start[self.live]).max(initial=0))
+        """The number of columns of its ring that the longest live sample has used."""
+        return int((self.arrays.step - self.arrays.start[self.arrays.live]).max(initial=0))
 
     def admit(self, prompt: int, tokens: np.ndarray, hash_: int, samples: int) -> int | None:
-        """Give the prompt a free entry, whose number is returned; None where there is none."""
-        entry = next((e for e, guest in enumerate(self.guests) if guest is None), None)
+        """Gives the prompt a free entry and returns its number; None where all are taken."""
+        entry = next((e for e, cached in enumerate(self.prompts) if cached is None), None)
         if entry is not None:
-            self.guests[entry] = Guest(prompt, tokens, hash_, samples, samples)
-            self.prompt_length[entry] = len(tokens) - 1
+            self.prompts[entry] = CachedPrompt(prompt, tokens, hash_, samples, samples)
+            self.arrays.prompt_length[entry] = len(tokens) - 1
         return entry
 
-    def seat(self, samples: int) -> None:
-        """Seat samples of admitted prompts in free slots, as far as there are any. samples: of every prompt."""
-        free = [slot for slot, seat in enumerate(self.seats) if seat is None]
-        for entry, guest in enumerate(self.guests):
-            while guest and guest.unseated and free and (self.table[entry] == FREE).any():
-                slot, number = free.pop(0), samples - guest.unseated
-                guest.unseated -= 1
-                self.rank[slot] = rank = int(np.argmax(self.table[entry] == FREE))
-                self.table[entry, rank] = slot
-                self.seats[slot] = Seat(guest.prompt, number)
-                self.entry[slot], self.sample[slot], self.prompt_hash[slot] = entry, number, guest.hash
-                self.last[slot], self.length[slot] = guest.tokens[-1], len(guest.tokens)
-                self.drawn[slot], self.start[slot], self.live[slot] = 0, self.step, True
+    def fill(self, samples: int) -> None:
+        """Puts waiting samples into free slots, as far as there are any. samples: the number of every prompt's."""
+        slots = self.arrays
+        free = [slot for slot, sample in enumerate(self.samples) if sample is None]
+        for entry, cached in enumerate(self.prompts):
+            while cached and cached.waiting and free and (slots.table[entry] == FREE).any():
+                slot, number = free.pop(0), samples - cached.waiting
+                cached.waiting -= 1
+                slots.rank[slot] = rank = int(np.argmax(slots.table[entry] == FREE))
+                slots.table[entry, rank] = slot
+                self.samples[slot] = LiveSample(cached.prompt, number)
+                slots.entry[slot], slots.sample[slot], slots.prompt_hash[slot] = entry, number, cached.hash
+                slots.last[slot], slots.length[slot] = cached.tokens[-1], len(cached.tokens)
+                slots.drawn[slot], slots.start[slot], slots.live[slot] = 0, slots.step, True
 
-    def take(self, tokens, logp, sampled_logp, steps: int, stops: set[int], max_new: int) -> list[Seat]:
-        """Note what a dispatch drew (arrays [B, STEPS], of which `steps` columns count); returns who has finished."""
-        self.step += steps
+    def record(self, tokens, logp, sampled_logp, steps: int, stops: set[int], max_new: int) -> list[LiveSample]:
+        """Records what a dispatch drew and frees the slots of the samples that have finished, which it returns.
+
+        Args:
+            tokens, logp, sampled_logp: [B, STEPS], of which the first `steps` columns count.
+        """
+        slots = self.arrays
+        slots.step[...] += steps
         finished = []
         counts = (tokens[:, :steps] >= 0).sum(axis=1)
-        for slot in np.nonzero(self.live)[0]:
-            count, seat = int(counts[slot]), self.seats[slot]
+        for slot in np.nonzero(slots.live)[0]:
+            count, sample = int(counts[slot]), self.samples[slot]
             if count == 0:
                 continue
-            seat.tokens.append(tokens[slot, :count])
-            seat.logp.append(logp[slot, :count])
-            seat.sampled_logp.append(sampled_logp[slot, :count])
-            self.last[slot] = tokens[slot, count - 1]
-            self.drawn[slot] += count
-            if int(self.last[slot]) in stops or self.drawn[slot] >= max_new:
-                finished.append(seat)
-                self._leave(slot)
+            sample.tokens.append(tokens[slot, :count])
+            sample.logp.append(logp[slot, :count])
+            sample.sampled_logp.append(sampled_logp[slot, :count])
+            slots.last[slot] = tokens[slot, count - 1]
+            slots.drawn[slot] += count
+            if int(slots.last[slot]) in stops or slots.drawn[slot] >= max_new:
+                finished.append(sample)
+                self._free(slot)
         return finished
 
-    def _leave(self, slot: int) -> None:
-        entry = self.entry[slot]
-        self.seats[slot], self.live[slot] = None, False
-        self.table[entry, self.rank[slot]] = FREE
-        guest = self.guests[entry]
-        guest.unfinished -= 1
-        if not guest.unfinished:
-            self.guests[entry], self.prompt_length[entry] = None, 0
+    def _free(self, slot: int) -> None:
+        slots, entry = self.arrays, self.arrays.entry[slot]
+        self.samples[slot], slots.live[slot] = None, False
+        slots.table[entry, slots.rank[slot]] = FREE
+        cached = self.prompts[entry]
+        cached.unfinished -= 1
+        if not cached.unfinished:
+            self.prompts[entry], slots.prompt_length[entry] = None, 0
 
     def compact(self, slots: int, entries: int, ranks: int) -> tuple[np.ndarray, np.ndarray]:
-        """Go down to fewer slots, and to fewer prompts or (with ranks=1) to a copy of its prompt for every slot.
+        """Shrinks to fewer slots, and to fewer prompts or (with ranks=1) to a copy of its prompt for every slot.
 
         Returns:
             The old numbers of the slots and of the entries that are kept, [slots] and [entries].
         """
-        order = np.argsort(~self.live, kind="stable")[:slots].astype(np.int32)
-        assert self.live_count <= slots and not self.unseated
-        for name in ("last", "length", "drawn", "start", "sample", "entry", "rank", "live", "prompt_hash"):
-            setattr(self, name, getattr(self, name)[order])
-        self.seats = [self.seats[slot] for slot in order]
-        if ranks > 1 and entries == len(self.guests):
+        order = np.argsort(~self.arrays.live, kind="stable")[:slots].astype(np.int32)
+        assert self.live_count <= slots and not self.waiting
+        now = self.arrays._replace(**{name: getattr(self.arrays, name)[order] for name in PER_SLOT})
+        self.samples = [self.samples[slot] for slot in order]
+        if ranks > 1 and entries == len(self.prompts):
             kept = np.arange(entries, dtype=np.int32)
         else:
-            kept = self.entry.copy()
-            # One slot a copy now: its guest has one sample left to finish.
-            self.guests = [g and dataclasses.replace(g, unfinished=1) for g in (self.guests[e] for e in kept)]
-            self.prompt_length = self.prompt_length[kept]
-            self.entry, self.rank = np.arange(slots, dtype=np.int32), np.zeros(slots, np.int32)
-        self.table = np.full((entries, ranks), FREE, np.int32)
-        self.table[self.entry[self.live], self.rank[self.live]] = np.nonzero(self.live)[0]
+            kept = now.entry.copy()
+            # Each copy of a prompt has one slot, and so one sample left to finish.
+            self.prompts = [p and dataclasses.replace(p, unfinished=1) for p in (self.prompts[e] for e in kept)]
+            now = now._replace(
+                prompt_length=now.prompt_length[kept],
+                entry=np.arange(slots, dtype=np.int32),
+                rank=np.zeros(slots, np.int32),
+            )
+        table = np.full((entries, ranks), FREE, np.int32)
+        table[now.entry[now.live], now.rank[now.live]] = np.nonzero(now.live)[0]
+        self.arrays = now._replace(table=table)
         return order, kept

@@ -31,9 +31,9 @@ from rmr1_jax.sampler import engine as engine_module
 from rmr1_jax.sampler import programs
 from rmr1_jax.sampler.draw import _first_above, draw
 from rmr1_jax.sampler.engine import Engine, Run
-from rmr1_jax.sampler.programs import make_controls, to_slots
+from rmr1_jax.sampler.programs import make_controls, stack_slots
 from rmr1_jax.sampler.sample import SamplingConfig
-from rmr1_jax.sampler.shapes import _free_gib
+from rmr1_jax.sampler.shapes import free_cache_gib
 from rmr1_jax.sampler.slots import Bank
 from rmr1_jax.sampler.weights import sampling_weights
 from rmr1_jax.train.logprobs import token_logprobs
@@ -427,7 +427,7 @@ def test_order_and_neighbours_change_no_token(model, alike):
     assert_same(model.sample(MANY + PROMPTS, n=3, **settings)[0][len(MANY) :], expected)
 
 
-def test_a_common_prefix_changes_no_token(model):
+def test_acommon_prefix_changes_no_token(model):
     """Together the prompts have 32 tokens in common, beside another one none. One is just one token longer."""
     prefix = MANY[0] + PROMPTS[7]
     prompts = [[*prefix[:32], i + 1, *PROMPTS[i][: i % 8]] for i in range(8)]
@@ -448,7 +448,7 @@ def compiled_decode(engine: Engine, weights: dict) -> str:
     banks = [Bank(*engine.shapes.sizes[0]) for _ in range(engine.shapes.banks)]
     with jax.set_mesh(engine.mesh):
         arguments = make_controls(engine.sampling, ()), engine.empty_cache(engine.shapes.widths[0])
-        lowered = programs.decode.lower(engine.graphdef, weights, *arguments, to_slots(banks, [0] * len(banks)))
+        lowered = programs.decode.lower(engine.graphdef, weights, *arguments, stack_slots(banks, [0] * len(banks)))
     return lowered.compile().as_text()
 
 
@@ -536,9 +536,9 @@ def test_the_budget_is_what_a_cache_may_take(tiny_policy, tensor, whole_on):
     limits = ({"bytes_limit": n * 2**30, "bytes_in_use": 2**30} for n in (7, 6))
     told = [SimpleNamespace(memory_stats=lambda told=told: told) for told in limits]
     mesh = SimpleNamespace(local_devices=told, shape={"replica": 2, "fsdp": 4 // tensor, "tensor": tensor})
-    assert _free_gib(mesh, config) == pytest.approx(0.8 * 5 * 8 / whole_on)
+    assert free_cache_gib(mesh, config) == pytest.approx(0.8 * 5 * 8 / whole_on)
     told[1].memory_stats = lambda: None
-    assert _free_gib(mesh, config) is None
+    assert free_cache_gib(mesh, config) is None
 
 
 def test_samples_share_their_prompt(model):

@@ -45,16 +45,16 @@ def pretend(slots, leave_at: int, max_new: int, mean: float):
 
 def check(bank: Bank) -> None:
     """The arrays that go to the device agree with who sits where."""
-    assert [seat is not None for seat in bank.seats] == bank.live.tolist()
-    for slot in np.nonzero(bank.live)[0]:
-        seat, guest = bank.seats[slot], bank.guests[bank.entry[slot]]
-        assert seat.prompt == guest.prompt and seat.number == bank.sample[slot]
-        assert bank.table[bank.entry[slot], bank.rank[slot]] == slot
-        assert (bank.prompt_hash[slot], bank.length[slot]) == (guest.hash, len(guest.tokens))
-        assert bank.drawn[slot] == sum(map(len, seat.tokens)) == bank.step - bank.start[slot]
-        assert bank.last[slot] == (seat.tokens[-1] if seat.tokens else guest.tokens)[-1]
-        assert bank.prompt_length[bank.entry[slot]] == len(guest.tokens) - 1
-    assert (bank.table != FREE).sum() == bank.live_count
+    assert [seat is not None for seat in bank.samples] == bank.arrays.live.tolist()
+    for slot in np.nonzero(bank.arrays.live)[0]:
+        seat, guest = bank.samples[slot], bank.prompts[bank.arrays.entry[slot]]
+        assert seat.prompt == guest.prompt and seat.number == bank.arrays.sample[slot]
+        assert bank.arrays.table[bank.arrays.entry[slot], bank.arrays.rank[slot]] == slot
+        assert (bank.arrays.prompt_hash[slot], bank.arrays.length[slot]) == (guest.hash, len(guest.tokens))
+        assert bank.arrays.drawn[slot] == sum(map(len, seat.tokens)) == bank.arrays.step - bank.arrays.start[slot]
+        assert bank.arrays.last[slot] == (seat.tokens[-1] if seat.tokens else guest.tokens)[-1]
+        assert bank.arrays.prompt_length[bank.arrays.entry[slot]] == len(guest.tokens) - 1
+    assert (bank.arrays.table != FREE).sum() == bank.live_count
 
 
 # ---- one bank
@@ -64,60 +64,60 @@ def test_prompts_are_admitted_to_free_entries_only():
     bank = Bank(slots=4, entries=2, ranks=2)
     assert bank.open_slots == 4 and bank.oldest == 0
     assert bank.admit(7, np.arange(5), 70, 3) == 0
-    assert (bank.unseated, bank.open_slots, bank.live_count) == (3, 1, 0)
+    assert (bank.waiting, bank.open_slots, bank.live_count) == (3, 1, 0)
     assert bank.admit(8, np.arange(9), 80, 1) == 1
     assert bank.admit(9, np.arange(2), 90, 1) is None
-    assert (bank.unseated, bank.open_slots) == (4, 0)
-    assert bank.prompt_length.tolist() == [4, 8]  # the last token is the first to be fed
+    assert (bank.waiting, bank.open_slots) == (4, 0)
+    assert bank.arrays.prompt_length.tolist() == [4, 8]  # the last token is the first to be fed
 
 
 def test_more_samples_than_ranks_and_slots_are_seated_as_places_come():
     bank = Bank(slots=3, entries=2, ranks=2)
     bank.admit(0, np.array([5, 6]), 10, 4)
-    bank.seat(4)
+    bank.fill(4)
     check(bank)
-    assert [seat and (seat.prompt, seat.number) for seat in bank.seats] == [(0, 0), (0, 1), None]  # two ranks
+    assert [seat and (seat.prompt, seat.number) for seat in bank.samples] == [(0, 0), (0, 1), None]  # two ranks
     bank.admit(1, np.array([7]), 20, 2)
-    bank.seat(2)
+    bank.fill(2)
     check(bank)
-    assert [(seat.prompt, seat.number) for seat in bank.seats] == [(0, 0), (0, 1), (1, 0)]  # three slots
-    assert bank.unseated == 3 and bank.last.tolist() == [6, 6, 7] and bank.length.tolist() == [2, 2, 1]
+    assert [(seat.prompt, seat.number) for seat in bank.samples] == [(0, 0), (0, 1), (1, 0)]  # three slots
+    assert bank.waiting == 3 and bank.arrays.last.tolist() == [6, 6, 7] and bank.arrays.length.tolist() == [2, 2, 1]
 
     tokens = np.array([[11, 12, -1], [11, STOP, -1], [STOP, -1, -1]], np.int32)
-    finished = bank.take(tokens, tokens / 2, tokens / 4, 2, {STOP}, 10)
+    finished = bank.record(tokens, tokens / 2, tokens / 4, 2, {STOP}, 10)
     check(bank)
     assert [(seat.prompt, seat.number) for seat in finished] == [(0, 1), (1, 0)]
     assert np.concatenate(finished[0].tokens).tolist() == [11, STOP]
     assert np.concatenate(finished[0].logp).tolist() == [5.5, STOP / 2]
     assert np.concatenate(finished[0].sampled_logp).tolist() == [2.75, STOP / 4]
-    assert (bank.step, bank.oldest, bank.live_count, bank.open_slots) == (2, 2, 1, -1)
-    assert bank.last[0] == 12 and bank.drawn[0] == 2 and bank.prompt_length.tolist() == [1, 0]
+    assert (bank.arrays.step, bank.oldest, bank.live_count, bank.open_slots) == (2, 2, 1, -1)
+    assert bank.arrays.last[0] == 12 and bank.arrays.drawn[0] == 2 and bank.arrays.prompt_length.tolist() == [1, 0]
 
 
 def test_an_entry_is_free_when_its_last_sample_has_finished():
     bank = Bank(slots=2, entries=1, ranks=2)
     bank.admit(0, np.array([5, 6]), 10, 3)
-    bank.seat(3)
+    bank.fill(3)
     ends = np.full((2, 1), STOP, np.int32)
-    assert len(bank.take(ends, ends, ends, 1, {STOP}, 10)) == 2
+    assert len(bank.record(ends, ends, ends, 1, {STOP}, 10)) == 2
     assert bank.admit(1, np.array([5]), 20, 1) is None  # its third sample has not even begun
-    bank.seat(3)
+    bank.fill(3)
     check(bank)
-    assert bank.seats[0].number == 2 and bank.start[0] == 1 and bank.oldest == 0
+    assert bank.samples[0].number == 2 and bank.arrays.start[0] == 1 and bank.oldest == 0
     ends[1] = -1
-    assert [seat.number for seat in bank.take(ends, ends, ends, 1, {STOP}, 10)] == [2]
+    assert [seat.number for seat in bank.record(ends, ends, ends, 1, {STOP}, 10)] == [2]
     assert bank.admit(1, np.array([5]), 20, 1) == 0
 
 
 def test_the_limit_ends_a_sample_and_idle_slots_take_nothing():
     bank = Bank(slots=2, entries=1, ranks=2)
     bank.admit(0, np.array([5]), 10, 1)
-    bank.seat(1)
+    bank.fill(1)
     tokens = np.array([[11, 12, 13, 14], [-1] * 4], np.int32)
-    assert bank.take(tokens[:, :2], tokens, tokens, 2, {STOP}, 3) == []
-    (seat,) = bank.take(tokens[:, 2:], tokens, tokens, 1, {STOP}, 3)  # of the two columns one counts
+    assert bank.record(tokens[:, :2], tokens, tokens, 2, {STOP}, 3) == []
+    (seat,) = bank.record(tokens[:, 2:], tokens, tokens, 1, {STOP}, 3)  # of the two columns one counts
     assert np.concatenate(seat.tokens).tolist() == [11, 12, 13]
-    assert bank.live_count == 0 and bank.seats == [None, None] and bank.guests == [None]
+    assert bank.live_count == 0 and bank.samples == [None, None] and bank.prompts == [None]
 
 
 @pytest.mark.parametrize(("slots", "entries", "ranks"), [(4, 3, 2), (4, 4, 1), (3, 3, 1)], ids=str)
@@ -127,43 +127,45 @@ def test_a_smaller_bank_keeps_its_live_slots(slots, entries, ranks):
     bank = Bank(slots=5, entries=3, ranks=2)
     for prompt in range(3):
         bank.admit(prompt, np.arange(prompt + 2), 10 * prompt, 2)
-    bank.seat(2)
+    bank.fill(2)
     tokens = np.array([[STOP], [21], [STOP], [23], [24]], np.int32)
-    bank.take(tokens, tokens, tokens, 1, {STOP}, 10)
-    bank.seat(2)  # the sixth sample comes in where the first has left
+    bank.record(tokens, tokens, tokens, 1, {STOP}, 10)
+    bank.fill(2)  # the sixth sample comes in where the first has left
     tokens = np.array([[31], [STOP], [-1], [33], [34]], np.int32)
-    bank.take(tokens, tokens, tokens, 1, {STOP}, 10)
+    bank.record(tokens, tokens, tokens, 1, {STOP}, 10)
     check(bank)
-    before = {(bank.seats[slot].prompt, bank.seats[slot].number): slot for slot in np.nonzero(bank.live)[0]}
-    was = {name: getattr(bank, name).copy() for name in ("last", "length", "drawn", "start", "entry", "prompt_hash")}
-    lengths = bank.prompt_length.copy()
+    before = {(bank.samples[slot].prompt, bank.samples[slot].number): slot for slot in np.nonzero(bank.arrays.live)[0]}
+    was = {
+        name: getattr(bank.arrays, name).copy() for name in ("last", "length", "drawn", "start", "entry", "prompt_hash")
+    }
+    lengths = bank.arrays.prompt_length.copy()
     assert sorted(before) == [(1, 1), (2, 0), (2, 1)]
 
     order, kept = bank.compact(slots, entries, ranks)
     check(bank)
-    assert order.shape == (slots,) and kept.shape == (entries,) and bank.table.shape == (entries, ranks)
-    assert bank.live.tolist() == [True, True, True, False][:slots]
+    assert order.shape == (slots,) and kept.shape == (entries,) and bank.arrays.table.shape == (entries, ranks)
+    assert bank.arrays.live.tolist() == [True, True, True, False][:slots]
     for slot in range(3):
-        seat = bank.seats[slot]
+        seat = bank.samples[slot]
         old = before[seat.prompt, seat.number]
-        assert order[slot] == old and kept[bank.entry[slot]] == was["entry"][old]
+        assert order[slot] == old and kept[bank.arrays.entry[slot]] == was["entry"][old]
         for name in ("last", "length", "drawn", "start", "prompt_hash"):
-            assert getattr(bank, name)[slot] == was[name][old], name
-    np.testing.assert_array_equal(bank.prompt_length, lengths[kept])
+            assert getattr(bank.arrays, name)[slot] == was[name][old], name
+    np.testing.assert_array_equal(bank.arrays.prompt_length, lengths[kept])
     if ranks == 1:
-        assert bank.entry[:3].tolist() == [0, 1, 2]  # nobody shares
+        assert bank.arrays.entry[:3].tolist() == [0, 1, 2]  # nobody shares
     else:
         np.testing.assert_array_equal(kept, np.arange(3))
     # All end where they are, and the bank is empty.
     tokens = np.full((slots, 1), STOP, np.int32)
-    assert len(bank.take(tokens, tokens, tokens, 1, {STOP}, 10)) == 3
-    assert bank.live_count == 0 and (bank.table == FREE).all()
+    assert len(bank.record(tokens, tokens, tokens, 1, {STOP}, 10)) == 3
+    assert bank.live_count == 0 and (bank.arrays.table == FREE).all()
 
 
 def test_a_smaller_bank_refuses_to_drop_who_is_seated_or_waits():
     bank = Bank(slots=3, entries=2, ranks=2)
     bank.admit(0, np.array([5]), 10, 2)
-    bank.seat(2)
+    bank.fill(2)
     with pytest.raises(AssertionError):
         bank.compact(1, 1, 1)
     bank.admit(1, np.array([5]), 10, 3)
@@ -179,13 +181,13 @@ def test_every_sample_gets_its_own_tokens_and_no_other_s(slots, entries, n, seed
     bank, max_new, mean = Bank(slots, entries, min(n, slots)), 40, 12
     prompts = [rng.integers(0, 9, rng.integers(1, 6)) for _ in range(12)]
     queue, done = list(range(len(prompts))), {}
-    while queue or bank.live_count or bank.unseated:
+    while queue or bank.live_count or bank.waiting:
         while queue and bank.open_slots > 0 and bank.admit(queue[0], prompts[queue[0]], queue[0], n) is not None:
             queue.pop(0)
-        bank.seat(n)
+        bank.fill(n)
         check(bank)
         leave_at = rng.integers(0, bank.live_count) if bank.live_count else 0
-        for seat in bank.take(*pretend(bank, leave_at, max_new, mean), {STOP}, max_new):
+        for seat in bank.record(*pretend(bank.arrays, leave_at, max_new, mean), {STOP}, max_new):
             assert (seat.prompt, seat.number) not in done
             done[seat.prompt, seat.number] = seat
             values = (np.concatenate(x) for x in (seat.tokens, seat.logp, seat.sampled_logp))
@@ -193,7 +195,7 @@ def test_every_sample_gets_its_own_tokens_and_no_other_s(slots, entries, n, seed
             for value, expected in zip(values, (text, text / 2, text / 4), strict=True):
                 np.testing.assert_array_equal(value, expected)
         check(bank)
-    assert len(done) == len(prompts) * n and bank.guests == [None] * entries
+    assert len(done) == len(prompts) * n and bank.prompts == [None] * entries
 
 
 # ---- the engine over a pretended device
