@@ -26,6 +26,7 @@ from rmr1_jax.prompts.verdict import strict_verdict
 
 Stage = Literal["sft", "grpo"]
 Target = Literal["trace", "verdict"]
+SourceRow = PublishedRow | PreferencePair  # a rendered row or a pair
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,9 +70,7 @@ def is_rendered(row: Row) -> bool:
     return "context_messages" in row.value
 
 
-def read_source(
-    paths: Sequence[Path], prompt: Prompt | None, *, seed: int = 0, **reading: Any
-) -> Iterator[PublishedRow | PreferencePair]:
+def read_source(paths: Sequence[Path], prompt: Prompt | None, *, seed: int = 0, **reading: Any) -> Iterator[SourceRow]:
     """Read rendered rows from `paths`, or with a prompt the pairs of its only path.
 
     Args:
@@ -91,7 +90,7 @@ def sft_example(tokenizer: Tokenizer, id: str, messages: Messages, trace: str) -
 
 def make_example(
     tokenizer: Tokenizer,
-    row: PublishedRow | PreferencePair,
+    row: SourceRow,
     stage: Stage | None,
     target: Target = "trace",
     prompt: Prompt | None = None,

@@ -30,7 +30,16 @@ from tqdm import tqdm
 
 from rmr1_jax.config import config_dataclass
 from rmr1_jax.data import store, writer
-from rmr1_jax.data.examples import Example, Stage, Target, first_row, is_rendered, load_tokenizer, read_source
+from rmr1_jax.data.examples import (
+    Example,
+    Stage,
+    Target,
+    first_row,
+    is_rendered,
+    load_tokenizer,
+    make_example,
+    read_source,
+)
 from rmr1_jax.data.tokenize_rows import CHUNK, Refused, tokenize_rows
 from rmr1_jax.errors import InputError, RunError
 from rmr1_jax.files.append import lock_for_writing
@@ -127,9 +136,8 @@ def _write_set(config: PrepareConfig, tokenizer: Tokenizer, partial: Path) -> di
     chosen = _choose(sum(1 for _ in rows()), config.limit, config.seed)
     report, statistics, drops = ReadReport(), writer.SetStatistics(), Counter()
     workers = min(config.workers or _cores(), -(-len(chosen) // CHUNK) or 1)
-    outcomes = tokenize_rows(
-        itertools.compress(rows(report=report), chosen), tokenizer, config.stage, config.target, prompt, workers
-    )
+    make = functools.partial(make_example, stage=config.stage, target=config.target, prompt=prompt)
+    outcomes = tokenize_rows(itertools.compress(rows(report=report), chosen), tokenizer, make, workers)
     every = 0.1 if sys.stderr.isatty() else 30.0  # in a log file, a line every half minute
     with (
         tqdm(total=int(chosen.sum()), desc="prepare", unit="row", dynamic_ncols=True, mininterval=every) as bar,

@@ -12,16 +12,13 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 
-from rmr1_jax.data.examples import Example, Stage, Target, make_example
+from rmr1_jax.data.examples import Example, SourceRow
 from rmr1_jax.errors import InputError
 from rmr1_jax.model.tokenizer import Tokenizer
-from rmr1_jax.pairs.pair import PreferencePair
-from rmr1_jax.pairs.training_sets import PublishedRow
-from rmr1_jax.prompts.prompt import Prompt
 
 CHUNK = 64  # rows a process takes at a time
 
@@ -35,23 +32,19 @@ class Refused:
 
 
 def tokenize_rows(
-    rows: Iterable[PublishedRow | PreferencePair],
-    tokenizer: Tokenizer,
-    stage: Stage,
-    target: Target,
-    prompt: Prompt | None,
-    workers: int,
+    rows: Iterable[SourceRow], tokenizer: Tokenizer, make: Callable[[Tokenizer, SourceRow], Example], workers: int
 ) -> Iterator[Example | Refused]:
-    """Make an example of each row (see `make_example`), in the order of the rows.
+    """Make an example of each row, in the order of the rows.
 
     With several workers, a few chunks a worker are in memory at any time. Close the iterator to stop the processes.
+
+    Args:
+        make: raises InputError for a row that it refuses; it must be picklable, such as a partial of `make_example`.
 
     Raises:
         BrokenProcessPool: a worker was killed.
     """
-    work = functools.partial(
-        _tokenize_chunk, str(tokenizer.directory), str(tokenizer.fingerprint), stage, target, prompt
-    )
+    work = functools.partial(_tokenize_chunk, str(tokenizer.directory), str(tokenizer.fingerprint), make)
     rows = iter(rows)
     chunks = iter(lambda: list(itertools.islice(rows, CHUNK)), [])
     if workers == 1:
@@ -73,18 +66,13 @@ def tokenize_rows(
 
 
 def _tokenize_chunk(
-    directory: str,
-    fingerprint: str,
-    stage: Stage,
-    target: Target,
-    prompt: Prompt | None,
-    rows: Sequence[PublishedRow | PreferencePair],
+    directory: str, fingerprint: str, make: Callable[[Tokenizer, SourceRow], Example], rows: Sequence[SourceRow]
 ) -> list[Example | Refused]:
     tokenizer = _load_once(directory, fingerprint)
     outcomes: list[Example | Refused] = []
     for row in rows:
         try:
-            outcomes.append(make_example(tokenizer, row, stage, target, prompt))
+            outcomes.append(make(tokenizer, row))
         except InputError as e:
             outcomes.append(Refused(row.id, str(e)))
     return outcomes
