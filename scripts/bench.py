@@ -1,10 +1,10 @@
-"""Measure speed, beside peers and limits that are measured in the same run.
+"""Measures the speed of sampling and training, with peers and limits measured in the same run.
 
     python scripts/bench.py sample --peer hf --peer tunix    the sampler
-    python scripts/bench.py steps                            a decode step by the length of the longest sample
+    python scripts/bench.py steps                            decode steps, by the length of the longest sample
     python scripts/bench.py train --peer hf --peer tunix     a training step
 
-The peers run one after the other in environments of their own (`bash scripts/peers` makes them); see `bench_peers.py`.
+Each peer runs alone, in an environment of its own that `bash scripts/peers` installs. Read next: `bench_common.py`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, OmitSubcommandPrefixe
 
 from rmr1_jax.errors import InputError, RunError
 
-sys.path.insert(0, str(Path(__file__).parent))  # where this file is loaded and not run
+sys.path.insert(0, str(Path(__file__).parent))  # for tests, which import this file
 
 from bench_sample import Sample, Steps
 from bench_train import Train
@@ -32,7 +32,7 @@ Command = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code, by the rules of `rmr1`."""
+    """Runs one command and returns its exit code, as `rmr1` does."""
     try:
         command = tyro.cli(
             Command,

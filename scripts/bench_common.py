@@ -1,4 +1,4 @@
-"""What the benchmarks of bench.py share: the shape of a model, and peers in environments of their own."""
+"""Shared by the benchmarks of bench.py: the model's shape, and peers in environments of their own."""
 
 from __future__ import annotations
 
@@ -47,30 +47,40 @@ Range = Annotated[
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Shape:
-    """Of an untied Qwen2 with random weights."""
+    """The shape of a Qwen2 with random weights and an output head of its own."""
 
     layers: int = 8
+    """Number of layers."""
     width: int = 512
+    """Size of the residual stream."""
     mlp: int = 1536
+    """Width of the MLP."""
     heads: int = 8
+    """Number of query heads."""
     kv_heads: int = 2
+    """Number of key-value heads."""
     head_dim: int = 64
+    """Size of a head."""
     vocab: int = 4096
+    """Size of the vocabulary."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Comparison(Shape):
-    """Ours beside the peers. A subclass says what is asked of them (`workload`), measures ours, makes a line of what a
-    system told, and a table of the lines; `speed` is the key of what is compared."""
+    """Compares our code with peers on one workload.
+
+    A subclass defines the workload, measures our code, turns a system's measurements into one line, and formats the
+    lines as a table. `speed` is the key of a line whose values are compared.
+    """
 
     speed: ClassVar[str]
 
     seed: int = 0
-    """Decides weights and what is asked."""
+    """Seed of the weights and of the workload."""
     peer: UseAppendAction[tuple[Literal["hf", "tunix"], ...]] = ()
-    """Also measure Transformers with torch (hf) or tunix; may be given twice."""
+    """Also measure Transformers with torch (hf) or tunix. May be given twice."""
     json: bool = False
-    """Print one JSON object a system instead of a table."""
+    """Print one JSON object for each system instead of a table."""
 
     def run(self) -> None:
         lines = []
@@ -82,7 +92,7 @@ class Comparison(Shape):
             print(self.table(lines))
 
     def measure(self) -> Iterator[dict[str, Any]]:
-        """One line a system, ours first; a peer's has the ratio of our speed to its own."""
+        """Yields one line for each system, ours first; a peer's has the ratio of our speed to its own."""
         peers = {name: peer_python(name) for name in dict.fromkeys(self.peer)}
         warn_of_load()
         with tempfile.TemporaryDirectory(prefix="rmr1-bench-") as folder:
@@ -98,7 +108,7 @@ class Comparison(Shape):
         raise NotImplementedError
 
     def measure_ours(self, model_dir: Path | None) -> dict[str, Any]:
-        """Leaves the weights in `model_dir` for the peers, where one is given."""
+        """Measures our code; saves the weights to `model_dir`, if given, for the peers."""
         raise NotImplementedError
 
     def line(self, name: str, result: dict[str, Any]) -> dict[str, Any]:
@@ -109,7 +119,7 @@ class Comparison(Shape):
 
 
 def model_config(shape: Shape, positions: int):
-    """By the reader of config.json, which says what is wrong with a shape."""
+    """Builds the configuration through the reader of config.json, which reports an impossible shape."""
     from rmr1_jax.model.config import parse_config
 
     fields = {
@@ -129,34 +139,34 @@ def model_config(shape: Shape, positions: int):
 
 
 def peer_python(name: str) -> Path:
-    """The interpreter of a peer's environment.
+    """Finds the interpreter of a peer's environment.
 
     Raises:
-        InputError: there is none, or the peer is not installed in it.
+        InputError: there is no environment, or the peer is not installed in it.
     """
     folder, package = PEERS[name]
     python = folder / "bin" / "python"
     look = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({package!r}) is None)"
     if not python.exists() or subprocess.run([python, "-c", look]).returncode:
-        raise InputError(f"--peer {name} needs {package} in {folder}, where it is not; run: bash scripts/peers")
+        raise InputError(f"--peer {name} needs {package} in {folder}, which lacks it; run: bash scripts/peers")
     return python
 
 
 def run_peer(name: str, python: Path, folder: Path) -> dict[str, Any]:
-    """What `bench_peers.py` found for the workload and the model in `folder`."""
+    """Runs `bench_peers.py` on the workload and the model in `folder`; returns its measurements."""
     say(f"{name}: warming up and running; this can take minutes")
     command = [python, ROOT / "scripts" / "bench_peers.py", name, folder]
     done = subprocess.run(command, env=os.environ | {"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True)
     if done.returncode:
         sys.stderr.write(done.stderr)
-        raise RunError(f"the peer {name} failed with exit code {done.returncode}; what it said stands above")
+        raise RunError(f"the peer {name} failed with exit code {done.returncode}; its error output is above")
     return json.loads((folder / "result.json").read_text())
 
 
 def warn_of_load() -> None:
     if (load := os.getloadavg()[0]) > 0.5:
-        # A peer that waits for all its threads at every step suffers most: torch has been seen 50 times slower.
-        say(f"warning: the load average is {load:.1f}; other work on this machine spoils the comparison")
+        # Peers that wait for all threads at every step suffer most: torch was once 50 times slower.
+        say(f"warning: the load average is {load:.1f}; other processes on this machine distort the comparison")
 
 
 def say(text: str) -> None:

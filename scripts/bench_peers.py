@@ -1,11 +1,11 @@
-"""The other side of `bench.py`: one peer on a workload that bench.py has written to a folder.
+"""Measures one peer on a workload that bench.py has written to a folder.
 
 python scripts/bench_peers.py hf|tunix FOLDER
 
-It runs in the peer's own environment, where this project is not installed, so it imports nothing of it. FOLDER holds
-`workload.json` (its task, and what that takes) and `model/`, the weights as a Hugging Face directory; what was drawn or
-lost and the seconds go to `FOLDER/result.json`. What a first call compiles or sets up is done by an earlier call and
-timed apart.
+bench.py starts it in the peer's own environment, where this project is not installed, so it imports nothing from it.
+FOLDER contains `workload.json` (the task and its arguments) and `model/` (the weights as a Hugging Face directory). The
+samples or losses and the seconds are written to `FOLDER/result.json`. A first call compiles and allocates; it is timed
+separately.
 """
 
 import json
@@ -42,14 +42,14 @@ def sample_hf(work: dict, model_dir: Path) -> dict:
         )
         return out[:, longest:].tolist()
 
-    warm_up_seconds, _ = timed(lambda: draw(min(4, work["max_new"])))  # nothing is compiled: a few steps are enough
+    warm_up_seconds, _ = timed(lambda: draw(min(4, work["max_new"])))  # nothing is compiled, so a few steps are enough
     seconds, rows = timed(lambda: draw(work["max_new"]))
     facts = {"device": device, "version": hf_version()}
     return {"seconds": seconds, "rows": rows, "warm_up_seconds": warm_up_seconds} | facts
 
 
 def train_hf(work: dict, model_dir: Path) -> dict:
-    """Transformers' own loss, torch's AdamW and clipping; `sdpa` attention, everything kept for the backward pass."""
+    """Transformers' own loss, torch's AdamW and clipping, `sdpa` attention, no rematerialization."""
     import torch
 
     model, device = load_hf(model_dir)
@@ -72,11 +72,11 @@ def train_hf(work: dict, model_dir: Path) -> dict:
 
 
 def load_hf(model_dir: Path) -> tuple:
-    """The model in float32 on its device, and that device's name."""
+    """Loads the model in float32; returns it with the name of its device."""
     import torch
     from transformers import Qwen2ForCausalLM
 
-    # By itself torch takes one thread a physical core; JAX takes them all.
+    # By default torch uses one thread for each physical core, and JAX one for each logical core.
     torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return Qwen2ForCausalLM.from_pretrained(model_dir, dtype=torch.float32).to(device), device
@@ -89,7 +89,7 @@ def hf_version() -> str:
 def sample_tunix(work: dict, model_dir: Path) -> dict:
     """tunix's own `Sampler` (the one without vLLM or SGLang): static batch, left padded, until every row has stopped.
 
-    It has no n samples a prompt, so a prompt is given once for each. It stops on a list of ids.
+    It cannot draw several samples of a prompt, so each prompt is given once for every sample.
     """
     import jax
     import jax.numpy as jnp
@@ -103,7 +103,7 @@ def sample_tunix(work: dict, model_dir: Path) -> dict:
         num_kv_heads=config.num_kv_heads,
         head_dim=config.head_dim,
     )
-    # Cells that hold the pad id are masked. No prompt has a stop id, and a row that draws one is done.
+    # Positions with the pad id are masked. No prompt contains a stop id, and a row that draws one is finished.
     sampler = Sampler(model, PromptNumbers(work["prompts"], pad=stop_ids[-1]), cache)
     compiling: list[float] = []
     jax.monitoring.register_event_duration_secs_listener(
@@ -121,11 +121,11 @@ def sample_tunix(work: dict, model_dir: Path) -> dict:
             top_k=None,
             seed=work["seed"],
         )
-        # A row comes back without its stop id. Which one it was does not matter.
+        # Rows are returned without their stop id; it does not matter which one it was.
         return [r.tolist() + stop_ids[:1] * (len(r) < work["max_new"]) for r in out.tokens]
 
-    # The same programs, and so everything compiled, but with a head that makes each row stop at once: its logits of the
-    # 16 stop ids are huge, of either sign.
+    # Warm up: compile the same programs, with a head that makes each row stop at once because its logits of the stop
+    # ids are huge.
     weights = sampler.transformer_state
     stopping = jax.tree.map(lambda x: x, weights)
     head = stopping["lm_head"]["w"]
@@ -139,10 +139,10 @@ def sample_tunix(work: dict, model_dir: Path) -> dict:
         "seconds": seconds,
         "rows": rows,
         "warm_up_seconds": warm_up_seconds,
-        "compile_seconds": round(sum(compiling), 3),  # within `seconds`: one comparison of scalars, 0.02 here
+        "compile_seconds": round(sum(compiling), 3),  # part of `seconds`; usually 0.02
         "device": jax.default_backend(),
         "version": tunix_version(),
-        "note": "no n samples a prompt: each prompt is given, and prefilled, once for every sample",
+        "note": "each prompt is given, and prefilled, once for every sample",
     }
 
 
@@ -172,7 +172,7 @@ def train_tunix(work: dict, model_dir: Path) -> dict:
 
 
 def load_tunix(model_dir: Path) -> tuple:
-    """The model in float32, and its configuration."""
+    """Loads the model in float32; returns it with its configuration."""
     import jax.numpy as jnp
     from tunix.models.qwen2.model import ModelConfig
     from tunix.models.qwen2.params import create_model_from_safe_tensors
@@ -198,7 +198,7 @@ def tunix_version() -> str:
 
 
 class PromptNumbers:
-    """A tokenizer in tunix's sense, for prompts that are tokens already: the text is the prompt's number."""
+    """A tokenizer, as tunix requires one, for prompts that are tokens already: the text is the prompt's number."""
 
     def __init__(self, prompts: list[list[int]], pad: int):
         self.prompts, self.pad = prompts, pad
@@ -210,7 +210,7 @@ class PromptNumbers:
         return ""
 
     def bos_id(self) -> None:
-        return None  # nothing is put before a prompt
+        return None  # no token before a prompt
 
     def eos_id(self) -> int:
         return self.pad

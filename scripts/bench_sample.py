@@ -1,8 +1,8 @@
-"""`bench.py sample` and `bench.py steps`: the sampler beside its peers, and a decode step by length.
+"""`bench.py sample` and `bench.py steps`: the sampler compared with peers, and decode steps by length.
 
-All systems get the same random weights in float32 and the same prompts of random ids, and sample at temperature 1 until
-one of the stop ids, the last of the vocabulary, or --max-new tokens. What counts is useful tokens a second: new tokens
-up to and with the stop. Compilation and other first calls are made before and timed apart.
+All systems get the same random weights in float32 and the same prompts of random ids. They sample at temperature 1
+until one of the stop ids (the last ids of the vocabulary) or --max-new tokens. The result is useful tokens per second:
+new tokens up to and including the stop. Compilation and other first calls happen before and are timed separately.
 """
 
 from __future__ import annotations
@@ -21,21 +21,22 @@ from rmr1_jax.errors import InputError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sample(Comparison):
-    """Groups of samples of long prompts with very unequal lengths: useful tokens a second."""
+    """Measure useful tokens per second: several samples of each of a few long prompts, of very unequal lengths."""
 
     speed = "useful_tok_s"
 
     prompts: int = 8
+    """Number of prompts."""
     group: int = 7
     """Samples of each prompt."""
     prompt_length: Range = (448, 512)
-    """The shortest and the longest prompt in tokens, between which lengths are drawn."""
+    """Range that the lengths of the prompts are drawn from, in tokens."""
     max_new: int = 1024
-    """New tokens a sample at most."""
+    """Maximum number of new tokens of a sample."""
     stop_ids: int = 16
-    """How many ids at the end of the vocabulary stop a sample."""
+    """Number of ids, the last of the vocabulary, that end a sample."""
     slots: int | None = None
-    """Samples in flight at once; by default as many as the sampler takes by itself."""
+    """Samples drawn at the same time. Defaults to the sampler's own choice."""
 
     def __post_init__(self):
         low, high = self.prompt_length
@@ -48,7 +49,7 @@ class Sample(Comparison):
                 raise InputError(f"--{name} {getattr(self, name.replace('-', '_'))} must be {wanted}")
 
     def workload(self) -> dict[str, Any]:
-        """What a sampler is asked for. No prompt has a stop id."""
+        """The prompts and limits for every sampler. No prompt contains a stop id."""
         import numpy as np
 
         random = np.random.default_rng(self.seed)
@@ -64,7 +65,7 @@ class Sample(Comparison):
         }
 
     def line(self, name: str, result: dict[str, Any]) -> dict[str, Any]:
-        """What is printed for a system, from its seconds, the rows of tokens it drew, and whatever else it tells."""
+        """Computes a system's line from its seconds, its rows of new tokens, and its other measurements."""
         rows, seconds = result.pop("rows"), result.pop("seconds")
         assert len(rows) == self.prompts * self.group, f"{name} gave {len(rows)} samples"
         useful = useful_tokens(rows, self.workload()["stop_ids"])
@@ -73,7 +74,7 @@ class Sample(Comparison):
         return speed | {"useful": useful, "samples": len(rows)} | result
 
     def measure_ours(self, model_dir: Path | None) -> dict[str, Any]:
-        """Warm up, sample, and leave the weights in `model_dir` for the peers."""
+        """Warms up and samples; saves the weights to `model_dir`, if given, for the peers."""
         import jax
 
         from rmr1_jax.distributed.mesh import single_device_mesh
@@ -119,7 +120,7 @@ class Sample(Comparison):
         )
 
     def table(self, lines: list[dict[str, Any]]) -> str:
-        """The lines for a reader."""
+        """Formats the lines as a table."""
         text = ["system      useful tok/s    seconds     useful  samples   ours / its"]
         for line in lines:
             speed = f"{line['name']:<10}{line['useful_tok_s']:14.1f}{line['seconds']:11.1f}{line['useful']:11}"
@@ -136,7 +137,7 @@ class Sample(Comparison):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Steps(Shape):
-    """Milliseconds of a decode step by the length of the longest live sample. By default most of it is the cache."""
+    """Measure the milliseconds of a decode step as the longest live sample grows. By default the cache dominates."""
 
     layers: int = 2
     width: int = 128
@@ -147,7 +148,7 @@ class Steps(Shape):
     prompt_length: Range = (16, 16)
     max_new: int = 4096
     json: bool = False
-    """Print one JSON object a length."""
+    """Print one JSON object for each length."""
 
     def run(self) -> None:
         lines = list(self.measure())
@@ -159,7 +160,7 @@ class Steps(Shape):
                 print(f"up to {line['live_length']:6} tokens {line['ms']:9.2f} ms a step, {share:5.2f} of the longest")
 
     def measure(self) -> Iterator[dict[str, Any]]:
-        """One line for every width that the samples' part of the cache can have, the best of five dispatches."""
+        """Yields one line for every width that the samples' part of the cache can have: the best of five dispatches."""
         import jax
         import numpy as np
 
@@ -196,7 +197,6 @@ class Steps(Shape):
 
 
 def useful_tokens(rows: Sequence[Sequence[int]], stop_ids: Sequence[int]) -> int:
-    """New tokens up to and with each row's first stop. What a batch draws behind it, until all have stopped, is not
-    useful."""
+    """Counts the new tokens up to and including each row's first stop; what a batch draws after it is of no use."""
     stops = set(stop_ids)
     return sum(next((i + 1 for i, token in enumerate(row) if token in stops), len(row)) for row in rows)

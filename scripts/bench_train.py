@@ -1,7 +1,7 @@
-"""`bench.py train`: one step of SFT (forward, backward, AdamW), beside its peers and beside its matrix products alone.
+"""`bench.py train`: one step of SFT (forward, backward, AdamW), compared with peers and with its matrix products alone.
 
-All systems get the same random weights in float32 and the same full rows of random ids, and every token is counted. The
-limit is what the machine would do if a step were nothing but its matrix products, each timed by itself in this run.
+All systems get the same random weights in float32 and the same full rows of random ids, and every token counts. The
+limit is the speed of a step that consists of nothing but its matrix products, each timed alone in the same run.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ LEARNING_RATE = 1e-4
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Train(Comparison):
-    """A training step: tokens a second."""
+    """Measure the tokens per second of a training step."""
 
     speed = "tok_s"
 
     batch: int = 4
-    """Rows of a step."""
+    """Rows in a step."""
     length: int = 1024
-    """Tokens of a row."""
+    """Tokens in a row."""
     steps: int = 5
-    """Steps to time; the median counts."""
+    """Steps to time; the result is their median."""
     remat: Literal["none", "dots", "full"] = "dots"
-    """What our backward pass computes again. The peers keep everything."""
+    """Rematerialization in our backward pass. The peers keep all activations."""
 
     def rows(self):
         """[B, T] int32 random ids."""
@@ -40,7 +40,7 @@ class Train(Comparison):
         return np.random.default_rng(self.seed).integers(0, self.vocab, (self.batch, self.length), np.int32)
 
     def workload(self) -> dict[str, Any]:
-        """What a trainer is asked for."""
+        """The rows and settings for every trainer."""
         return {"task": "train", "rows": self.rows().tolist(), "steps": self.steps, "lr": LEARNING_RATE}
 
     def line(self, name: str, result: dict[str, Any]) -> dict[str, Any]:
@@ -50,7 +50,7 @@ class Train(Comparison):
         return speed | {k: round(v, 4) if isinstance(v, float) else v for k, v in result.items()}
 
     def measure_ours(self, model_dir: Path | None) -> dict[str, Any]:
-        """Time the step and its matrix products, and leave the weights in `model_dir` for the peers."""
+        """Times the step and its matrix products; saves the weights to `model_dir`, if given, for the peers."""
         import jax
         import numpy as np
 
@@ -105,8 +105,10 @@ class Train(Comparison):
         )
 
     def products(self) -> tuple[float, float]:
-        """(seconds, FLOPs) of a step's matrix products, each kind timed alone, the attention's triangle as half of a
-        square."""
+        """Times each kind of a step's matrix products alone; returns (seconds, FLOPs) of all of them.
+
+        Causal attention counts as half of the full square.
+        """
         T, B, K = self.batch * self.length, self.batch, self.kv_heads
         heads, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
         group = self.heads // self.kv_heads * self.length
@@ -133,7 +135,7 @@ class Train(Comparison):
         return seconds + count * one, flops + count * 12 * B * K * group * self.head_dim * self.length
 
     def table(self, lines: list[dict[str, Any]]) -> str:
-        """The lines for a reader."""
+        """Formats the lines as a table."""
         text = ["system       tokens/s   ms a step   first loss   ours / its"]
         for line in lines:
             speed = f"{line['name']:<10}{line['tok_s']:11.1f}{1e3 * line['seconds']:12.1f}{line['first_loss']:13.4f}"
@@ -149,7 +151,7 @@ class Train(Comparison):
 
 
 def _product(equation: str, *shapes: tuple[int, ...]) -> float:
-    """Seconds of one einsum of random arrays, the median of five."""
+    """Seconds of one einsum of random arrays: the median of five runs."""
     import jax
     import jax.numpy as jnp
 

@@ -1,17 +1,17 @@
-"""Real faults against training, with a report: whatever kills a run, what comes after is what would have been.
+"""Injects real faults into runs of `rmr1`, resumes them, and compares the results with those of uninterrupted runs.
 
 scripts/chaos --kills 100 --terms 40 --damages 200 --disk 20 --pairs 2 --cost 20 --out runs/chaos
 
-Leaves OUT/chaos.json, the logs of all processes, and prints a table; exits with 1 where anything did not hold. A disk
-is filled up in a small tmpfs, which takes root (or `unshare -rm`); without it these faults are skipped, and it says so.
-Next: `chaos_faults.py` and `chaos_damage.py`, the faults; `chaos_world.py`, the runs.
+Writes OUT/chaos.json and the logs of all processes, and prints a table; exits with 1 if any run differed. The faults of
+a full disk use a small tmpfs, which requires root (or `unshare -rm`); without it they are skipped, and the table says
+so. Read next: `chaos_faults.py` and `chaos_damage.py`, the faults; `chaos_world.py`, the runs.
 """
 
 from __future__ import annotations
 
 import os
 
-# Before JAX is imported. Programs are small: compiling them is most of the time, and at level 0 it takes half as long.
+# Set before JAX is imported. The programs are small: most of the time is compilation, and level 0 halves it.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
@@ -36,23 +36,23 @@ def main(
     seed: int = 0,
     out: Path = Path("runs/chaos"),
 ) -> int:
-    """Do the faults, and report.
+    """Inject faults into training runs, resume them, and compare the results with those of uninterrupted runs.
 
     Args:
-        kills: SIGKILLs at random moments of SFT and GRPO runs.
-        terms: SIGTERMs spread over the phases.
-        damages: of checkpoint files.
-        disk: times that the disk is full.
-        pairs: times that one of two processes is killed, and that one is told to stop.
-        cost: stretches of 50 steps to measure what saving costs.
-        seed: of the moments.
-        out: the directory to work in; what is there is removed.
+        kills: Number of SIGKILLs, at random moments of SFT and GRPO runs.
+        terms: Number of SIGTERMs, spread over the phases of a run.
+        damages: Number of damaged checkpoint files.
+        disk: Number of full disks.
+        pairs: Number of runs of two processes in which one is killed, and in which one receives SIGTERM.
+        cost: Number of stretches of 50 steps to measure the cost of saving with.
+        seed: Seed of the moments and of the damage.
+        out: Directory to write. An earlier result in it is removed.
     """
     out = out.absolute()
     if (out / "chaos.json").exists() or not out.exists():
         shutil.rmtree(out, ignore_errors=True)
     elif any(out.iterdir()):
-        print(f"error: {out} holds something that is not of this command; give another --out", file=sys.stderr)
+        print(f"error: {out} holds files that this command did not write; give another --out", file=sys.stderr)
         return 2
     out.mkdir(parents=True)
     (out / "chaos.json").write_text("[]\n")
@@ -76,7 +76,7 @@ def main(
             found.append(result | {"seconds": round(time.monotonic() - began, 1)})
             print(line(found[-1]), flush=True)
         (out / "chaos.json").write_text(json.dumps(found, indent=1) + "\n")
-    print(f"\n{'fault':<42}{'done':>6}{'held':>6}  {'seconds':>8}  what else")
+    print(f"\n{'fault':<42}{'done':>6}{'held':>6}  {'seconds':>8}  notes")
     print("\n".join(line(result) for result in found))
     return int(any(result["failures"] for result in found))
 

@@ -1,4 +1,4 @@
-"""What checkpoints cost: the quickstart's SFT step with a save every 50 steps, and without. Next: `chaos.py`."""
+"""Measures the cost of checkpoints: the quickstart's SFT step with a save every 50 steps, and without."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from pathlib import Path
 
 from chaos_world import Child
 
-STEPS = 50  # between saves
-MOST = 0.03  # of the step time
+STEPS = 50  # steps between saves
+MOST = 0.03  # the highest acceptable share of the step time
 
 
 def cost(root: Path, work: Path, count: int, seed: int) -> list[dict]:
-    """`count` stretches of 50 steps with a save at their beginning, each beside one without; medians."""
+    """Runs `count` stretches of 50 steps that begin with a save, alternating with as many without; returns medians."""
     report = work / "cost.json"
     code = Child(lambda: _measure(work, count, seed, report), root / "cost.log").start().wait(3600)
     row = {"fault": "none: a save every 50 steps", "done": count, "failures": [], "notes": {}}
@@ -23,7 +23,7 @@ def cost(root: Path, work: Path, count: int, seed: int) -> list[dict]:
         return [row | {"failures": [f"ended with {code}, see {root}/cost.log"]}]
     row["notes"] = json.loads(report.read_text())
     if row["notes"]["more wall time"] > MOST:
-        row["failures"] = [f"more than {MOST:.0%} (on a machine that does other things too, measure again)"]
+        row["failures"] = [f"more than {MOST:.0%} (on a busy machine, measure again)"]
     return [row]
 
 
@@ -62,7 +62,7 @@ def _measure(work: Path, count: int, seed: int, report: Path) -> int:
                 jax.device_get(metrics)
                 checkpoints.check()
             checkpoints.finish()
-            if stretch >= 0:  # the first ones compile
+            if stretch >= 0:  # the first stretches compile
                 wall[saves].append(time.perf_counter() - began)
                 busy[saves].append(time.process_time() - used)
                 kept += [seconds] if saves else []
@@ -72,7 +72,7 @@ def _measure(work: Path, count: int, seed: int, report: Path) -> int:
         "ms a step with": round(1e3 * middle(wall[True]) / STEPS, 2),
         "more wall time": round(middle(wall[True]) / middle(wall[False]) - 1, 4),
         "more processor time": round(middle(busy[True]) / middle(busy[False]) - 1, 4),
-        "ms that a save kept the step": round(1e3 * middle(kept), 1),
+        "ms that a save blocked the step": round(1e3 * middle(kept), 1),
     }
     report.write_text(json.dumps(found))
     return 0

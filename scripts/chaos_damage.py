@@ -1,4 +1,4 @@
-"""Damage to checkpoints, for `chaos.py`: every kind must be found by name, and the newest sound checkpoint be used."""
+"""Damaged checkpoints, for `chaos.py`: each must be reported by name, and the newest intact one must be used."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ from chaos_world import Child
 
 
 def damages(root: Path, work: Path, count: int, seed: int) -> list[dict]:
-    """Checkpoints with a file that was changed, cut, removed or swapped: found by name, and the newest sound one used.
-    All in one process that restores for real."""
+    """Changes, truncates, removes or exchanges files of checkpoints; all restores happen in one process."""
     source = reference(root, "sft")
     run = work / "run"
     shutil.copytree(source, run)
@@ -52,13 +51,13 @@ def _damage_all(checkpoints: Path, model: Path, count: int, seed: int, report: P
             kind = list(DAMAGES)[number % len(DAMAGES)]
             row, copy = rows[kind], checkpoints.parent / "copy"
             shutil.copytree(checkpoints, copy / "checkpoints")
-            both = rng.random() < 0.1  # then nothing is left to load
+            both = rng.random() < 0.1  # no checkpoint is left to load
             for step in [newest, older] if both else [newest]:
                 name = DAMAGES[kind](rng, copy / "checkpoints" / str(step), copy / "checkpoints" / str(older))
             row["done"] += 1
             said: list[str] = []
             try:
-                state, _ = _listening(Checkpointer(copy, keep=2), said).restore(like)
+                state, _ = _recording(Checkpointer(copy, keep=2), said).restore(like)
                 same = jax.tree.all(jax.tree.map(lambda a, b: bool(np.array_equal(a, b)), state, sound[older]))
                 if both or int(state.step) != older or not same:
                     row["failures"].append(f"{number}: {name}: step {int(state.step)} was loaded, the same: {same}")
@@ -73,8 +72,8 @@ def _damage_all(checkpoints: Path, model: Path, count: int, seed: int, report: P
     return 0
 
 
-def _listening(checkpointer: Any, said: list[str]) -> Any:
-    """Hears what is said to the user."""
+def _recording(checkpointer: Any, said: list[str]) -> Any:
+    """Appends the messages to the user to `said`."""
     from rmr1_jax.train import checkpoint
 
     checkpoint.say = said.append
@@ -106,7 +105,7 @@ def _remove(rng: random.Random, directory: Path, _: Path) -> str:
 
 
 def _swap(rng: random.Random, directory: Path, _: Path) -> str:
-    """Two files of a checkpoint, in each other's place."""
+    """Exchanges two files of a checkpoint."""
     for _ in range(1000):
         a, b = _any_file(rng, directory), _any_file(rng, directory)
         if a.read_bytes() != b.read_bytes() and "manifest.json" not in (a.name, b.name):
@@ -118,10 +117,10 @@ def _swap(rng: random.Random, directory: Path, _: Path) -> str:
 
 
 def _stale(rng: random.Random, directory: Path, older: Path) -> str:
-    """A file of an older checkpoint in the place of the one of the same name: well-formed, and wrong."""
+    """Replaces a file by the one of the same name in an older checkpoint: well-formed, but wrong."""
     both = [p for p in directory.rglob("*") if p.is_file() and (older / p.relative_to(directory)).is_file()]
     differing = sorted(p for p in both if p.read_bytes() != (older / p.relative_to(directory)).read_bytes())
-    if not differing:  # it is the older one itself
+    if not differing:  # the directory is the older checkpoint itself
         return _flip(rng, directory, older)
     path = rng.choice(differing)
     shutil.copy(older / path.relative_to(directory), path)

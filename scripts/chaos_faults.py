@@ -1,5 +1,5 @@
-"""The faults of `chaos.py`. Each function does `count` of them, lets the runs go on, and compares what came out with
-what an unhurt run gives; it returns rows of the report: fault, done, failures (one line each), notes."""
+"""The faults of `chaos.py`. Each function injects `count` faults, resumes the runs, and compares the results with those
+of an uninterrupted run. It returns rows of the report: fault, done, failures (one line each), notes."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ from chaos_world import CONFIGS, Child, command, differences, lines, pauses, rmr
 
 from rmr1_jax.distributed.preemption import PREEMPTED
 
-STARTING = 4.0  # seconds in which a process loads, restores and compiles, about
+STARTING = 4.0  # approximate seconds in which a process loads, restores and compiles
 
 
 def reference(root: Path, stage: str) -> Path:
-    """The directory of an uninterrupted run of a stage; made once."""
+    """Returns the directory of an uninterrupted run of a stage, which is made once."""
     out = root / "reference" / stage
     if not (out / "done").exists():
         out.mkdir(parents=True, exist_ok=True)
         code = rmr1(command(root, stage, out), root / f"reference-{stage}.log").wait()
-        assert code == 0, f"the unhurt run ended with {code}; see {root}/reference-{stage}.log"
+        assert code == 0, f"the uninterrupted run ended with {code}; see {root}/reference-{stage}.log"
         (out / "done").touch()
     return out
 
 
-def rest(root: Path, stage: str, run: Path, log: Path) -> list[str]:
-    """Let a run go on to its end; what is not as in the unhurt one."""
+def resume(root: Path, stage: str, run: Path, log: Path) -> list[str]:
+    """Resumes a run until it ends; returns its differences from the uninterrupted one."""
     code = rmr1(command(root, stage, run), log).wait()
     if code:
         return [f"ended with {code}: {last_error(log)}"]
@@ -59,7 +59,7 @@ def last_error(log: Path) -> str:
 
 
 def moment(rng: random.Random, phase: str, run: Path, child: Child) -> None:
-    """Returns at a random moment of a phase, or when the process has ended."""
+    """Waits for a random moment of a phase, or until the process has ended."""
     before = lines(run / "metrics.jsonl")
     seen: Callable[[], Any] = {
         "start": lambda: True,
@@ -78,7 +78,7 @@ def moment(rng: random.Random, phase: str, run: Path, child: Child) -> None:
 
 
 def kills(root: Path, work: Path, count: int, seed: int) -> list[dict]:
-    """SIGKILL at random moments, about a third of them while a checkpoint is being written."""
+    """Sends SIGKILL at random moments, about a third of them while a checkpoint is written."""
     rng = random.Random(seed)
     rows = {s: {"fault": f"SIGKILL, {s}", "done": 0, "failures": [], "notes": {"runs": 0}} for s in CONFIGS}
     phases: collections.Counter = collections.Counter()
@@ -94,18 +94,18 @@ def kills(root: Path, work: Path, count: int, seed: int) -> list[dict]:
             moment(rng, phase, run, child)
             child.send(signal.SIGKILL)
             if child.wait() == 0:
-                break  # it had ended
+                break  # it had finished before the signal
             row["done"] += 1
             phases[phase] += 1
             row["failures"] += [f"after a kill: {x}" for x in unsound(run)]
         row["notes"]["runs"] += 1
-        row["failures"] += rest(root, stage, run, log)
+        row["failures"] += resume(root, stage, run, log)
     rows["grpo"]["notes"]["in all, by phase"] = dict(phases)
     return list(rows.values())
 
 
 def terms(root: Path, work: Path, count: int, seed: int) -> list[dict]:
-    """SIGTERM in every phase in turn; each process must end with 42, and what goes on from there be the same."""
+    """Sends SIGTERM in every phase in turn; each process must exit with 42, and the resumed run must be the same."""
     rng = random.Random(seed + 1)
     cases = [(s, p) for p in ("step", "save", "start", "export") for s in CONFIGS] + [("judge", "judging")]
     rows: dict[str, dict] = {}
@@ -122,7 +122,7 @@ def terms(root: Path, work: Path, count: int, seed: int) -> list[dict]:
         child = rmr1(command(root, stage, run), log)
         moment(rng, phase, run, child)
         if not child.alive() and child.wait() == 0:
-            continue  # it had ended: no signal reached it
+            continue  # it had finished before the signal
         done += 1
         sent = time.monotonic()
         child.send(signal.SIGTERM)
@@ -130,11 +130,11 @@ def terms(root: Path, work: Path, count: int, seed: int) -> list[dict]:
         slowest[name] = max(slowest[name], round(time.monotonic() - sent, 1))
         row["done"] += 1
         row["notes"] = {"seconds to the end, at most": slowest[name]}
-        # Before there is anything to save a process has no handler yet, and after its last save it may just finish.
+        # A process has no handler before there is anything to save, and may finish normally after its last save.
         allowed = {PREEMPTED} | ({0} if phase == "export" else {-signal.SIGTERM} if phase == "start" else set())
         problems = [] if code in allowed else [f"exit code {code}: {last_error(log)}"]
         problems += unsound(run)
-        row["failures"] += (problems + rest(root, stage, run, log))[:1]
+        row["failures"] += (problems + resume(root, stage, run, log))[:1]
         shutil.rmtree(run)
     return list(rows.values())
 
@@ -143,8 +143,11 @@ def terms(root: Path, work: Path, count: int, seed: int) -> list[dict]:
 
 
 def disk(root: Path, work: Path, count: int, seed: int) -> list[dict]:
-    """A file system that is full from a random moment on, with a random rest: exit 1 with path and bytes, what was
-    sound stays so, and with room again the run goes on to the same end."""
+    """Fills the disk at a random moment, up to a random number of bytes.
+
+    The run must exit with 1 and name the path and the free bytes, keep its checkpoints intact, and resume to the same
+    result when there is space again.
+    """
     row = {"fault": "disk full", "done": 0, "failures": [], "notes": {"stopped at": {}}}
     rng, mount = random.Random(seed + 3), work / "small"
     mount.mkdir()
@@ -166,9 +169,9 @@ def disk(root: Path, work: Path, count: int, seed: int) -> list[dict]:
             error = last_error(log)
             if code not in (0, 1) or (code and not re.search(r"/\S+ .*bytes free", error)):
                 problems.append(f"{number}: exit code {code}: {error}")
-            where["the end, there was room enough" if not code else _place(error)] += 1
+            where["the end: there was space enough" if not code else _place(error)] += 1
             ballast.unlink()
-            row["failures"] += (problems + rest(root, stage, run, log))[:1]
+            row["failures"] += (problems + resume(root, stage, run, log))[:1]
             shutil.rmtree(run)
     finally:
         subprocess.run(["umount", "--lazy", mount], check=True)
@@ -177,14 +180,14 @@ def disk(root: Path, work: Path, count: int, seed: int) -> list[dict]:
 
 
 def _fill(mount: Path, ballast: Path, spare: int) -> None:
-    """Leave no more than `spare` bytes on a file system that others write to meanwhile."""
+    """Fills a file system that others write to, until at most `spare` bytes are free."""
     with ballast.open("wb") as file:
         for _ in range(100):
             stat = os.statvfs(mount)
             free = stat.f_bavail * stat.f_frsize
             if free <= spare:
                 break
-            with contextlib.suppress(OSError):  # somebody was faster
+            with contextlib.suppress(OSError):  # another process took the space first
                 os.posix_fallocate(file.fileno(), file.seek(0, os.SEEK_END), free - spare)
 
 
@@ -197,16 +200,19 @@ def _place(error: str) -> str:
 
 
 def pairs(root: Path, work: Path, count: int, seed: int) -> list[dict]:
-    """One of two processes is killed: the other names it and ends in time. One is told to stop: both save, at the same
-    step. Both go on from there."""
+    """Stops one of two processes, by SIGKILL and by SIGTERM.
+
+    After SIGKILL the other process must name the lost one and exit in time; after SIGTERM both must save at the same
+    step. Both runs must resume to the same result.
+    """
     rng = random.Random(seed + 4)
     killed = {"fault": "one of two processes killed", "done": 0, "failures": [], "notes": {}}
-    told = {"fault": "one of two processes told to stop", "done": 0, "failures": [], "notes": {}}
+    terminated = {"fault": "SIGTERM to one of two processes", "done": 0, "failures": [], "notes": {}}
     whole = work / "whole"
     codes = [p.wait(600) for p in _two(root, whole, work)]
-    assert codes == [0, 0], f"the unhurt pair ended with {codes}; see {root}/pair-*.log"
+    assert codes == [0, 0], f"the uninterrupted pair ended with {codes}; see {root}/pair-*.log"
     for number in range(count):
-        for row, sent in ((killed, signal.SIGKILL), (told, signal.SIGTERM)):
+        for row, sent in ((killed, signal.SIGKILL), (terminated, signal.SIGTERM)):
             run, victim = work / f"{row['fault'].replace(' ', '-')}-{number}", (number + 1) % 2
             both = _two(root, run, work)
             moment(rng, "step", run, both[victim])
@@ -230,11 +236,11 @@ def pairs(root: Path, work: Path, count: int, seed: int) -> list[dict]:
             problems += [] if codes == [0, 0] else [f"the next start ended with {codes}"]
             problems += differences(run, whole) if codes == [0, 0] else []
             row["failures"] += problems[:1]
-    return [killed, told]
+    return [killed, terminated]
 
 
 def _two(root: Path, run: Path, work: Path) -> list[Child]:
-    """Two processes of one device each."""
+    """Starts the two processes of a run, with one device each."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
@@ -253,5 +259,5 @@ def _two(root: Path, run: Path, work: Path) -> list[Child]:
 
 
 def subprocess_main(arguments: list[str], environ: dict[str, str]) -> int:
-    """Becomes the command: what JAX does at the exit of several processes takes a real exit."""
+    """Replaces this process by the command: JAX ends a run of several processes only in a real exit."""
     os.execve(sys.executable, [sys.executable, "-m", "rmr1_jax", *arguments], environ)

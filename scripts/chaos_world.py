@@ -1,7 +1,7 @@
-"""What the faults of `chaos.py` are done to: small runs of `rmr1`, in processes that cost little to start.
+"""The runs that `chaos.py` injects faults into: small runs of `rmr1`, in processes that start quickly.
 
-A process is forked from one that has imported everything and has not touched JAX's devices yet; programs come from a
-compilation cache. Next: `chaos.py`.
+Each process is forked from one that has imported everything and has not used a JAX device yet; programs come from a
+compilation cache. Read next: `chaos_faults.py`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import grain  # noqa: F401  (this and what follows it: imported once, here, and not in every process)
+import grain  # noqa: F401  (heavy modules are imported once, before the fork)
 import transformers
 import yaml
 
@@ -32,7 +32,7 @@ from rmr1_jax.train import manifest
 from rmr1_jax.train.checkpoint import steps_of
 from rmr1_jax.train.metrics import read_metrics
 
-transformers.AutoTokenizer  # noqa: B018  (it is imported when it is named)
+transformers.AutoTokenizer  # noqa: B018  (naming it imports it)
 MODEL = QwenConfig(
     model_type="qwen2",
     vocab_size=640,
@@ -54,7 +54,7 @@ CONFIGS = {
     "sft": COMMON
     | {"row_length": 256, "rows_per_step": 2, "micro_rows": 2, "epochs": 50, "max_steps": 60, "save_every": 3}
     | {"optimizer": {"lr": 1e-2}},
-    # A random policy never earns the reward: what moves it, and by what it sampled, is the entropy.
+    # A random policy never earns the reward, so the entropy term is what changes its weights.
     "grpo": COMMON
     | {"prompts_per_step": 4, "mini_batch_prompts": 2, "steps": 24, "max_prompt_length": 80, "row_length": 128}
     | {"micro_rows": 16, "sampling": {"n": 2, "max_new_tokens": 12}, "loss": {"kl_coef": 0.0, "entropy_coef": 0.01}}
@@ -63,7 +63,7 @@ CONFIGS = {
 
 
 def make_world(root: Path) -> None:
-    """A model, training rows of both stages, and pairs to judge."""
+    """Writes a model, training rows of both stages, and pairs to judge."""
     tokenizer = train_tokenizer(world_texts(200), root / "tokenizer")
     fresh_policy(MODEL, tokenizer, seed=0).save(root / "model")
     prompt = world_prompt()
@@ -83,7 +83,7 @@ def write_rows(path: Path, rows: list[dict]) -> None:
 
 
 def command(root: Path, stage: str, out: Path, **changes: object) -> list[str]:
-    """The arguments of `rmr1` for a run of a stage, or of the judge, under `out`."""
+    """Returns the arguments of `rmr1` for a run of a stage, or of the judge, that writes to `out`."""
     if stage == "judge":
         files = ["--model", root / "model", "--input", root / "pairs.jsonl", "--prompt", root / "prompt.yaml"]
         limits = ["--dtype", "float32", "--max-new-tokens", "12", "--batch-size", "4"]
@@ -119,7 +119,7 @@ class Child:
             except SystemExit as e:
                 code = e.code if isinstance(e.code, int) else 1
             except Exception:
-                traceback.print_exc()  # here: what is above on the stack is the parent's
+                traceback.print_exc()  # not raised further: the frames above are the parent's
             finally:
                 sys.stdout.flush()
                 sys.stderr.flush()
@@ -138,22 +138,22 @@ class Child:
         return self.code is None
 
     def wait(self, seconds: float = 300) -> int:
-        """The exit code, negative for a signal; killed where the time is over."""
+        """Returns the exit code, negative for a signal; kills the process when the time is over."""
         for _ in pauses(seconds):
             if not self.alive():
                 return self.code
         self.send(signal.SIGKILL)
         os.waitpid(self.pid, 0)
-        raise TimeoutError(f"process {self.pid} was still there after {seconds:g} s; see {self.log}")
+        raise TimeoutError(f"process {self.pid} was still running after {seconds:g} s; see {self.log}")
 
 
 def rmr1(arguments: list[str], log: Path) -> Child:
-    """`rmr1 ARGUMENTS` in a process of its own."""
+    """Starts `rmr1 ARGUMENTS` in a process of its own."""
     return Child(lambda: cli.main(arguments), log).start()
 
 
 def pauses(seconds: float, each: float = 0.005) -> Iterator[None]:
-    """Comes back every few milliseconds until the time is over."""
+    """Yields every few milliseconds until the time is over."""
     until = time.monotonic() + seconds
     while time.monotonic() < until:
         yield
@@ -171,14 +171,14 @@ def weights(run: Path) -> str:
 
 
 def metrics(run: Path) -> list[dict]:
-    """Every step, without what is measured in time."""
+    """The metrics of every step, without timings."""
     timed = ("tokens_per_second", "mfu")
     rows = read_metrics(run)
     return [{k: v for k, v in row.items() if not k.endswith("seconds") and not k.startswith(timed)} for row in rows]
 
 
 def differences(run: Path, reference: Path) -> list[str]:
-    """What a run that was hurt has that the other has not: weights to the bit; every step once, with the same rows."""
+    """Differences from an uninterrupted run: the weights bit for bit, the steps, and the metrics of each step."""
     found = [] if weights(run) == weights(reference) else ["the weights differ"]
     ours, theirs = metrics(run), metrics(reference)
     if [row["step"] for row in ours] != [row["step"] for row in theirs]:
@@ -188,7 +188,7 @@ def differences(run: Path, reference: Path) -> list[str]:
 
 
 def unsound(run: Path) -> list[str]:
-    """Checkpoints under their final name that are not what their manifest says."""
+    """Finished checkpoints that do not agree with their manifest."""
     wrong = []
     for step in steps_of(run / "checkpoints"):
         try:

@@ -1,5 +1,5 @@
-# Sourced by the other scripts: a virtual environment in .venv with the package and the extras named in $1.
-# A stamp of pyproject.toml says whether what is installed is what is asked for.
+# Sourced by the other scripts: installs the package with the extras named in $1 into a virtual environment in .venv.
+# A copy of pyproject.toml in .venv records what is installed.
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 extras="$1"
 
@@ -22,7 +22,7 @@ stamp=".venv/installed-${extras:-base}"
 if ! cmp -s pyproject.toml "$stamp"; then
     echo "installing rmr1-jax${extras:+[$extras]} into .venv" >&2
     if [[ "$extras" == *dev* ]] && ! .venv/bin/python -c 'import torch' 2>/dev/null; then
-        # First and by its exact version, so that pip takes a CPU build where one is offered.
+        # First and by its exact version, so that pip takes a CPU build if one is offered.
         .venv/bin/python -m pip install --quiet "$(grep -o 'torch==[0-9.]*' pyproject.toml)"
     fi
     .venv/bin/python -m pip install --quiet --editable ".${extras:+[$extras]}"

@@ -1,4 +1,4 @@
-"""Make a small random Qwen2 and a tokenizer trained on published rows: a Hugging Face directory to try commands on.
+"""Makes a small random Qwen2 with a tokenizer trained on published rows: a Hugging Face directory to try commands on.
 
 python scripts/make_small_model.py --rows rows.jsonl --out runs/small/start
 """
@@ -22,7 +22,17 @@ def main(
     positions: int = 8192,
     seed: int = 0,
 ) -> None:
-    """Train the tokenizer on the texts of published rows, draw the weights, write both to `out`."""
+    """Train a tokenizer on published rows and write it with random weights as a Hugging Face directory.
+
+    Args:
+        rows: Published training rows to train the tokenizer on.
+        out: Directory to write.
+        vocab: Size of the vocabulary.
+        width: Size of the residual stream; the MLP is three times as wide.
+        layers: Number of layers.
+        positions: Longest sequence in tokens.
+        seed: Seed of the weights.
+    """
     published = [row for path in rows for row in read_published(path)]
     texts = [text for row in published for text in (*(m["content"] for m in row.messages), row.winner)]
     tokenizer = train_tokenizer(texts, out / "tokenizer", vocab_size=vocab)

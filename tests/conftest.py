@@ -1,11 +1,11 @@
-"""Eight virtual CPU devices and one compilation cache for the whole run, both set before JAX starts."""
+"""Sets up eight virtual CPU devices and one compilation cache for all tests, before JAX starts."""
 
 import os
 import tempfile
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Programs here are small and run briefly: compiling them is most of the time, and at level 0 it takes half as long.
+# The programs of the tests are small: most of the time is compilation, and level 0 halves it.
 os.environ["XLA_FLAGS"] = " ".join(
     [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0"]
 )
@@ -19,7 +19,7 @@ SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """The folder of real material beside the checkout; tests that need it skip where it is absent."""
+    """The folder of real data next to the checkout; tests that need it skip where it is absent."""
     if not SHARED.is_dir():
         pytest.skip(f"no shared data at {SHARED}")
     return SHARED
@@ -35,5 +35,5 @@ def tiny_policy():
 
 @pytest.fixture(scope="session")
 def world_tokenizer(tiny_policy) -> Path:
-    """The directory of a tokenizer that was trained on the small world's texts."""
+    """The directory of the tokenizer of `tiny_policy`."""
     return tiny_policy.tokenizer.directory

@@ -1,4 +1,4 @@
-"""scripts/bench.py on a tiny shape: what it prints, what it refuses, and that the peers sample the same thing."""
+"""scripts/bench.py on a tiny shape: its output, its errors, and that the peers get the same work."""
 
 import functools
 import importlib.util
@@ -29,7 +29,7 @@ def bench():
 
 @pytest.fixture(scope="module")
 def sampling(bench):
-    """The part of it that samples."""
+    """Its module for sampling."""
     return sys.modules["bench_sample"]
 
 
@@ -42,7 +42,7 @@ def lines_of(capsys) -> list[dict]:
     return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
 
 
-def test_our_line(bench, capsys):
+def test_the_line_of_our_sampler(bench, capsys):
     assert bench.main(TINY) == 0
     (line,) = lines_of(capsys)
     prompts = bench.Sample(vocab=64, prompts=2, prompt_length=(8, 16)).workload()["prompts"]
@@ -70,9 +70,9 @@ def test_useful_tokens_end_with_the_first_stop(sampling):
 
 
 @pytest.mark.parametrize("peer", ["hf", pytest.param("tunix", marks=pytest.mark.slow)])
-def test_a_peer_draws_the_same_as_we(bench, sampling, common, peer, monkeypatch, capsys):
-    """With a head so sharp that a sample at temperature 1 is the greedy one. The same weights, prompts and stop ids
-    have then reached the peer."""
+def test_a_peer_draws_the_same_samples(bench, sampling, common, peer, monkeypatch, capsys):
+    """The head is so sharp that a sample at temperature 1 is the greedy one. Equal samples prove that the peer got the
+    same weights, prompts and stop ids."""
     try:
         common.peer_python(peer)
     except bench.InputError as e:
@@ -84,7 +84,7 @@ def test_a_peer_draws_the_same_as_we(bench, sampling, common, peer, monkeypatch,
         return params | {"head": params["head"] * 1e4}
 
     def remember(rows, stop_ids):
-        # Which of the stop ids it was, tunix does not tell.
+        # tunix does not report which stop id ended a sample.
         drawn.append([[min(token, stop_ids[0]) for token in row] for row in rows])
         return count(rows, stop_ids)
 
@@ -99,7 +99,7 @@ def test_a_peer_draws_the_same_as_we(bench, sampling, common, peer, monkeypatch,
     assert theirs["ratio"] == pytest.approx(ours["useful_tok_s"] / theirs["useful_tok_s"], abs=0.01)
 
 
-def test_a_table_for_a_reader(bench, common, monkeypatch, capsys):
+def test_the_printed_table(bench, common, monkeypatch, capsys):
     ours = {"name": "rmr1_jax", "useful_tok_s": 100.0, "seconds": 3.0, "useful": 300, "samples": 56, "slots": 56}
     ours |= {"occupancy": 0.95, "compiles": 0, "warm_up_seconds": 9.0, "cache_bytes": 3 * 2**20}
     ours |= {"prefill_tokens": 40, "unique_prompt_tokens": 39}
@@ -123,7 +123,7 @@ def test_an_absent_peer_is_refused_before_anything_runs(bench, common, tmp_path,
     assert bench.main([*TINY, "--peer", "tunix"]) == 2
     out, err = capsys.readouterr()
     assert out == "" and err == (
-        f"error: --peer tunix needs tunix in {tmp_path}/nowhere, where it is not; run: bash scripts/peers\n"
+        f"error: --peer tunix needs tunix in {tmp_path}/nowhere, which lacks it; run: bash scripts/peers\n"
     )
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "python").symlink_to(sys.executable)
@@ -132,14 +132,14 @@ def test_an_absent_peer_is_refused_before_anything_runs(bench, common, tmp_path,
     assert "--peer hf needs no_such_package in" in capsys.readouterr().err
 
 
-def test_a_peer_that_fails_says_why(bench, common, tmp_path, monkeypatch, capsys):
+def test_the_error_output_of_a_failed_peer_is_shown(bench, common, tmp_path, monkeypatch, capsys):
     python = tmp_path / "python"
     python.write_text("#!/bin/sh\necho out of luck >&2\nexit 3\n")
     python.chmod(0o755)
     monkeypatch.setattr(bench.Sample, "measure_ours", lambda self, model_dir: {"name": "rmr1_jax"})
     monkeypatch.setattr(common, "peer_python", lambda name: python)
     assert bench.main([*TINY, "--peer", "hf"]) == 1
-    error = "error: the peer hf failed with exit code 3; what it said stands above"
+    error = "error: the peer hf failed with exit code 3; its error output is above"
     assert capsys.readouterr().err.splitlines()[-2:] == ["out of luck", error]
 
 
@@ -186,8 +186,8 @@ TRAIN = [*TRAIN.split(), "--steps", "3", "--json"]
 
 
 @pytest.mark.parametrize("peer", ["hf", pytest.param("tunix", marks=pytest.mark.slow)])
-def test_a_peer_trains_on_the_same_as_we(bench, common, peer, capsys):
-    """The same weights, rows and loss have reached the peer."""
+def test_a_peer_trains_on_the_same_batch(bench, common, peer, capsys):
+    """Equal first losses prove that the peer got the same weights and rows."""
     try:
         common.peer_python(peer)
     except bench.InputError as e:
@@ -201,8 +201,8 @@ def test_a_peer_trains_on_the_same_as_we(bench, common, peer, capsys):
     assert ours["share_of_limit"] == pytest.approx(ours["tok_s"] / ours["limit_tok_s"], rel=0.01)
 
 
-def test_the_products_of_a_step(bench, monkeypatch):
-    """Each kind and how often, against a count by hand: the limit is no better than what a step must do."""
+def test_the_matrix_products_of_a_step(bench, monkeypatch):
+    """The kinds and numbers of matrix products agree with a count by hand."""
     training = sys.modules["bench_train"]
     counted = []
 
@@ -216,9 +216,8 @@ def test_the_products_of_a_step(bench, monkeypatch):
     shape = {"layers": 3, "width": 8, "mlp": 16, "heads": 4, "kv_heads": 2, "head_dim": 5, "vocab": 32}
     seconds, flops = bench.Train(**shape, batch=2, length=7).products()
     weights = 3 * (2 * 8 * 20 + 2 * 8 * 10 + 3 * 8 * 16) + 8 * 32
-    attention = (
-        3 * 6 * (2 * 2 * 4 * 7 * 7 * 5) / 2
-    )  # layers, products, 2 x rows x heads x square x head size, a triangle
+    # layers x products x (2 x rows x heads x length^2 x head size), halved because the mask is a triangle
+    attention = 3 * 6 * (2 * 2 * 4 * 7 * 7 * 5) / 2
     assert flops == 6 * 14 * weights + attention
     assert seconds == 3 * (3 * (2 + 2 + 3) + 6 / 2) + 3
     assert sorted(set(counted)) == sorted({2 * 14 * n for n in (8 * 20, 8 * 10, 8 * 16, 8 * 32)} | {2 * 2 * 4 * 49 * 5})

@@ -1,4 +1,4 @@
-"""The command line: exit codes and messages, and real runs of the commands, one of them killed on the way."""
+"""The command line: exit codes and messages, and real runs of the commands, one of which is killed."""
 
 import json
 import os
@@ -32,7 +32,7 @@ def policy():
 
 @pytest.fixture(scope="module")
 def folder(policy, tmp_path_factory) -> Path:
-    """A model, a prompt and pairs to judge."""
+    """A folder with a model, a prompt and pairs to judge."""
     folder = tmp_path_factory.mktemp("cli")
     policy.save(folder / "model")
     save_prompt(world_prompt(), folder / "prompt.yaml")
@@ -97,7 +97,7 @@ def test_exit_codes(error, code, line, monkeypatch, capsys):
     assert capsys.readouterr().err == line
 
 
-def test_a_defect_keeps_its_traceback(monkeypatch):
+def test_an_unexpected_error_keeps_its_traceback(monkeypatch):
     def run(self):
         raise ValueError("ours")
 
@@ -129,7 +129,7 @@ def test_quickstart_gets_its_options(monkeypatch, tmp_path):
     assert seen == [(Path("runs/quickstart"), 0, False), (tmp_path, 3, True)]
 
 
-def test_data_prompt_recovers_what_rows_were_rendered_with(tmp_path, capsys):
+def test_data_prompt_recovers_the_prompt_that_rows_were_rendered_with(tmp_path, capsys):
     messages = [world_prompt().render(f"question {k}", "yes", "no") for k in range(3)]
     rows = [json.dumps({"context_messages": m, "winner": "model_a"}) for m in messages]
     (tmp_path / "rows.jsonl").write_text("\n".join(rows))
@@ -196,7 +196,7 @@ def test_export_writes_the_newest_checkpoint(policy, folder, tmp_path, capsys):
     assert "holds no checkpoint" in error_of(capsys, argv, 2)
 
 
-def test_judge_refuses_before_it_asks(folder, tmp_path, capsys):
+def test_judge_reports_mistakes_before_it_judges(folder, tmp_path, capsys):
     bad = tmp_path / "bad.jsonl"
     bad.write_text((folder / "pairs.jsonl").read_text() + "{oops\n")
     argv = judge_arguments(folder, "refused.jsonl", "--input", str(bad))
@@ -207,7 +207,7 @@ def test_judge_refuses_before_it_asks(folder, tmp_path, capsys):
     assert not list(folder.glob("*.run.json"))
 
 
-def test_judge_puts_bad_rows_aside_when_asked_and_refuses_another_model(policy, folder, tmp_path, capsys):
+def test_judge_writes_bad_rows_to_rejects_and_refuses_another_model(policy, folder, tmp_path, capsys):
     bad, rejects = tmp_path / "bad.jsonl", tmp_path / "rejects.jsonl"
     bad.write_text("{oops\n" + "".join((folder / "pairs.jsonl").read_text().splitlines(keepends=True)[:4]))
     model = tmp_path / "model"
@@ -221,16 +221,18 @@ def test_judge_puts_bad_rows_aside_when_asked_and_refuses_another_model(policy, 
     rows = [json.loads(line) for line in (folder / "kept.jsonl").read_text().splitlines()]
     assert [sum(row["votes"].values()) for row in rows] == [4] * 4
     before = (folder / "kept.jsonl").read_bytes()
-    assert cli.main(argv) == 0  # all is done: the same again
+    assert cli.main(argv) == 0  # everything is judged already
     assert (folder / "kept.jsonl").read_bytes() == before
-    policy.with_params(jax.tree.map(lambda x: x * 1.01, policy.params)).save(model)  # trained on, same place
+    policy.with_params(jax.tree.map(lambda x: x * 1.01, policy.params)).save(
+        model
+    )  # other weights in the same directory
     capsys.readouterr()
     assert cli.main(argv) == 2
     assert "model was 'model (sha256 " in capsys.readouterr().err
 
 
 @pytest.mark.slow
-def test_a_killed_judge_goes_on_to_the_same_bytes(folder, capsys):
+def test_a_killed_judge_resumes_to_the_same_bytes(folder, capsys):
     assert cli.main(judge_arguments(folder, "whole.jsonl")) == 0
     command = [sys.executable, "-m", "rmr1_jax", *judge_arguments(folder, "killed.jsonl")]
     cached = os.environ | {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
@@ -243,7 +245,7 @@ def test_a_killed_judge_goes_on_to_the_same_bytes(folder, capsys):
     kept = output.read_bytes()
     assert 0 < len(kept) < len(whole)
     with output.open("ab") as file:
-        file.write(b'{"id": "half')  # what a kill within a write would leave
+        file.write(b'{"id": "half')  # as a kill during a write would leave it
     resumed = subprocess.run(command, capture_output=True, text=True, env=cached, timeout=120)
     assert resumed.returncode == 0, resumed.stderr
     assert f"{PAIRS} pairs: " in resumed.stdout

@@ -1,4 +1,4 @@
-"""What the tests of `rmr1 plan` share: a small model and small runs of it."""
+"""Shared by the tests of `rmr1 plan`: a small model and small runs of it."""
 
 import dataclasses
 import functools

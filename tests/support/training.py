@@ -1,7 +1,7 @@
-"""What the tests of both training stages share: data of the small world, small runs, and a run that kills itself.
+"""Shared by the tests of both training stages: data of the small world, small runs, and a run that kills itself.
 
 As a program, `python training.py STAGE MODEL CONFIG.yaml STEP` runs a stage and dies by SIGKILL when it has written the
-metrics of STEP: the moment at which the most is done and not yet saved.
+metrics of STEP: at this moment the most work is unsaved.
 """
 
 import dataclasses
@@ -56,7 +56,7 @@ small_grpo = functools.partial(
     mini_batch_prompts=4,
     max_prompt_length=80,
     row_length=128,
-    micro_rows=16,  # a step's sequences are one micro-batch, whatever their number: one shape, one compilation
+    micro_rows=16,  # all sequences of a step are one micro-batch: one shape, one compilation
     sampling=SamplingConfig(n=4, max_new_tokens=12),
     optimizer=OptimConfig(lr=1e-2, schedule="constant", warmup_ratio=0.0, b2=0.999),
     dtype="float32",
@@ -83,7 +83,7 @@ def small_prompts(policy, count=10):
 
 
 def vowels(text: str, prompt: RlPrompt) -> float:
-    """A reward that random text already earns in part."""
+    """A reward that random text earns in part: its number of vowels."""
     return float(sum(c in "aeiou" for c in text))
 
 
@@ -94,7 +94,7 @@ def run(stage: str, config, policy):
 
 
 def run_and_kill(stage: str, model: Path, config, step: int) -> None:
-    """In another process, run until the metrics of `step` are written, then SIGKILL."""
+    """Runs a stage in another process, which kills itself when the metrics of `step` are written."""
     path = model / f"{stage}.yaml"
     path.write_text(dump_config(config), encoding="utf-8")
     command = [sys.executable, __file__, stage, str(model), str(path), str(step)]
@@ -107,7 +107,7 @@ def metrics_but_timings(directory) -> list[dict]:
 
 
 def assert_same(ours, theirs, atol=0.0):
-    """Trees of arrays are equal, or within `atol` of each other."""
+    """Asserts that two trees of arrays are equal to within `atol`."""
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=atol), ours, theirs)
 
 
@@ -123,8 +123,11 @@ def to_mesh(module, params, mesh):
 
 
 def plain_step(policy, loss):
-    """`step(params, arrays [A, B, T], count) -> (params less their gradient, metrics)` on the policy's mesh: plain
-    descent, so that weights compare as gradients do (Adam would blow up what rounding leaves of a zero)."""
+    """`step(params, arrays [A, B, T], count) -> (params less their gradient, metrics)` on the policy's mesh.
+
+    The update is plain gradient descent, so that weights differ as gradients do (Adam would amplify rounding errors of
+    gradients that are zero).
+    """
     optimizer = optax.sgd(1.0)
     programs = []
 
@@ -147,7 +150,7 @@ def _run_and_die(stage: str, model: str, config: str, step: str) -> None:
         write(self, metrics)
         if metrics["step"] == int(step):
             while not all(p.name.isdigit() for p in self.path.parent.glob("checkpoints/*")):
-                time.sleep(0.01)  # a save is under way
+                time.sleep(0.01)  # a save is in progress
             os.kill(os.getpid(), signal.SIGKILL)
 
     MetricsLog.write = write_and_die
