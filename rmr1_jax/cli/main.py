@@ -55,13 +55,12 @@ class Report:
     """File to write. Defaults to report.html in the first directory."""
 
     def run(self) -> None:
-        from rmr1_jax.eval.compare import compare
         from rmr1_jax.report.report import write_report
 
         if not self.run_dirs:
             raise InputError("no run directory is given; expected rmr1 report RUN_DIR [RUN_DIR ...]")
         out = self.out or self.run_dirs[0] / "report.html"
-        print(f"written: {write_report(self.run_dirs, out, compare=compare)}")
+        print(f"written: {write_report(self.run_dirs, out)}")
 
 
 Command = (

@@ -1,11 +1,13 @@
-"""Judgement rows made fit for a page: a small index of all of them, and their texts in compressed pieces.
+"""Prepares judgements for the page of an evaluation: a small index of them, and their texts in compressed pieces.
 
-A page of 3,000 judgements holds some 20 MB of text. Its script needs the index at once (what to list and to filter by)
-and the texts of one judgement at a time, so texts lie in CHUNK-sized pieces that are taken apart when asked for. A text
-that stands in several judgements of a piece stands there once; judgements of one question, whoever judged, share one.
-The pieces are base64, so nothing in a text can end the element that holds it.
+A page of 3,000 judgements holds about 20 MB of text. The page's script needs the index at once, to list and filter the
+judgements, but only the texts of the judgements that are opened. The texts are therefore stored in pieces of about
+CHUNK characters that the script decompresses on demand. Judgements of the same question, by any judge, share a piece,
+and a text that occurs several times in a piece is stored once. The pieces are base64, so that no text can close the
+HTML element that holds it.
 
-Read next: `report_eval.py`, which gathers the rows, and `report_eval_script.html.j2`, which shows them.
+Read next: `evaluation.py`, which reads the other parts of the page; `templates/evaluation_script.html.j2`, which lists
+and filters the judgements.
 """
 
 from __future__ import annotations
@@ -18,70 +20,45 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from rmr1_jax.pairs.rows import Row, describe
+from rmr1_jax.eval.logs import Judged, read_judgements
 from rmr1_jax.prompts.trace import parse_trace
-from rmr1_jax.report.reading import jsonl_rows, text_of
-from rmr1_jax.report.trace import Quoted, blocks_of, split_trace
+from rmr1_jax.report.trace import QuoteFinder, blocks_of
 
 CHUNK = 1 << 18  # characters of text in a piece
-
-
 BRIEF = 140  # characters of a question in the list
-
-
-STATUSES = ("ok", "tie", "invalid", "too_long")
-
-
-SILENT = {"tie": "tie", "too_long": "too long"}  # outcomes of what is neither right nor wrong; else "no verdict"
-
-
-SPEAKERS = {"user": "User", "assistant": "Chatbot", "system": "System"}
-
-
+UNDECIDED = {"tie": "tie", "too_long": "too long"}  # status -> outcome without a winner; others: "no verdict"
+ROLES = {"user": "User", "assistant": "Chatbot"}
 STYLES = ("concise", "detailed", "markdown")  # of RM-Bench's answers
-
-
 META = ("section", "subset", "domain", "category")  # fields of `meta` that the page filters by
-
-
 FILTERS = ("outcome", *META, "difficulty", "better_style", "worse_style", "kind", "better", "orders", "quotes")
 
 
-def read_judgements(file: Path, warnings: list[str]) -> Iterator[dict[str, Any]]:
-    """The rows of judgements.jsonl, checked: what the index needs under "facets", and the texts.
+def shown_judgements(file: Path, warnings: list[str]) -> Iterator[dict[str, Any]]:
+    """Reads judgements.jsonl into rows with the texts to show and, as "facets", the values to filter by.
+
+    An incomplete last line is left out with a warning.
 
     Raises:
-      InputError: a malformed row (file, line, field); a last line that is cut short is a warning.
+        InputError: a row is malformed (the message names file, line and field).
     """
-    for row in jsonl_rows(file, warnings):
-        meta = row.value.get("meta")
-        if not isinstance(meta, dict | None):
-            raise row.bad("meta", f"is {describe(meta)}, expected an object")
-        found: dict[str, Any] = {"id": row.identifier("id"), "meta": meta or {}, "note": text_of(row, "note")}
-        for name, choices in (("better", ("A", "B")), ("winner", ("A", "B", None)), ("status", STATUSES)):
-            found[name] = row.get(name)
-            if found[name] not in choices:
-                named = ", ".join("null" if choice is None else choice for choice in choices)
-                raise row.bad(name, f"is {describe(found[name])}, expected one of {named}")
-        found |= _shown(row)
-        for name in ("texts", "verdicts", "tokens"):
-            found[name] = _by_order(row, name)
-        scores = row.value.get("scores")
-        if scores is not None and not (isinstance(scores, list) and len(scores) == 2):
-            raise row.bad("scores", f"is {describe(scores)}, expected two numbers")
-        found |= {"scores": scores, "votes": row.value.get("votes")}
-        traces = [[_trace(text, found, order) for text in votes] for order, votes in enumerate(found.pop("texts"))]
-        found["traces"] = json.dumps(traces, separators=(",", ":"))  # a tenth of what the objects take
+    for row in read_judgements(file, warnings):
+        found: dict[str, Any] = {name: row[name] for name in ("better", "winner", "status", "meta")}
+        found |= {"id": str(row["id"]), **_texts(row)}
+        found |= {name: row.get(name) for name in ("votes", "tokens", "scores", "note")}
+        found["verdicts"] = row.get("verdicts", [])
+        traces = [[_trace(text, found, order) for text in votes] for order, votes in enumerate(row.get("texts", []))]
+        found["traces"] = json.dumps(traces, separators=(",", ":"))  # takes a tenth of the objects' memory
         blocks = [block for votes in traces for trace in votes for block in trace["blocks"]]
         found["quotes"] = [span[3] for _, _, spans in blocks for span in spans if span[1] == "quote"]
-        yield found | {"facets": _facets(found, text_of(row, "kind"))}
+        yield found | {"facets": _facets(found, row.get("kind"))}
 
 
 def pack(judges: Sequence[Sequence[dict[str, Any]]]) -> tuple[dict[str, Any], list[str]]:
-    """Rows by judge -> (the index, the pieces).
+    """Packs the rows of each judge into (index, pieces).
 
-    The index is {"filters": {name: values}, "rows": [[[id, brief, piece, place in it, value of each filter or -1]]]}; a
-    piece is the base64 of zlib's compression of {"texts": [...], "rows": [...]}, where a row's texts are numbers.
+    The index is {"filters": {name: values}, "rows": by judge, [id, brief, piece, position in it, *index of the value of
+    each filter, or -1]}. A piece is the base64 of the zlib-compressed JSON {"texts": [...], "rows": [...]}, in which a
+    row refers to its texts by their index.
     """
     numbers: dict[str, dict[str, int]] = {name: {} for name in FILTERS}
     where: dict[tuple[int, int], tuple[int, int]] = {}
@@ -89,26 +66,26 @@ def pack(judges: Sequence[Sequence[dict[str, Any]]]) -> tuple[dict[str, Any], li
     for piece, members in enumerate(_pieces(judges)):
         pool: dict[str, int] = {}
         packed = []
-        for place, (judge, number) in enumerate(members):
-            where[judge, number] = (piece, place)
+        for position, (judge, number) in enumerate(members):
+            where[judge, number] = (piece, position)
             packed.append(_packed(judges[judge][number], pool, [judge, number]))
         raw = f'{{"texts":{json.dumps(list(pool))},"rows":[{",".join(packed)}]}}'
         pieces.append(base64.b64encode(zlib.compress(raw.encode(), 6)).decode())
-    rows = []
+    index = []
     for judge, judged in enumerate(judges):
-        rows.append([])
+        index.append([])
         for number, row in enumerate(judged):
             facets = [
                 numbers[name].setdefault(value, len(numbers[name])) if (value := row["facets"].get(name)) else -1
                 for name in FILTERS
             ]
-            rows[-1].append([row["id"], " ".join(row["question"][: 2 * BRIEF].split())[:BRIEF]])
-            rows[-1][-1] += [*where[judge, number], *facets]
-    return {"filters": {name: list(values) for name, values in numbers.items()}, "rows": rows}, pieces
+            brief = " ".join(row["question"][: 2 * BRIEF].split())[:BRIEF]
+            index[-1].append([row["id"], brief, *where[judge, number], *facets])
+    return {"filters": {name: list(values) for name, values in numbers.items()}, "rows": index}, pieces
 
 
 def _pieces(judges: Sequence[Sequence[dict[str, Any]]]) -> Iterator[list[tuple[int, int]]]:
-    """The rows, as (judge, number), cut into pieces; those of one question stand together."""
+    """Yields the rows of each piece as (judge, number). Rows of the same question follow each other."""
     asked: dict[str, list[tuple[int, int]]] = {}
     for judge, rows in enumerate(judges):
         for number, row in enumerate(rows):
@@ -128,69 +105,45 @@ def _pieces(judges: Sequence[Sequence[dict[str, Any]]]) -> Iterator[list[tuple[i
 
 
 def _packed(row: dict[str, Any], pool: dict[str, int], at: list[int]) -> str:
-    """The row as JSON, with the numbers that its texts have in the pool; `at`: its judge and its number."""
+    """Returns the row as JSON with its texts' indices in the pool. `at`: the judge and the row's number."""
     kept = {name: row[name] for name in ("better", "winner", "status", "verdicts")} | {"at": at}
     kept |= {name: row[name] for name in ("votes", "tokens", "scores", "note", "meta") if row[name]}
     kept |= {name: pool.setdefault(row[name], len(pool)) for name in ("question", "a", "b")}
     return f'{json.dumps(kept, separators=(",", ":"))[:-1]},"traces":{row["traces"]}}}'
 
 
-def _shown(row: Row) -> dict[str, str]:
-    """The question and the two answers as texts; of conversations, what both begin with is the question."""
-    if row.value.get("conversation_a") is None:
-        return {"question": row.text("question"), "a": row.text("response_a"), "b": row.text("response_b")}
-    sides = [_messages(row, name) for name in ("conversation_a", "conversation_b")]
-    common = len(list(takewhile(lambda pair: pair[0] == pair[1], zip(*sides, strict=False))))
-    common = min(common, *(len(side) - 1 for side in sides))  # two answers that are the same are answers still
+def _texts(row: Judged) -> dict[str, str]:
+    """Returns the question and the answers "a" and "b". The question of two conversations is their common beginning."""
+    if "question" in row:
+        return {"question": row["question"], "a": row["response_a"], "b": row["response_b"]}
+    a, b = row["conversation_a"], row["conversation_b"]
+    common = len(list(takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False))))
+    common = min(common, len(a) - 1, len(b) - 1)  # equal answers are still answers
 
-    def text(messages: list[tuple[str, str]]) -> str:
-        alone = len(messages) == 1
-        return "\n\n".join(words if alone else f"{SPEAKERS.get(who, who)}: {words}" for who, words in messages)
+    def text(messages: list[dict[str, str]]) -> str:
+        if len(messages) == 1:
+            return messages[0]["content"]
+        return "\n\n".join(f"{ROLES[message['role']]}: {message['content']}" for message in messages)
 
-    return {"question": text(sides[0][:common]), "a": text(sides[0][common:]), "b": text(sides[1][common:])}
-
-
-def _messages(row: Row, name: str) -> list[tuple[str, str]]:
-    messages = row.get(name)
-    if not isinstance(messages, list) or not messages or not all(isinstance(message, dict) for message in messages):
-        raise row.bad(name, f"is {describe(messages)}, expected a list of messages")
-    return [
-        tuple(row.checked_text(message.get(part), f"{name}[{i}].{part}") for part in ("role", "content"))
-        for i, message in enumerate(messages)
-    ]
-
-
-def _by_order(row: Row, name: str) -> list[list[Any]]:
-    """A field that is a list of lists: by the order in which the answers were shown, then by vote."""
-    value = row.value.get(name) or []
-    if not isinstance(value, list) or not all(isinstance(votes, list) for votes in value) or len(value) > 2:
-        raise row.bad(name, f"is {describe(value)}, expected one or two lists (one an order), an entry a vote")
-    if name == "texts":
-        for order, votes in enumerate(value):
-            for vote, text in enumerate(votes):
-                row.checked_text(text, f"texts[{order}][{vote}]")
-    return value
+    return {"question": text(a[:common]), "a": text(a[common:]), "b": text(b[common:])}
 
 
 def _trace(text: str, row: dict[str, Any], order: int) -> dict[str, Any]:
-    """A text as its blocks: {"blocks": [[name, bare, [span]]], "flaws"}; a span is [text, what, side, found, places].
+    """Returns a judge's text as {"blocks": [[name, bare, spans]], "flaws"}.
 
-    `what` is "" for words, "tag", "quote" or "summary". A quote is looked for in the answer that this order showed as
-    its side; `places` are offsets in UTF-16, as a script counts.
+    A span is [text, kind, side, found, places]; see `trace.Span` for kind and side. A quote is looked for in the answer
+    that the judge saw as this side in this order. `places` are offsets in UTF-16 code units, as JavaScript counts.
     """
-    answers = {side: Quoted(row[name]) for side, name in zip("AB", "ba" if order else "ab", strict=True)}
+    answers = {side: QuoteFinder(row[name]) for side, name in zip("AB", "ba" if order else "ab", strict=True)}
     blocks = []
-    for block in blocks_of(split_trace(text)):
+    for block in blocks_of(text):
         spans: list[list[Any]] = []
         for span in block["spans"]:
-            if span.tag:
-                spans.append([span.text, "tag"])
-            elif span.part == block["name"]:
-                spans.append([span.text, ""])
-            elif words := span.text.strip():
-                what, side = span.part.split("_")
-                found, places = answers[side].find(words) if what == "quote" else ("", [])
-                spans.append([words, what, side, found, [_utf16(answers[side].text, place) for place in places]])
+            spans.append([span.text, span.kind])
+            if span.side:
+                answer = answers[span.side]
+                found, places = answer.find(span.text) if span.kind == "quote" else ("", [])
+                spans[-1] += [span.side, found, [_utf16(answer.text, place) for place in places]]
         blocks.append([block["name"], block["bare"], spans])
     return {"blocks": blocks, "flaws": list(parse_trace(text).flaws)}
 
@@ -201,19 +154,18 @@ def _utf16(text: str, place: tuple[int, int]) -> list[int]:
     return [len(text[:offset].encode("utf-16-le")) // 2 for offset in place]
 
 
-def _facets(row: dict[str, Any], kind: str) -> dict[str, str]:
-    """What the row is filtered by: name -> value, absent where it has none."""
+def _facets(row: dict[str, Any], kind: str | None) -> dict[str, str | None]:
+    """Returns the values that the row is filtered by; a filter without a value is absent or None."""
     meta, verdicts = row["meta"], row["verdicts"]
     facets = {name: meta[name] for name in META if isinstance(meta.get(name), str)}
     if facets.get("domain") == facets.get("section"):
         facets.pop("domain", None)
-    styles = [meta.get(name) for name in ("chosen_style", "rejected_style")]
-    if all(style in range(len(STYLES)) for style in styles):
-        chosen, rejected = styles
+    chosen, rejected = meta.get("chosen_style"), meta.get("rejected_style")
+    if chosen in range(len(STYLES)) and rejected in range(len(STYLES)):
         facets["difficulty"] = "normal" if chosen == rejected else "hard" if chosen < rejected else "easy"
         facets |= {"better_style": STYLES[chosen], "worse_style": STYLES[rejected]}
     right = "right" if row["winner"] == row["better"] else "wrong"
-    facets["outcome"] = right if row["winner"] else SILENT.get(row["status"], "no verdict")
+    facets["outcome"] = right if row["winner"] else UNDECIDED.get(row["status"], "no verdict")
     facets |= {"better": f"shown as {row['better']}", "kind": kind}
     if len(verdicts) == 2:
         first, second = (max(votes, key=votes.count, default=None) for votes in verdicts)

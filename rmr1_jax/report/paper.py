@@ -1,9 +1,8 @@
-"""The published results that an evaluation is shown beside: RM-R1 (arXiv 2505.02387), typed in from its tables.
+"""Holds the published results of RM-R1 (arXiv 2505.02387), typed in from its tables, for comparison with an evaluation.
 
-Per benchmark: the columns with the key that the published score files have for each, and a row of percentages a model.
-Of models that are not RM-R1 only the benchmark's score is given here.
+For models other than RM-R1, only the benchmark's score is given here.
 
-Read next: `report_eval.py`, which puts an evaluation's scores above these rows.
+Read next: `evaluation.py`, which puts an evaluation's scores above these rows.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ SOURCE = "RM-R1, arXiv 2505.02387"
 
 SIZES = MappingProxyType({"rewardbench": 2985, "rm-bench": 11943, "rmb": 25845})  # pairs in the whole benchmark
 
-# Column -> its key in the published score files, which hold shares from 0 to 1.
+# By benchmark: column -> its key in the published score files, which hold shares from 0 to 1.
 COLUMNS = MappingProxyType(
     {
         "rewardbench": {
@@ -44,7 +43,7 @@ COLUMNS = MappingProxyType(
     }
 )
 
-# Percentages in the order of the columns; a row that ends early has only its first ones.
+# By benchmark: model -> percentages in the order of the columns; a short row holds the first ones only.
 ROWS = MappingProxyType(
     {
         "rewardbench": {

@@ -1,9 +1,8 @@
-"""The page of prepared sets: what was kept and what was not, lengths, sources, the balance of A and B.
+"""Reads prepared sets for their page: rows kept and left out, lengths, sources, and the balance of A and B.
 
-All numbers stand in `prepared.json`; the reasons why rows were left out are read from `rejects.jsonl`. Sources and
-reasons come from the data and are not trusted: the template escapes everything.
+All numbers are from `prepared.json`; the reasons why rows were left out are from `rejects.jsonl`.
 
-Read next: `report_data.html.j2`; `data/store.py`, what a prepared set holds.
+Read next: `templates/prepared.html.j2`; `data/store.py`, for what a prepared set holds.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,48 +17,36 @@ import yaml
 
 from rmr1_jax.data.store import MANIFEST, REJECTS, is_prepared, read_manifest
 from rmr1_jax.errors import InputError
-from rmr1_jax.report.curves import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH
-from rmr1_jax.report.reading import jsonl_rows, text_of
+from rmr1_jax.eval.logs import whole_rows
+from rmr1_jax.report.curves import BOTTOM, LEFT, RIGHT, TOP
+from rmr1_jax.report.reading import text_of
 
 MAX_REASONS = 20
+KINDS = {"tokens": "Whole rows", "prompt": "Prompts", "trained": "Trained tokens"}
+FACTS = {"mean": "mean", "p50": "median", "p99": "99th percentile", "max": "longest", "sum": "total"}
 
 
-KINDS = {"tokens": "Whole rows", "prompt": "Prompts", "trained": "What is trained"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Histogram:
-    """One histogram as it is drawn. bars: (x, y, width, height, "from to below to: count") in the drawing's units;
-    value_ticks, length_ticks: (place, label)."""
-
-    name: str
-    facts: dict[str, str]
-    bars: list[tuple[float, float, float, float, str]]
-    value_ticks: list[tuple[float, str]]
-    length_ticks: list[tuple[float, str]]
-
-
-def data_view(roots: Sequence[tuple[str, Path]]) -> dict[str, Any]:
-    """The template's variables for some prepared sets, by name.
+def prepared_page(roots: Sequence[tuple[str, Path]]) -> dict[str, Any]:
+    """Returns the variables of `prepared.html.j2` for named prepared sets.
 
     Raises:
-        InputError: a directory that is none, or a manifest or a rejects file that is malformed.
+        InputError: a directory is not a prepared set, or its manifest or rejects file is malformed.
     """
     for _, root in roots:
         if not is_prepared(root):
-            raise InputError(f"{root} is no prepared set, and another of the directories is; give them to two reports")
+            raise InputError(f"{root} is not a prepared set, but another of the directories is; write two reports")
     warnings: list[str] = []
-    plot = {"width": WIDTH, "height": HEIGHT, "left": LEFT, "right": RIGHT, "top": TOP, "bottom": BOTTOM}
-    return {"sets": [_set(name, root, warnings) for name, root in roots], "warnings": warnings, "plot": plot}
+    sets = [_set(name, root, warnings) for name, root in roots]
+    return {"names": [name for name, _ in roots], "sets": sets, "warnings": warnings}
 
 
 def _set(name: str, root: Path, warnings: list[str]) -> dict[str, Any]:
     manifest = read_manifest(root)
     try:
-        counts, prompt = manifest["counts"], manifest["prompt"]
+        prompt = manifest["prompt"]
         return {
             "name": name,
-            "counts": {key: int(value) for key, value in counts.items()},
+            "counts": {key: int(value) for key, value in manifest["counts"].items()},
             "facts": {
                 "Stage": str(manifest["stage"]),
                 "Target": str(manifest["target"]),
@@ -88,7 +74,8 @@ def _shares(counts: dict[str, int], unnamed: str) -> list[dict[str, Any]]:
     ]
 
 
-def _histogram(name: str, found: dict[str, Any]) -> Histogram:
+def _histogram(name: str, found: dict[str, Any]) -> dict[str, Any]:
+    """Returns a histogram in SVG units. bars: (x, y, width, height, description); ticks: (position, label)."""
     edges, counts = [int(x) for x in found["edges"]], [int(x) for x in found["counts"]]
     if len(edges) != len(counts) + 1 or not max(counts) > 0:
         raise ValueError(f"a histogram of {len(counts)} counts between {len(edges)} edges")
@@ -99,33 +86,35 @@ def _histogram(name: str, found: dict[str, Any]) -> Histogram:
         if n
     ]
     shown = [edges[i * (len(edges) - 1) // 4] for i in range(5)]
-    facts = {"mean": "mean", "p50": "median", "p99": "99th percentile", "max": "longest", "sum": "all together"}
-    return Histogram(
-        name=name,
-        facts={label: f"{float(found[key]):,.0f}" for key, label in facts.items()},
-        bars=bars,
-        value_ticks=[(BOTTOM - n * up, f"{n:,}") for n in sorted({0, max(counts) // 2, max(counts)})],
-        length_ticks=[(LEFT + edge * across, f"{edge:,}") for edge in shown],
-    )
+    return {
+        "name": name,
+        "facts": {label: f"{float(found[key]):,.0f}" for key, label in FACTS.items()},
+        "bars": bars,
+        "value_ticks": [(BOTTOM - n * up, f"{n:,}") for n in sorted({0, max(counts) // 2, max(counts)})],
+        "length_ticks": [(LEFT + edge * across, f"{edge:,}") for edge in shown],
+    }
 
 
 def _reasons(file: Path, warnings: list[str]) -> list[dict[str, Any]]:
-    """Why rows were left out, most frequent first, numbers aside; with the place or id of the first of each."""
+    """Returns why rows were left out, the most frequent reason first, each with the first row it applies to.
+
+    Numbers in the messages are replaced by dots, so that rows with the same reason are counted together.
+    """
     found: Counter[str] = Counter()
     example: dict[str, str] = {}
-    for row in jsonl_rows(file, warnings) if file.is_file() else ():
+    for row in whole_rows(file, warnings) if file.is_file() else ():
         name, field = text_of(row, "id"), text_of(row, "field")
-        said = text_of(row, "reason").removeprefix(f"row {name}: ")
-        reason = (f"{field}: " if field else "") + re.sub(r"\d[\d.,]*", "…", said)
-        if reason not in found and len(found) >= 100 * MAX_REASONS:  # so memory does not grow with the file
+        message = text_of(row, "reason").removeprefix(f"row {name}: ")
+        reason = (f"{field}: " if field else "") + re.sub(r"\d[\d.,]*", "…", message)
+        if reason not in found and len(found) >= 100 * MAX_REASONS:  # memory does not grow with the file
             reason = "other reasons"
         found[reason] += 1
         line = row.value.get("line")
         place = f"{text_of(row, 'file')}:{line}" if line else f"{text_of(row, 'file')}, row {row.value.get('row')}"
-        example.setdefault(reason, f"{name}: {said}" if name else f"{place}: {said}")
+        example.setdefault(reason, f"{name or place}: {message}")
     total = sum(found.values())
     top = [{"reason": r, "rows": n, "percent": 100 * n / total, "first": example[r]} for r, n in found.most_common()]
     if len(top) > MAX_REASONS:
         rest = sum(entry["rows"] for entry in top[MAX_REASONS:])
-        warnings.append(f"{file}: {len(top) - MAX_REASONS} rarer reasons, of {rest} rows, are left out.")
+        warnings.append(f"{file}: {len(top) - MAX_REASONS} rarer reasons, of {rest} rows, are not shown.")
     return top[:MAX_REASONS]

@@ -1,9 +1,9 @@
-"""A trace cut at its tags for showing: text -> spans -> the blocks that a page colours, and where its quotes stand.
+"""Prepares a judge's text for display: cuts it into coloured blocks, and finds its quotations in the answers.
 
-A judge's text is not trusted and may be anything: nothing here raises on a text, nothing is lost of one, and what
-counts as a part is decided by `prompts/trace.py` alone.
+A judge's text is not trusted and may be anything: nothing here raises on a text, and no part of a text is lost. What
+counts as a part of a trace is decided by `prompts/trace.py` alone.
 
-Read next: `report.py` and `report_judgements.py`, whose pages show the blocks.
+Read next: `training.py` and `judgements.py`, whose pages show the blocks.
 """
 
 from __future__ import annotations
@@ -19,100 +19,106 @@ from typing import Any
 
 from rmr1_jax.prompts.trace import PARTS, after_thinking, find_sections
 
-BLOCKS = (*PARTS, "justify")  # parts that stand on lines of their own; a quotation stands in a line
-
+BLOCKS = (*PARTS, "justify")  # the parts that are shown as blocks; quotations are shown inside a block
 
 _WORD = re.compile(r"[^\W_]+")
-
-
-# A judge that quotes several places at once puts dots, or quotation marks and a comma, between them.
+# What judges write between the pieces of one quotation: dots, or quotation marks and a comma.
 _GAP = re.compile(r"\[?(?:\.{3,}|…)\]?|[\"”]\s*(?:and|,|;|/)?\s*[\"“]")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Span:
-    """A piece of a trace: its `text`, whether that is a `tag`, and what it is in.
+    """A piece of a trace.
 
-    `block` is "think", a part such as "eval", or "text" (outside of all); `part` is the block or a quotation in it.
+    block: "think", one of BLOCKS, or "text" for text outside of all parts. kind: "tag", "quote", "summary", or "" for
+    other text. side: "A" or "B" for a quote or a summary, else "".
     """
 
-    block: str
-    part: str
     text: str
-    tag: bool
+    block: str
+    kind: str = ""
+    side: str = ""
 
 
 def split_trace(text: str) -> list[Span]:
-    """Cuts a trace at its tags. Any text is accepted, and the spans' texts joined are that text again.
+    """Cuts a trace at its tags. The texts of the spans, joined, are the trace again.
 
-    What counts as a part is `find_sections`' decision, so the colours are those of the parsed trace; what stands before
-    the end of the last thought is one `think` block.
+    The parts are those of `find_sections`, so that the colours agree with the parsed trace. Everything up to the last
+    `</think>` is in "think" blocks.
     """
     begin = after_thinking(text)
     spans = [
-        Span(block="think", part="think", text=piece, tag=piece in ("<think>", "</think>"))
+        Span(text=piece, block="think", kind="tag" if piece in ("<think>", "</think>") else "")
         for piece in re.split("(</?think>)", text[:begin])
     ]
-    sections = find_sections(text, begin)  # in order; the tags around one are not part of it
+    sections = find_sections(text, begin)  # in order; a section does not include its tags
     opens = [section.start - len(f"<{section.name}>") for section in sections]
     ends = [section.end + section.closed * len(f"</{section.name}>") for section in sections]
     tags = {*opens, *(section.end for section in sections if section.closed)}
-    places = {begin, len(text), *opens, *ends, *(place for section in sections for place in section[1:3])}
+    cuts = {begin, len(text), *opens, *ends, *(cut for section in sections for cut in (section.start, section.end))}
     waiting, around = deque(zip(opens, ends, sections, strict=True)), []
-    for place, following in pairwise(sorted(places)):
-        while waiting and waiting[0][0] <= place:
+    for start, end in pairwise(sorted(cuts)):
+        while waiting and waiting[0][0] <= start:
             around.append(waiting.popleft())
-        around = [entry for entry in around if entry[1] > place]
+        around = [entry for entry in around if entry[1] > start]
         names = [section.name for _, _, section in around]
         block = next((name for name in reversed(names) if name in BLOCKS), "text")
-        part = names[-1] if names else "text"
-        spans.append(Span(block=block, part=part, text=text[place:following], tag=place in tags))
+        kind, side = names[-1].split("_") if names and names[-1] not in BLOCKS else ("", "")
+        kind, side = ("tag", "") if start in tags else (kind, side)
+        spans.append(Span(text=text[start:end], block=block, kind=kind, side=side))
     return [span for span in spans if span.text]
 
 
-def blocks_of(spans: list[Span]) -> list[dict[str, Any]]:
-    """The spans by block, without the white space around its words; a `bare` block holds nothing but tags."""
+def blocks_of(text: str) -> list[dict[str, Any]]:
+    """Returns the blocks of a trace as {"name", "spans", "bare"}; a bare block holds nothing but tags.
+
+    White space around a block's text and around quotations is removed.
+    """
     blocks = []
-    for name, group in groupby(spans, key=lambda span: span.block):
+    for name, group in groupby(split_trace(text), key=lambda span: span.block):
         left = _stripped(list(group), str.lstrip)
-        kept = _stripped(left[::-1], str.rstrip)[::-1]
-        if kept:
-            blocks.append({"name": name, "spans": kept, "bare": all(span.tag for span in kept)})
+        spans = _stripped(left[::-1], str.rstrip)[::-1]
+        spans = [replace(span, text=span.text.strip()) if span.side else span for span in spans]
+        spans = [span for span in spans if span.text]
+        if spans:
+            blocks.append({"name": name, "spans": spans, "bare": all(span.kind == "tag" for span in spans)})
     return blocks
 
 
 def _stripped(spans: list[Span], strip: Callable[[str], str]) -> list[Span]:
-    """The spans without the white space that `strip` takes off before the first word; tags are left alone."""
+    """Applies `strip` to the spans up to and including the first one with text in it; tags are left as they are."""
     kept, begun = [], False
     for span in spans:
-        text = span.text if span.tag or begun else strip(span.text)
-        begun = begun or (bool(text) and not span.tag)
+        tag = span.kind == "tag"
+        text = span.text if tag or begun else strip(span.text)
+        begun = begun or (bool(text) and not tag)
         kept += [replace(span, text=text)] if text else []
     return kept
 
 
 @dataclass(frozen=True)
-class Quoted:
-    """A text that quotes are looked for in."""
+class QuoteFinder:
+    """An answer in which quotations are located."""
 
     text: str
 
     def find(self, quote: str) -> tuple[str, list[tuple[int, int]]]:
-        """Where `quote` stands: ("found" | "in part" | "not found", [(start, end)] offsets in characters).
+        """Locates a quotation: returns ("found" | "partly found" | "not found", [(start, end)] in characters).
 
-        Judges quote freely with marks, so words count, and neither case nor what stands between them. A quote with dots
-        or several quotation marks is looked for piece by piece; "in part" means that a piece is missing.
+        Only the words are compared, without case and without what stands between them, because judges change the
+        punctuation freely. If the whole is not found, its pieces between dots or quotation marks are looked for one by
+        one; "partly found" means that some of them are missing.
         """
-        whole = self._place(quote)
+        whole = self._locate(quote)
         if whole:
             return "found", [whole]
         pieces = [piece.strip() for piece in _GAP.split(quote) if _WORD.search(piece)]
-        places = [place for piece in pieces if (place := self._place(piece))]
+        places = [place for piece in pieces if (place := self._locate(piece))]
         if not places:
             return "not found", []
-        return ("found" if len(places) == len(pieces) else "in part"), sorted(places)
+        return ("found" if len(places) == len(pieces) else "partly found"), sorted(places)
 
-    def _place(self, quote: str) -> tuple[int, int] | None:
+    def _locate(self, quote: str) -> tuple[int, int] | None:
         start = self.text.find(quote)
         if start >= 0:
             return start, start + len(quote)
@@ -122,18 +128,18 @@ class Quoted:
         if at < 0:
             return None
 
-        def original(place: int) -> int:
-            word = bisect_right(starts, place) - 1
-            return min(words[word].start() + place - starts[word], words[word].end())
+        def original(offset: int) -> int:
+            word = bisect_right(starts, offset) - 1
+            return min(words[word].start() + offset - starts[word], words[word].end())
 
         return original(at), original(at + len(wanted) - 1) + 1
 
     @cached_property
     def _words(self) -> tuple[str, list[int], list[re.Match[str]]]:
-        """The words in lower case, one space between them; where each starts in that, and in the text."""
+        """The words in lower case with one space between them, the offset of each in that string, and the matches."""
         words = list(_WORD.finditer(self.text))
-        starts, place = [], 0
+        starts, offset = [], 0
         for word in words:
-            starts.append(place)
-            place += len(word[0].lower()) + 1
+            starts.append(offset)
+            offset += len(word[0].lower()) + 1
         return " ".join(word[0].lower() for word in words), starts, words

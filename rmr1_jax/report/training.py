@@ -1,40 +1,77 @@
-"""What a report reads: the files of a run directory, checked, as plain values. Every error names file, line and field.
+"""Reads training runs for their page: results, curves, traces and settings.
 
-A run directory holds any of FILES; its sub-directories (`sft`, `grpo`, ...) are parts of the run, of the same form. A
-run may be going on: the last line of a JSONL file may be cut short, and that is a warning, not an error.
+A run directory holds any of `FILES`; its sub-directories (`sft`, `grpo`, ...) are parts of the run in the same form. A
+run may still be in progress, so an incomplete last line of a JSONL file is a warning, not an error.
 
-Read next: `report.py`, which makes the page of them.
+Read next: `curves.py` and `trace.py`, which prepare what is drawn; `templates/training.html.j2`, which shows it.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rmr1_jax.errors import InputError
+from rmr1_jax.eval.logs import whole_rows
+from rmr1_jax.files.untrusted import read_object
 from rmr1_jax.pairs.rows import describe
 from rmr1_jax.prompts.trace import parse_trace
-from rmr1_jax.report.curves import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Panel, make_panel, order_of
-from rmr1_jax.report.reading import DEPTH, as_number, find_holders, json_object, jsonl_rows, read_text, text_of
-from rmr1_jax.report.trace import blocks_of, split_trace
+from rmr1_jax.report.curves import PLOT, make_panel, order_of
+from rmr1_jax.report.reading import DEPTH, as_number, find_holders, text_of
+from rmr1_jax.report.trace import blocks_of
 
+FILES = ("results.json", "metrics.jsonl", "samples.jsonl", "verdicts.jsonl", "config.yaml")
+STAGES = ("before", "sft", "grpo", "control")
+BASELINE = {"sft": "before", "grpo": "sft", "control": "sft"}  # the stage that a stage started from, for its gain
+SHARES = ("accuracy", "reasoning", "chat", "tempted", "valid")  # columns of results.json that are from 0 to 1
+COLUMNS = (*SHARES, "mean_tokens", "seconds")
+SAMPLE_TEXTS = ("stage", "kind", "task", "question", "response_a", "response_b", "better", "winner", "status", "text")
 FILTERS = ("run", "stage", "kind", "task", "temptation", "outcome")
+FILTER_OPTIONS = 24  # a field with more values than this gets no filter
 
 
-FILTER_OPTIONS = 24  # a field with more values than this is no filter
+def holds_run(root: Path) -> bool:
+    """Returns whether the directory, or one below it, holds a training run."""
+    return bool(find_holders(root, FILES))
+
+
+def training_page(
+    roots: Sequence[tuple[str, Path]], evaluated: Mapping[str, Sequence[Path]], *, max_traces: int
+) -> dict[str, Any]:
+    """Returns the variables of `training.html.j2` for named run directories.
+
+    Args:
+        evaluated: by name of a run, the evaluations in it; a warning says that they have a page of their own.
+        max_traces: the number of traces shown of each samples file.
+
+    Raises:
+        InputError: a directory holds no run, or a file is malformed (the message names file, line and field).
+    """
+    page = _Page(max_traces=max_traces)
+    for name, root in roots:
+        parts = find_holders(root, FILES)
+        if not parts:
+            raise InputError(
+                f"{root}: no run here. Expected one of {', '.join(FILES)} in it or up to {DEPTH} directories below; "
+                "give the directory that `rmr1 quickstart`, `rmr1 sft`, `rmr1 grpo` or `rmr1 judge` wrote to; an "
+                "evaluation's (`rmr1 eval`, `rmr1 score`) holds judgements.jsonl"
+            )
+        for part in parts:
+            page.add(name, part.relative_to(root).parts, part)
+        for path in evaluated.get(name, ()):
+            page.warnings.append(f"{path}: an evaluation, which has a page of its own: rmr1 report {path}")
+    return {"names": [name for name, _ in roots]} | page.variables()
 
 
 @dataclass(frozen=True, kw_only=True)
-class Page:
-    """The page's content, gathered part by part. `curves` maps (section, metric, run) to finite values by step."""
+class _Page:
+    """The contents of the page, gathered part by part. `curves`: (section, metric, run) -> finite values by step."""
 
     max_traces: int
-    runs: list[str] = field(default_factory=list)
     results: list[dict[str, Any]] = field(default_factory=list)
     curves: dict[tuple[str, str, str], dict[int, float]] = field(default_factory=dict)
     samples: list[dict[str, Any]] = field(default_factory=list)
@@ -43,14 +80,15 @@ class Page:
     warnings: list[str] = field(default_factory=list)
 
     def add(self, root_name: str, below: tuple[str, ...], path: Path) -> None:
-        """Reads one directory: the run itself (`below` is empty) or a part of it, which is a section of its own."""
+        """Reads one directory: the run itself (`below` is empty), or a part of it, which becomes a section."""
         title, run, section = "/".join((root_name, *below)), "/".join((root_name, *below[:-1])), "".join(below[-1:])
         if (file := path / "results.json").is_file():
             self.results.append({"title": title, **read_results(file)})
         if (file := path / "metrics.jsonl").is_file():
             stages = read_metrics(file, self.warnings)
             for stage, metrics in stages.items():
-                alone = section and len(stages) == 1  # so that `control`, which is more of SFT, is not taken for SFT
+                # The directory names the section, because the `control` directory logs the stage `sft` too.
+                alone = section and len(stages) == 1
                 name = section if alone else "/".join(filter(None, (section, stage))) or "steps"
                 self.curves.update({(name, metric, run): line for metric, line in metrics.items() if line})
         for file in (path / "samples.jsonl", path / "verdicts.jsonl"):
@@ -58,7 +96,7 @@ class Page:
                 self._add_samples(file, title, run, section)
                 break
         if (file := path / "config.yaml").is_file():
-            self.configs.append((title, read_text(file)))
+            self.configs.append((title, file.read_text(encoding="utf-8", errors="replace")))
 
     def _add_samples(self, file: Path, title: str, run: str, section: str) -> None:
         buckets: dict[tuple[str, ...], list[tuple[int, dict[str, Any]]]] = {}
@@ -69,38 +107,30 @@ class Page:
             sample["kind"] = (sample["kind"] or trace.kind or "").lower()
             outcomes[sample["outcome"]] += 1
             bucket = buckets.setdefault((sample["stage"], sample["kind"], sample["outcome"]), [])
-            if len(bucket) < self.max_traces:  # so memory does not grow with the file
+            if len(bucket) < self.max_traces:  # memory does not grow with the file
                 bucket.append((number, sample))
-        # The first of every bucket, then the second of every bucket, and so on; shown in the file's order.
+        # The first of every bucket is chosen, then the second of every bucket, and so on; shown in the file's order.
         turns = sorted((turn, number) for bucket in buckets.values() for turn, (number, _) in enumerate(bucket))
         chosen = {number for _, number in turns[: self.max_traces]}
         kept = {number: sample for bucket in buckets.values() for number, sample in bucket if number in chosen}
-        for _, sample in sorted(kept.items()):
-            self.samples.append(sample | {"blocks": blocks_of(split_trace(sample["text"]))})
+        self.samples.extend(sample | {"blocks": blocks_of(sample["text"])} for _, sample in sorted(kept.items()))
         self.tallies.append({"title": title, "shown": len(kept), "total": outcomes.total(), "outcomes": outcomes})
 
-    def view(self) -> dict[str, Any]:
-        """The template's variables."""
-        options = {name: sorted({s[name] for s in self.samples} - {""}, key=stage_order) for name in FILTERS}
-        sections = sorted({section for section, _, _ in self.curves}, key=stage_order)
+    def variables(self) -> dict[str, Any]:
+        """Returns the variables of the template, without the names of the runs."""
+        options = {name: sorted({s[name] for s in self.samples} - {""}, key=_stage_order) for name in FILTERS}
         legend = list(dict.fromkeys(run for _, _, run in self.curves))
-        drawn = [{"name": section, "panels": self._panels(section, legend)} for section in sections]
-        plot = {"width": WIDTH, "height": HEIGHT, "left": LEFT, "right": RIGHT, "top": TOP, "bottom": BOTTOM}
-        return {
-            "runs": self.runs,
-            "results": self.results,
-            "sections": drawn,
-            "curves_data": [panel.data() for section in drawn for panel in section["panels"]],
-            "legend": legend,
-            "samples": self.samples,
-            "tallies": self.tallies,
+        names = sorted({section for section, _, _ in self.curves}, key=_stage_order)
+        sections = [{"name": name, "panels": self._panels(name, legend)} for name in names]
+        return vars(self) | {
+            "sections": sections,
+            "curves_data": [panel["data"] for section in sections for panel in section["panels"]],
+            "plot_data": PLOT | {"legend": legend},
+            "runs": legend,
             "filters": {name: values for name, values in options.items() if 1 < len(values) <= FILTER_OPTIONS},
-            "configs": self.configs,
-            "warnings": self.warnings,
-            "plot": plot | {"legend": legend},
         }
 
-    def _panels(self, section: str, legend: list[str]) -> list[Panel]:
+    def _panels(self, section: str, legend: list[str]) -> list[dict[str, Any]]:
         metrics: dict[str, dict[int, dict[int, float]]] = {}
         for (name, metric, run), line in self.curves.items():
             if name == section:
@@ -108,51 +138,16 @@ class Page:
         return [make_panel(metric, metrics[metric]) for metric in sorted(metrics, key=order_of)]
 
 
-FILES = ("results.json", "metrics.jsonl", "samples.jsonl", "verdicts.jsonl", "config.yaml")
-
-
-STAGES = ("before", "sft", "grpo", "control")
-
-
-BASELINE = {"sft": "before", "grpo": "sft", "control": "sft"}  # where a stage started from, for its gain
-
-
-SHARES = ("accuracy", "reasoning", "chat", "tempted", "valid")  # columns of results.json, from 0 to 1 each
-
-
-COLUMNS = (*SHARES, "mean_tokens", "seconds")
-
-
-SAMPLE_TEXTS = ("stage", "kind", "task", "question", "response_a", "response_b", "winner", "status", "text")
-
-
-def find_parts(root: Path) -> list[Path]:
-    """The directories that hold a run, `root` first; InputError where there is none."""
-    parts = find_holders(root, FILES)
-    if not parts:
-        raise InputError(
-            f"{root}: no run here. Expected one of {', '.join(FILES)} in it or up to {DEPTH} directories below; give "
-            "the directory that `rmr1 quickstart`, `rmr1 sft`, `rmr1 grpo` or `rmr1 judge` wrote to; an evaluation's "
-            "(`rmr1 eval`, `rmr1 score`) holds judgements.jsonl"
-        )
-    return parts
-
-
-def holds_run(root: Path) -> bool:
-    """Whether the directory, or one below it, holds a run."""
-    return bool(find_holders(root, FILES))
-
-
-def stage_order(name: str) -> tuple[int, str]:
-    """Sorts stages in the order of training, whatever else there is after them by name."""
+def _stage_order(name: str) -> tuple[int, str]:
+    """Returns the sort key of a stage: the known ones in the order of training, then the others by name."""
     last = name.rsplit("/", 1)[-1]
     return (STAGES.index(last) if last in STAGES else len(STAGES), name)
 
 
 def read_metrics(file: Path, warnings: list[str]) -> dict[str, dict[str, dict[int, float]]]:
-    """metrics.jsonl -> stage -> metric -> finite value by ascending step. A step written again: the later counts."""
+    """Reads metrics.jsonl: stage -> metric -> finite values by ascending step. A later row replaces one of its step."""
     stages: dict[str, dict[str, dict[int, float]]] = {}
-    for row in jsonl_rows(file, warnings):
+    for row in whole_rows(file, warnings):
         step = row.get("step")
         if not isinstance(step, int) or isinstance(step, bool):
             raise row.bad("step", f"is {describe(step)}, expected an integer")
@@ -172,17 +167,16 @@ def read_metrics(file: Path, warnings: list[str]) -> dict[str, dict[str, dict[in
 
 
 def read_samples(file: Path, warnings: list[str]) -> Iterator[dict[str, Any]]:
-    """Rows of samples.jsonl or verdicts.jsonl: texts ("" where absent), `better` ("A", "B", "") and `outcome`.
+    """Reads samples.jsonl or verdicts.jsonl: rows with texts ("" if absent), `better` ("A", "B", "") and `outcome`.
 
-    `outcome` is "right", "wrong", "no verdict" (none was given), or "not known" (nobody says which answer is better).
+    `outcome` is "right", "wrong", "no verdict", or "not known" if the row does not say which answer is better.
     """
-    for row in jsonl_rows(file, warnings):
+    for row in whole_rows(file, warnings):
         sample: dict[str, Any] = {name: text_of(row, name) for name in SAMPLE_TEXTS}
         sample["id"] = row.identifier("id") if row.value.get("id") is not None else ""
-        sample["better"] = text_of(row, "better") or text_of(row, "correct_winner")
         for name in ("winner", "better"):
             if sample[name] not in ("A", "B", ""):
-                raise row.bad(name if name in row.value else "correct_winner", f"is {sample[name]!r}, expected A or B")
+                raise row.bad(name, f"is {sample[name]!r}, expected A or B")
         correct, tempted = (row.value.get(name) for name in ("correct", "tempted"))
         if not isinstance(correct, bool | None):
             raise row.bad("correct", f"is {describe(correct)}, expected true, false or null")
@@ -195,21 +189,23 @@ def read_samples(file: Path, warnings: list[str]) -> Iterator[dict[str, Any]]:
 
 
 def read_results(file: Path) -> dict[str, Any]:
-    """results.json -> rows (one a stage), columns, notes, and every other key as a fact. Shares are checked, 0 to 1."""
-    found = json_object(file)
+    """Reads results.json: a row for each stage, the columns, the notes, and every other key as a fact.
+
+    Raises:
+        InputError: the file is not a JSON object, or a share is not a number from 0 to 1.
+    """
+    found = read_object(file)
     notes, seconds = found.pop("notes", []), found.pop("seconds", {})
-    notes = [notes] if isinstance(notes, str) else notes
     if not isinstance(notes, list) or not all(isinstance(note, str) for note in notes):
         raise InputError(f"{file}: field 'notes' is {describe(notes)}, expected a list of texts")
-    seconds = dict(seconds) if isinstance(seconds, dict) else {"total": seconds}
     stages: dict[str, dict[str, Any]] = {}
     facts: dict[str, Any] = {}
     for name, value in found.items():
         if isinstance(value, dict) and "accuracy" in value:
-            stages[name] = value | ({"seconds": seconds.pop(name)} if name in seconds else {})
+            stages[name] = value | ({"seconds": seconds[name]} if name in seconds else {})
         elif name in STAGES:
             raise InputError(f"{file}: field {name!r} is {describe(value)}, expected an object with accuracy and so on")
-        else:
+        elif name != "n":
             facts[name] = value
     for stage, row in stages.items():
         for column, value in row.items():
@@ -218,20 +214,16 @@ def read_results(file: Path) -> dict[str, Any]:
                 raise InputError(f"{file}: field '{stage}.{column}' is {describe(value)}, expected a share from 0 to 1")
             if number is None and value is not None:
                 facts[f"{stage}.{column}"] = value
-    facts |= {f"seconds, {name}": value for name, value in seconds.items()}
-    present = {c for row in stages.values() for c, value in row.items() if as_number(value) is not None}
+    facts |= {f"seconds, {name}": value for name, value in seconds.items() if name not in stages}
+    present = {column for row in stages.values() for column, value in row.items() if as_number(value) is not None}
     columns = [*(c for c in COLUMNS if c in present), *sorted(present - set(COLUMNS))]
-    return {
-        "columns": columns,
-        "rows": [_result_row(stage, stages, columns) for stage in sorted(stages, key=stage_order)],
-        "notes": notes,
-        "facts": {k: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for k, v in facts.items()},
-        "n": found.get("n"),
-    }
+    rows = [_result_row(stage, stages, columns) for stage in sorted(stages, key=_stage_order)]
+    return {"columns": columns, "rows": rows, "notes": notes, "facts": facts, "n": found.get("n")}
 
 
 def _result_row(stage: str, stages: dict[str, dict], columns: list[str]) -> dict[str, Any]:
-    earlier = [name for name in sorted(stages, key=stage_order) if stage_order(name) < stage_order(stage)]
+    """Returns a stage's cells, with the gain over the stage that it started from in the columns that are shares."""
+    earlier = [name for name in sorted(stages, key=_stage_order) if _stage_order(name) < _stage_order(stage)]
     baseline = BASELINE.get(stage, earlier[-1] if earlier else "")
     cells = []
     for column in columns:

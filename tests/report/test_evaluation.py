@@ -1,94 +1,25 @@
-"""The page about evaluations: what it says beside the published rows, what it refuses, where quotes stand, and, in a
-real browser where there is one, that every judgement can be found and read, whatever is written in it."""
+"""The page of evaluations: scores beside the published rows, comparisons, errors, and, in a real browser if there is
+one, that every judgement can be found and read, whatever is written in it."""
 
 import base64
-import itertools
 import json
 import re
 import zlib
 from pathlib import Path
 
 import pytest
+from evaluations import HOSTILE, judgement, make_evaluation, trace
 from headless import CONTRASTS, chromium
-from run_directories import make_run, words_of, write_lines
+from run_directories import words_of
 
 from rmr1_jax.cli.main import main
 from rmr1_jax.errors import InputError
-from rmr1_jax.report.curves import make_chart
-from rmr1_jax.report.judgements import pack, read_judgements
-from rmr1_jax.report.paper import COLUMNS, ROWS
+from rmr1_jax.report import evaluation
 from rmr1_jax.report.report import write_report
-from rmr1_jax.report.trace import Quoted
-
-HOSTILE = "</script><img src=x onerror=\"document.title='taken'\">\u2028\u200b<b>\u202e bold"
-PLACES = ({"section": "Chat", "subset": "mt-bench-easy"}, {"section": "Safety", "subset": "donotanswer"})
-SUMMARY = {
-    "benchmark": "rewardbench",
-    "judge": "some/judge-7B",
-    "settings": {"votes": 1, "sampling": {"temperature": 0.0}},
-    "n": 40,
-    "scores": {"Chat": 0.9, "Chat Hard": 0.5, "avg_Result_each_section": 0.7},
-    "headline": 70.0,
-    "interval": [61.5, 78.25],
-    "sections": [{"name": "Chat", "n": 20, "accuracy": 90.0, "interval": [80.0, 96.0]}],
-    "invalid": 3,
-    "too_long": 2,
-    "ties": 1,
-    "tokens": {"mean": 626.4, "p50": 580, "p99": 1171, "max": 2210},
-    "by_kind": [{"name": "chat", "n": 20, "accuracy": 81.25, "interval": [None, None]}],
-    "by_length": [],
-    "budget": [
-        {"tokens": 512, "score": 41.5, "accuracy": 40.0, "invalid": 40.0, "truncated": 50.0},
-        {"tokens": 1024, "score": 66.5, "accuracy": 65.0, "invalid": 5.0, "truncated": 6.0},
-    ],
-    "budget_forced": [{"tokens": 512, "score": 61.5}, {"tokens": 2048, "score": 69.5}],
-    "orders": {"n": 40, "consistency": 83.5, "first_position_share": 55.5, "accuracy_ab": 71.0, "accuracy_ba": 69.0},
-    "votes": {"k": 2, "by_k": [{"k": 1, "accuracy": 68.0}, {"k": 2, "accuracy": 70.0}], "confidence": []},
-    "styles": {"chat": [[70, 60, 50], [80, 71, 66], [90, 85, None]]},
-    "notes": ["Budgets: <b>texts</b> are cut."],
-}
 
 
-def trace(winner: str, said: str = "short words") -> str:
-    return (
-        "<type>Chat</type>\n<rubric>Tact.<justify>Asked for.</justify></rubric>\n"
-        f"<eval>One says <quote_A>{said}</quote_A> and <quote_B>never written</quote_B> too</eval>\n"
-        f"<answer>[[{winner}]]</answer>"
-    )
-
-
-def judgement(number: int, winner: str | None = "A", **changes) -> dict:
-    """Row `number`: A is better; every second is of section Chat, the others of Safety."""
-    row = {
-        "id": f"q{number}",
-        "better": "A",
-        "winner": winner,
-        "status": "ok" if winner else "invalid",
-        "correct": winner == "A",
-        "votes": {"A": int(winner == "A"), "B": int(winner == "B"), "invalid": int(winner is None)},
-        "question": f"Ask number {number}",
-        "response_a": f"Some short words, number {number}",
-        "response_b": "Others",
-        "meta": {"benchmark": "rewardbench", "number": number} | PLACES[number % 2],
-        "kind": "chat",
-        "texts": [[trace(winner or "neither")]],
-        "verdicts": [[winner]],
-        "tokens": [[60]],
-    }
-    return row | changes
-
-
-def make_evaluation(root: Path, rows: list[dict] | None = None, **changes) -> Path:
-    """An evaluation of 100 judgements, of which every fifth is wrong and every tenth, too, without a verdict."""
-    named = {0: None, 5: "B"}
-    rows = [judgement(i, named.get(i % 10, "A")) for i in range(100)] if rows is None else rows
-    write_lines(root / "judgements.jsonl", rows)
-    (root / "summary.json").write_text(json.dumps(SUMMARY | changes))
-    return root
-
-
-def page_of(*roots: Path, **options) -> str:
-    return write_report(roots, roots[0].parent / "report.html", **options).read_text(encoding="utf-8")
+def page_of(*roots: Path) -> str:
+    return write_report(roots, roots[0].parent / "report.html").read_text(encoding="utf-8")
 
 
 def tables_of(page: str) -> list[list[list[str]]]:
@@ -119,40 +50,23 @@ def test_scores_stand_above_the_published_rows_in_the_same_columns(tmp_path):
     found = "50.0%"  # of the two quotes of each trace, the one from A stands there
     assert counts[1] == ["mine", "40", "3", "2", "1", "626", "580", "1,171", "2,210", found]
     assert orders[1] == ["mine", "83.5%", "55.5%", "71.0%", "69.0%"]
-    partial = "Not the whole benchmark, which has 2,985 pairs, so not to be compared with published rows: mine."
-    assert partial in words_of(page_of(tmp_path / "mine"))
-    assert "Not the whole benchmark" not in words_of(page_of(make_evaluation(tmp_path / "mine", n=2985)))
-
-
-def test_the_published_rows_agree_with_themselves():
-    for benchmark, rows in ROWS.items():
-        assert len(rows) == 11
-        for model, row in rows.items():
-            assert len(row) in (1, len(COLUMNS[benchmark])), model
-            # The score is the mean of these four in all three benchmarks. The paper's own rounding is off by up to 0.2.
-            assert len(row) == 1 or abs(sum(row[1:5]) / 4 - row[0]) <= 0.21, (benchmark, model)
-    for row in ROWS["rm-bench"].values():  # easy, normal and hard are means of the same nine cells
-        assert len(row) == 1 or abs(sum(row[5:]) / 3 - row[0]) <= 0.21
+    words = words_of(page_of(tmp_path / "mine"))
+    assert "Judged on a part of the benchmark" in words
+    assert "2,985 pairs, so not comparable with the published rows: mine." in words
+    assert "Judged on a part" not in words_of(page_of(make_evaluation(tmp_path / "mine", n=2985)))
 
 
 def test_lenses_notes_and_settings_are_shown(tmp_path):
     page = page_of(make_evaluation(tmp_path / "mine"))
     words = words_of(page)
     titles = re.findall(r"<figcaption><span>([^<]*)", page)
-    assert titles == ["score by token budget"] * 2 + ["score by number of votes"]
-    assert "A text that is cut is made to answer" in words and "2,048 69.5" in words
+    assert titles == ["Score by token budget"] * 2 + ["Accuracy by number of votes"]
+    assert "is cut there and made to name an answer." in words and "2,048 69.5" in words
     assert "512 41.5 40.0 40.0 50.0" in words and "Budgets: <b>texts</b> are cut." in words
     assert 'sampling {"temperature": 0.0}' in words and "avg_Result_each_section 0.7" in words
     grid = next(table for table in tables_of(page) if ["", "concise", "detailed", "markdown"] in table)
     assert grid[3] == ["markdown", "90.0", "85.0", "\N{EN DASH}"]
     assert "chat 20 81.2" in words  # an interval that is not known is left out
-
-
-def test_a_chart_puts_doublings_at_equal_steps():
-    chart = make_chart([[(512, 10.0), (1024, 20.0), (4096, 40.0)], []], log=True)
-    first, second, last = (x for x, _ in chart["lines"][0]["points"])
-    assert last - second == pytest.approx(2 * (second - first), abs=0.2)
-    assert [label for _, label in chart["x_ticks"]] == ["512", "1,024", "4,096"] and chart["lines"][1]["path"] == ""
 
 
 def test_an_evaluation_that_goes_on_and_one_of_scores_alone(tmp_path):
@@ -178,33 +92,31 @@ def test_every_evaluation_below_a_directory_is_taken(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("text", "message"),
     [
-        ({"headline": "high"}, r"field 'headline' is \"high\" \(str\), expected a number"),
-        ({"interval": [1]}, r"field 'interval' is a list of 1, expected two numbers"),
-        ({"sections": [{"name": "x", "accuracy": []}]}, r"field 'sections\[0\]\.accuracy' is a list"),
-        ({"by_kind": {"chat": 3}}, r"field 'by_kind' is an object.*, expected a list of objects"),
-        ({"styles": {"chat": [[1, 2, 3]]}}, r"field 'styles\.chat' is a list of 1, expected three rows of three"),
-        ({"notes": 3}, r"field 'notes' is 3 \(int\), expected a list of texts"),
+        ("{", r"not a JSON file"),
+        ("[]", r"expected a JSON object, got list"),
+        ('{"loss": 1}', r"field 'benchmark' is missing; not what `rmr1 eval` and `rmr1 score` write"),
     ],
 )
-def test_a_summary_that_cannot_be_right_is_refused(tmp_path, change, message):
+def test_a_summary_that_is_not_ours_is_refused(tmp_path, text, message):
+    root = make_evaluation(tmp_path / "mine")
+    (root / "summary.json").write_text(text)
     with pytest.raises(InputError, match=r"summary\.json: " + message):
-        page_of(make_evaluation(tmp_path / "mine", **change))
+        page_of(root)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"winner": "C"}, r"field 'winner' is \"C\" \(str\), expected one of A, B, null"),
-        ({"better": None}, r"field 'better' is null.*, expected one of A, B"),
-        ({"status": "fine"}, r"field 'status' is \"fine\" \(str\), expected one of ok, tie, invalid, too_long"),
-        ({"texts": ["x"]}, r"field 'texts' is a list of 1, expected one or two lists"),
-        ({"texts": [[3]]}, r"field 'texts\[0\]\[0\]' is 3 \(int\), expected a text"),
-        ({"response_b": None}, r"field 'response_b' is null.*, expected a text"),
-        ({"conversation_a": [{"role": "user"}]}, r"field 'conversation_a\[0\]\.content' is null"),
-        ({"scores": [1]}, r"field 'scores' is a list of 1, expected two numbers"),
-        ({"meta": 3}, r"field 'meta' is 3 \(int\), expected an object"),
+        ({"winner": "C"}, r"field 'winner' is \"C\" \(str\), expected 'A', 'B' or None"),
+        ({"better": None}, r"field 'better' is null, expected 'A' or 'B'"),
+        ({"status": "fine"}, r"field 'status' is \"fine\" \(str\), expected 'ok', 'tie', 'invalid' or 'too_long'"),
+        ({"texts": ["x"]}, r"field 'texts\[0\]' is \"x\" \(str\), expected a valid list"),
+        ({"texts": [[3]]}, r"field 'texts\[0\]\[0\]' is 3 \(int\), expected a valid string"),
+        ({"response_b": None}, r"field 'response_b' is null, expected a text"),
+        ({"scores": [1]}, r"field 'scores'"),
+        ({"meta": 3}, r"field 'meta' is 3 \(int\)"),
     ],
 )
 def test_a_bad_judgement_is_named_by_line_and_field(tmp_path, change, message):
@@ -213,104 +125,14 @@ def test_a_bad_judgement_is_named_by_line_and_field(tmp_path, change, message):
         page_of(root)
 
 
-def test_runs_and_evaluations_do_not_mix(tmp_path):
-    run, evaluation = make_run(tmp_path / "run"), make_evaluation(tmp_path / "evaluation")
-    with pytest.raises(
-        InputError, match=r"evaluation is an evaluation and run a training run; .* Make two: rmr1 report"
-    ):
-        page_of(run, evaluation)
-    make_evaluation(run / "eval")
-    words = words_of(page_of(run))
-    assert "run/eval: an evaluation, which has a page of its own" in words and "After GRPO" in words
-
-
-# Quotes.
-
-
-@pytest.mark.parametrize(
-    ("quote", "found", "pieces"),
-    [
-        ("Some words.", "found", ["Some words."]),
-        ('"some  words"', "found", ["Some words"]),
-        ("words they *said* were", "found", ["words. They **said** were"]),
-        ("Some ... good", "found", ["Some", "good"]),
-        ('"good" and "Some words"', "found", ["Some words", "good"]),
-        ("Some words [...] never written", "in part", ["Some words"]),
-        ("never written", "not found", []),
-        ("... -- !", "not found", []),
-        ("oo", "found", ["oo"]),
-    ],
-)
-def test_a_quote_is_found_by_its_words(quote, found, pieces):
-    answer = Quoted("Some words. They **said** were good,\nÄpfel 🙂 too.")
-    state, places = answer.find(quote)
-    assert state == found
-    assert [answer.text[start:end] for start, end in places] == pieces
-
-
-def test_offsets_count_as_a_script_counts(tmp_path):
-    answer = "🙂🙂 Some short words here"
-    file = write_lines(tmp_path / "judgements.jsonl", [judgement(0, response_a=answer)])
-    (row,) = read_judgements(file, [])
-    spans = [span for _, _, spans in json.loads(row["traces"])[0][0]["blocks"] for span in spans]
-    ((start, end),) = next(where[-1] for _, what, *where in spans if what == "quote")
-    assert answer.encode("utf-16-le")[2 * start : 2 * end].decode("utf-16-le") == "short words"
-    assert row["quotes"] == ["found", "not found"]
-
-
-def test_quotes_of_the_second_order_are_looked_for_in_the_answers_as_it_saw_them(tmp_path):
-    row = judgement(0, texts=[[trace("A")], [trace("B", said="Others")]], verdicts=[["A"], ["A"]])
-    (read,) = read_judgements(write_lines(tmp_path / "judgements.jsonl", [row]), [])
-    assert read["quotes"] == ["found", "not found"] * 2
-    assert read["facets"]["orders"] == "agree" and read["facets"]["quotes"] == "some not found"
-
-
-def test_of_conversations_what_both_begin_with_is_the_question(tmp_path):
-    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}]
-    sides = {side: [*turns, {"role": "user", "content": side}] for side in "ab"}
-    row = judgement(0, conversation_a=sides["a"], conversation_b=sides["b"])
-    same = judgement(1, conversation_a=turns, conversation_b=turns)
-    first, second = read_judgements(write_lines(tmp_path / "judgements.jsonl", [row, same]), [])
-    assert (first["question"], first["a"], first["b"]) == ("User: Hi\n\nChatbot: Yes?", "a", "b")
-    assert (second["question"], second["a"], second["b"]) == ("Hi", "Yes?", "Yes?")
-
-
-# The data of the page.
-
-
-def test_every_judgement_is_in_the_page_and_shared_texts_stand_once(tmp_path):
-    words = [" ".join(f"{i * j * 7919 % 99991:x}" for j in range(400)) for i in range(40)]
-    rows = [judgement(i, question=words[i % 40], response_a=f"{i} " + words[-i % 40]) for i in range(400)]
-    first, second = (
-        list(read_judgements(write_lines(tmp_path / f"{name}.jsonl", rows), [])) for name in ("first", "second")
-    )
-    index, pieces = pack([first, second[:100]])
-    assert [len(rows) for rows in index["rows"]] == [400, 100] and len(pieces) > 2
-    unpacked = [json.loads(zlib.decompress(base64.b64decode(piece))) for piece in pieces]
-    assert max(sum(map(len, piece["texts"])) for piece in unpacked) < 1 << 19
-    for judge, number in itertools.chain(((0, i) for i in range(400)), ((1, i) for i in range(100))):
-        name, brief, piece, place, *facets = index["rows"][judge][number]
-        row = unpacked[piece]["rows"][place]
-        assert row["at"] == [judge, number] and name == f"q{number}" and words[number % 40].startswith(brief)
-        assert unpacked[piece]["texts"][row["question"]] == words[number % 40]
-        assert index["filters"]["outcome"][facets[0]] == "right"
-    # The second judge's texts are the first one's: they stand once in a piece.
-    assert all(len(set(piece["texts"])) == len(piece["texts"]) for piece in unpacked)
-    assert pack([first, second[:100]]) == (index, pieces)  # the same bytes
-
-
-def test_styles_and_difficulty_have_names(tmp_path):
-    meta = {"benchmark": "rm-bench", "section": "chat", "domain": "chat", "chosen_style": 0, "rejected_style": 2}
-    (row,) = read_judgements(write_lines(tmp_path / "judgements.jsonl", [judgement(0, meta=meta)]), [])
-    named = {"difficulty": "hard", "better_style": "concise", "worse_style": "markdown", "section": "chat"}
-    assert named.items() <= row["facets"].items() and "domain" not in row["facets"]
-
-
 def test_hostile_text_is_only_ever_data(tmp_path):
     row = judgement(0, question=HOSTILE, response_a=HOSTILE, texts=[[trace("A", HOSTILE) + HOSTILE]], note=HOSTILE)
-    row |= {"id": HOSTILE, "meta": {"section": HOSTILE, "subset": "x", HOSTILE: HOSTILE}, "kind": HOSTILE}
+    row |= {"id": HOSTILE, "meta": {"benchmark": "rewardbench", "section": HOSTILE, "subset": "x", HOSTILE: HOSTILE}}
     changes = {"judge": HOSTILE, "notes": [HOSTILE], "settings": {HOSTILE: HOSTILE, "in": [HOSTILE]}}
-    changes |= {"by_kind": [{"name": HOSTILE, "n": 1, "accuracy": 1.0}], "scores": {HOSTILE: HOSTILE}}
+    changes |= {
+        "by_kind": [{"name": HOSTILE, "n": 1, "accuracy": 1.0, "interval": [0.0, 2.0]}],
+        "scores": {HOSTILE: HOSTILE},
+    }
     page = page_of(make_evaluation(tmp_path / "mine", [row], **changes))
     assert "<img" not in page and "<b>" not in page and "&lt;img" in page
     kinds = re.findall(r"<script[^>]*>", page)
@@ -327,7 +149,7 @@ def test_hostile_text_is_only_ever_data(tmp_path):
 # Two judges.
 
 
-def test_two_judges_are_compared_pair_by_pair(tmp_path):
+def test_two_judges_are_compared_pair_by_pair(tmp_path, monkeypatch):
     second = [judgement(i, "A" if i % 4 else "B") for i in range(60)]
     roots = make_evaluation(tmp_path / "first"), make_evaluation(tmp_path / "second", second)
     asked = []
@@ -342,7 +164,8 @@ def test_two_judges_are_compared_pair_by_pair(tmp_path):
             "agreement": 75.0,
         } | {"kappa": None}
 
-    page = page_of(*roots, compare=compare)
+    monkeypatch.setattr(evaluation, "compare", compare)
+    page = page_of(*roots)
     right = [(i % 5 != 0, i % 4 != 0) for i in range(60)]
     counts = [str(right.count(cell)) for cell in ((True, True), (True, False), (False, True), (False, False))]
     assert re.findall(r"\n>(\d+)</button>", page) == counts == ["36", "12", "9", "3"]
@@ -362,11 +185,12 @@ def test_the_command_adds_the_tests_of_rmr1_compare(tmp_path, capsys):
     assert "McNemar, exact p = 0.664" in words  # 12 against 9: 2 x the binomial tail P(X <= 9 | 21, 1/2)
 
 
-def test_two_judges_that_cannot_be_compared_still_have_a_page(tmp_path):
+def test_two_judges_that_cannot_be_compared_still_have_a_page(tmp_path, monkeypatch):
     def compare(a, b):
         raise InputError("no subset in q0")
 
-    words = words_of(page_of(make_evaluation(tmp_path / "a"), make_evaluation(tmp_path / "b"), compare=compare))
+    monkeypatch.setattr(evaluation, "compare", compare)
+    words = words_of(page_of(make_evaluation(tmp_path / "a"), make_evaluation(tmp_path / "b")))
     assert "a and b are not compared by a test: no subset in q0" in words and "100 pairs that both judged" in words
 
 
@@ -410,7 +234,7 @@ def test_judgements_are_filtered_searched_and_turned_over(tmp_path):
         assert browser.evaluate(COUNT) == "10 of 100 judgements" and browser.evaluate(LISTED) == 10
         browser.evaluate(CHOOSE.format("section", "Chat"))
         assert browser.evaluate(COUNT) == "0 of 100 judgements"  # all wrong ones have odd numbers
-        assert "No judgement is like that." in browser.evaluate("document.getElementById('list').textContent")
+        assert "No judgement matches the filters." in browser.evaluate("document.getElementById('list').textContent")
         browser.evaluate(CHOOSE.format("outcome", "no verdict"))
         assert browser.evaluate(COUNT) == "10 of 100 judgements"
         browser.evaluate("document.getElementById('clear').click()")
@@ -443,7 +267,7 @@ def test_an_open_judgement_shows_its_parts_and_links_its_quotes(tmp_path):
         # The quotation from A is linked to its place, the one from B stands nowhere.
         assert browser.evaluate("document.querySelector('.side.A mark.stands').textContent") == "short words"
         assert browser.evaluate("document.querySelectorAll('.side.B mark.stands').length") == 0
-        assert browser.evaluate("document.querySelector('mark.quote.B + .found').textContent") == "not found there"
+        assert browser.evaluate("document.querySelector('mark.quote.B + .found').textContent") == "not found"
         assert browser.evaluate("document.querySelectorAll('mark.quote.A.absent, mark.quote.A + .found').length") == 0
         browser.evaluate("document.querySelector('mark.quote.A').click()")
         assert browser.evaluate("document.querySelector('.side.A mark.lit').textContent") == "short words"
@@ -470,10 +294,10 @@ def test_votes_and_orders_are_switched_between(tmp_path):
         open_first(browser)
         tabs = browser.evaluate("[...document.querySelectorAll('.tabs button')].map(tab => tab.textContent)")
         assert tabs == [
-            "as drawn, vote 1 → A ✓",
-            "as drawn, vote 2 → B ✗",
-            "exchanged, vote 1 → B ✓",
-            "exchanged, vote 2 ∅",
+            "original order, vote 1 → A ✓",
+            "original order, vote 2 → B ✗",
+            "exchanged order, vote 1 → B ✓",
+            "exchanged order, vote 2 ∅",
         ]
         side = "document.querySelector('.side.{} .words').textContent"
         assert browser.evaluate(side.format("A")) == "Some short words, number 0"
@@ -516,7 +340,7 @@ def test_what_one_judge_got_right_and_another_did_not(tmp_path):
 
 def test_hostile_text_is_shown_as_text(tmp_path):
     row = judgement(0, question=HOSTILE, response_a=HOSTILE, texts=[[trace("A", HOSTILE) + HOSTILE]], note=HOSTILE)
-    row |= {"id": HOSTILE, "meta": {"section": HOSTILE, HOSTILE: HOSTILE, "number": 0}}
+    row |= {"id": HOSTILE, "meta": row["meta"] | {"section": HOSTILE, HOSTILE: HOSTILE}}
     make_evaluation(tmp_path / "mine", [row, judgement(1)], judge=HOSTILE, notes=[HOSTILE])
     write_report([tmp_path / "mine"], tmp_path / "report.html")
     with chromium(tmp_path / "profile") as browser:

@@ -9,7 +9,7 @@ from prepared import config_of, rows, write_rows
 
 from rmr1_jax.data.prepare import prepare
 from rmr1_jax.errors import InputError
-from rmr1_jax.report.prepared import data_view
+from rmr1_jax.report.prepared import prepared_page
 from rmr1_jax.report.report import write_report
 
 HOSTILE = '<script>alert("x")</script>&'
@@ -55,7 +55,7 @@ def test_the_page_says_it_all_and_loads_nothing(prepared, tmp_path):
     page = out.read_text(encoding="utf-8")
     found = Text(page)
     words = " ".join(" ".join(found.words).split())
-    assert "Read Kept Rejected Too long Not drawn Rows 30 25 3 2 0" in words
+    assert "Read Kept Rejected Too long Not sampled Rows 30 25 3 2 0" in words
     assert f"{HOSTILE} 9 36.0%" in words and "not named 1 4.0%" in words
     assert "A 13 52.0%" in words and "B 12 48.0%" in words
     assert "longer than max_length=…: … tokens first: r20: longer than max_length=500: " in words
@@ -67,12 +67,12 @@ def test_the_page_says_it_all_and_loads_nothing(prepared, tmp_path):
 
 
 def test_the_histogram_counts_every_row(prepared):
-    [found] = data_view([("set", prepared)])["sets"]
+    [found] = prepared_page([("set", prepared)])["sets"]
     manifest = json.loads((prepared / "prepared.json").read_bytes())
     for histogram in found["histograms"]:
-        assert sum(int(words.rsplit(" ", 1)[1]) for *_, words in histogram.bars) == 25
-        assert all(width > 0 and height > 0 for _, _, width, height, _ in histogram.bars)
-    assert found["histograms"][0].facts["longest"] == str(manifest["lengths"]["tokens"]["max"])
+        assert sum(int(words.rsplit(" ", 1)[1]) for *_, words in histogram["bars"]) == 25
+        assert all(width > 0 and height > 0 for _, _, width, height, _ in histogram["bars"])
+    assert found["histograms"][0]["facts"]["longest"] == str(manifest["lengths"]["tokens"]["max"])
     assert sum(entry["rows"] for entry in found["reasons"]) == 5
     assert found["reasons"][0]["rows"] == 2  # the most frequent first
 
@@ -82,7 +82,7 @@ def test_two_sets_on_one_page_and_no_mixture(prepared, tmp_path):
     assert page.count("Lengths, in tokens") == 1  # one given twice counts once
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 0, "loss": 1}\n')
-    with pytest.raises(InputError, match="run is no prepared set"):
+    with pytest.raises(InputError, match="run is not a prepared set"):
         write_report([prepared, tmp_path / "run"], tmp_path / "two.html")
 
 

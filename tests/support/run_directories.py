@@ -1,4 +1,4 @@
-"""Run directories for the tests of the report, and what a reader sees of a page."""
+"""Run directories for the tests of the report, and the text that a reader of a page sees."""
 
 import html
 import json
@@ -46,7 +46,7 @@ def sample(number: int, **changes) -> dict:
         "question": f"Ask number {number}",
         "response_a": "please do",
         "response_b": "now do",
-        "correct_winner": "A",
+        "better": "A",
         "winner": "A",
         "correct": True,
         "text": CHAT,
@@ -55,7 +55,7 @@ def sample(number: int, **changes) -> dict:
 
 
 def make_run(root: Path, samples: list[dict] | None = None) -> Path:
-    """A run as the quickstart leaves it: results, samples and configuration on top, metrics below."""
+    """Writes a run as the quickstart does: results, samples and configuration on top, metrics below."""
     root.mkdir(parents=True, exist_ok=True)
     (root / "results.json").write_text(json.dumps(RESULTS))
     (root / "config.yaml").write_text("seed: 7\nname: '<b>bold</b>'\n")
@@ -70,6 +70,6 @@ def make_run(root: Path, samples: list[dict] | None = None) -> Path:
 
 
 def words_of(page: str) -> str:
-    """What a reader sees of a page, roughly: no tags, no style, no script, white space squeezed."""
+    """Returns the text of a page without tags, style and script, with single spaces."""
     body = re.sub(r"<(script|style)\b.*?</\1>", " ", page, flags=re.S)
     return re.sub(r"\s+", " ", html.unescape(re.sub(r"<[^>]+>", " ", body)))

@@ -1,0 +1,49 @@
+"""The kinds of directories that a page takes, what it refuses, and how the file is written."""
+
+from pathlib import Path
+
+import pytest
+from evaluations import make_evaluation
+from run_directories import make_run, words_of
+
+from rmr1_jax.errors import InputError
+from rmr1_jax.report.report import write_report
+
+
+def page_of(*roots: Path) -> str:
+    return write_report(roots, roots[0].parent / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_directory_without_a_run_says_what_was_expected(tmp_path):
+    (tmp_path / "empty/checkpoints").mkdir(parents=True)
+    with pytest.raises(InputError, match=r"empty: no run here\. Expected one of results\.json, metrics\.jsonl"):
+        write_report([tmp_path / "empty"], tmp_path / "report.html")
+    with pytest.raises(InputError, match=r"nowhere: no such directory"):
+        write_report([tmp_path / "nowhere"], tmp_path / "report.html")
+    with pytest.raises(InputError, match=r"is a directory; give the file to write"):
+        write_report([make_run(tmp_path / "run")], tmp_path)
+    with pytest.raises(InputError, match="no run directory given"):
+        write_report([], tmp_path / "report.html")
+
+
+def test_runs_and_evaluations_do_not_mix(tmp_path):
+    run, evaluation = make_run(tmp_path / "run"), make_evaluation(tmp_path / "evaluation")
+    with pytest.raises(
+        InputError, match=r"evaluation is an evaluation and run a training run; .* Make two: rmr1 report"
+    ):
+        page_of(run, evaluation)
+    make_evaluation(run / "eval")
+    words = words_of(page_of(run))
+    assert "run/eval: an evaluation, which has a page of its own" in words and "After GRPO" in words
+
+
+def test_half_a_surrogate_pair_does_not_stop_the_report(tmp_path):
+    root = make_run(tmp_path / "run")
+    (root / "results.json").write_text('{"note on \\ud800": "x \\udfff"}')
+    assert "x \\udfff" in page_of(root)
+
+
+def test_the_same_runs_give_the_same_bytes(tmp_path):
+    root = make_run(tmp_path / "run")
+    assert page_of(root) == page_of(root)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["report.html", "run"]  # nothing half-written is left
