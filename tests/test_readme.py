@@ -20,7 +20,7 @@ from rmr1_jax.cli.eval import Compare, Eval, Score
 from rmr1_jax.cli.judge import JudgePairs
 from rmr1_jax.cli.train import Export, Plan
 from rmr1_jax.data.examples import sft_example
-from rmr1_jax.judge.file import judge_file
+from rmr1_jax.judge.file import Output, judge_file
 from rmr1_jax.judge.judge import Judge
 from rmr1_jax.prompts.prompt import save_prompt
 from rmr1_jax.prompts.verdict import strict_verdict
@@ -155,7 +155,7 @@ def test_keys_of_verdicts(tmp_path):
     pairs = [world.to_pair(item) for item in world.make_items(2, split="dev")]
     pairs.append(dataclasses.replace(pairs[0], id="long", better=None, conversation_a=[("assistant", "x" * 9999)]))
     judge = Judge(ScriptedPolicy(prefers("a")), max_prompt_tokens=9000)
-    judge_file(judge, pairs, tmp_path / "verdicts.jsonl")
+    judge_file(judge, pairs, Output(path=tmp_path / "verdicts.jsonl"))
     rows = [set(json.loads(line)) for line in (tmp_path / "verdicts.jsonl").open()]
     assert rows[0] == rows[1] == documented("verdicts.jsonl") - {"note"}
     assert rows[2] == documented("verdicts.jsonl") - {"correct"}

@@ -1,88 +1,111 @@
-"""The command that judges pairs: `rmr1 judge`."""
+"""The command that judges pairs, `rmr1 judge`, and the options that it shares with `rmr1 eval`."""
 
 from __future__ import annotations
 
 import dataclasses
 import sys
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from rmr1_jax.cli.options import Dtype, MaybeFloat, MaybeInt, MaybePath
 
+if TYPE_CHECKING:
+    from rmr1_jax.judge.judge import Judge
+    from rmr1_jax.judge.judgement import Voting
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class JudgePairs:
-    """Judge a file of pairs. A killed run goes on where it stopped: run the same command again."""
+class JudgeOptions:
+    """How a policy judges."""
 
     model: str
-    """A Hugging Face directory (such as RUN/model), or a hub id."""
-    input: Path
-    """Pairs as JSONL, JSON or Parquet: our own rows, RewardBench, RM-Bench or RMB."""
-    output: Path
-    """JSONL to write, one row a pair: id, winner, status, votes, text, and correct where the better answer is known."""
+    """The model: a Hugging Face directory (such as RUN/model) or a hub id."""
     prompt: str = "cor"
-    """cor, reasoning, compare, rubric, or a prompt file (`rmr1 data prompt` makes one for a published checkpoint)."""
+    """The prompt: cor, reasoning, compare, rubric, or a prompt file. `rmr1 data prompt` makes the file for a published
+    checkpoint."""
     votes: int = 1
-    """Texts for each pair and order; the majority of the valid verdicts wins."""
+    """Number of texts for each pair and order. The majority of the valid verdicts wins."""
     both_orders: bool = False
-    """Ask about (A, B) and about (B, A); a tie where the two disagree."""
-    rule: Literal["strict", "eval"] = "strict"
-    """How a verdict is read; eval is the published rule."""
+    """Compare (A, B) and (B, A). If the two orders disagree, the pair is a tie."""
     temperature: MaybeFloat = None
-    """Of the sampling. Default: 0 (greedy) for one vote, 1 for several."""
+    """Sampling temperature. Defaults to 0 (greedy) for one vote and to 1 for several."""
     max_new_tokens: MaybeInt = None
-    """Of one text. Default: 8192, or half of the model's positions where that is less."""
+    """Maximum length of a text in tokens. Defaults to 8192, or to half of the model's positions if that is less."""
     max_prompt_tokens: MaybeInt = None
-    """Pairs with a longer prompt are not asked: status too_long. Default: what the model's positions leave."""
+    """Maximum length of a prompt in tokens. Pairs with a longer one are not judged and get the status too_long.
+    Defaults to the positions that --max-new-tokens leaves."""
     seed: int = 0
-    """Of the sampling, and of the order in which chosen and rejected answers are shown."""
+    """Random seed of the sampling."""
     batch_size: int = 1024
-    """Pairs handed to the judge at a time; a killed run judges the batch that it was in again."""
+    """Number of pairs that are given to the judge at a time. A run that was killed judges its last batch again."""
     dtype: Dtype = "bfloat16"
-    """Of the model's arithmetic."""
-    rejects: MaybePath = None
-    """JSONL for rows that cannot be read, with the reasons; without it, such a row is an error."""
+    """Data type of the model's matrix products."""
 
-    def run(self) -> None:
-        from rmr1_jax.files.append import files_digest, model_digest
-        from rmr1_jax.judge.file import judge_file
+    def voting(self) -> Voting:
+        from rmr1_jax.judge.judgement import Voting
+
+        return Voting(votes=self.votes, both_orders=self.both_orders, seed=self.seed)
+
+    def model_name(self) -> str:
+        """The name of the model's directory, or of its repository on the hub."""
+        path = Path(self.model)
+        return path.resolve().name if path.is_dir() else self.model.rsplit("/", 1)[-1]
+
+    def load_judge(self, **options: Any) -> Judge:
+        """Load the policy; `options` are more arguments of `Judge`."""
         from rmr1_jax.judge.judge import Judge
-        from rmr1_jax.pairs.read import read_pairs
-        from rmr1_jax.pairs.rows import ReadReport, source_files
         from rmr1_jax.policy import load
         from rmr1_jax.prompts.cor import get_prompt
 
-        prompt = get_prompt(self.prompt)
-        reading = {"seed": self.seed, "rejects": self.rejects}
-        report = ReadReport()
-        # All rows are read once before the model is: a bad one shows now, not after hours.
-        total = sum(1 for _ in read_pairs(self.input, report=report, **reading))
-        if report.rejected:
-            print(f"{report}: see {self.rejects}", file=sys.stderr)
-        policy = load(self.model, self.dtype)
-        judge = Judge(
-            policy,
+        prompt = get_prompt(self.prompt)  # before the weights, so that a mistake in it shows at once
+        return Judge(
+            load(self.model, self.dtype),
             prompt,
-            rule=self.rule,
             max_new_tokens=self.max_new_tokens,
             max_prompt_tokens=self.max_prompt_tokens,
             temperature=self.temperature,
+            **options,
         )
-        directory = policy.tokenizer.directory
-        weights = model_digest(directory)
-        summary = judge_file(
-            judge,
-            read_pairs(self.input, **reading),
-            self.output,
-            votes=self.votes,
-            both_orders=self.both_orders,
-            seed=self.seed,
-            batch_size=self.batch_size,
-            total=total,
-            identity={
-                "model": f"{Path(self.model).name} (sha256 {weights})",
-                "dtype": self.dtype,
-                "input": f"{self.input.name} (sha256 {files_digest(source_files(self.input))})",
-            },
-        )
+
+    def identity(self, directory: Path) -> dict[str, Any]:
+        """What tells the model in a directory from others."""
+        from rmr1_jax.files.append import model_digest
+
+        return {"model": f"{self.model_name()} (sha256 {model_digest(directory)})", "dtype": self.dtype}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class JudgePairs(JudgeOptions):
+    """Judge a file of preference pairs. To continue a run that was killed, run the same command again."""
+
+    input: Path
+    """File of pairs: JSONL, JSON or Parquet, in our own format or in that of RewardBench, RM-Bench or RMB."""
+    output: Path
+    """JSONL file to write, with one row for each pair: id, winner, status, votes, text, and correct if the better
+    answer is known."""
+    rule: Literal["strict", "eval"] = "strict"
+    """Rule that reads the verdict from a text. eval is the rule of the published evaluations."""
+    seed: int = 0
+    """Random seed of the sampling, and of the order in which chosen and rejected answers are shown."""
+    rejects: MaybePath = None
+    """JSONL file for rows that cannot be read, with the reasons. Without it, such a row is an error."""
+
+    def run(self) -> None:
+        from rmr1_jax.files.append import files_digest
+        from rmr1_jax.judge.file import Output, judge_file
+        from rmr1_jax.pairs.read import read_pairs
+        from rmr1_jax.pairs.rows import ReadReport, source_files
+
+        reading = {"seed": self.seed, "rejects": self.rejects}
+        report, voting = ReadReport(), self.voting()
+        # All rows are read before the model is loaded, so that a bad row shows now and not after hours.
+        total = sum(1 for _ in read_pairs(self.input, report=report, **reading))
+        if report.rejected:
+            print(f"{report}: see {self.rejects}", file=sys.stderr)
+        judge = self.load_judge(rule=self.rule)
+        data = f"{self.input.name} (sha256 {files_digest(source_files(self.input))})"
+        identity = {**self.identity(judge.policy.tokenizer.directory), "input": data}
+        output = Output(path=self.output, identity=identity)
+        pairs = read_pairs(self.input, **reading)
+        summary = judge_file(judge, pairs, output, voting, batch_size=self.batch_size, total=total)
         print(f"{summary}\nwritten: {self.output}")

@@ -1,11 +1,11 @@
-"""Two judges on the same pairs: how often they agree, who is right where they differ, and whether that is chance.
+"""Compare two judges on the same pairs: how often they agree, which is right where they differ, and tests of both.
 
     rmr1 compare runs/eval-7b runs/eval-14b
 
-Pairs are matched by id. Where the two runs showed a pair in different orders, verdicts are told apart by the answer
-that they name, not by its letter.
+Pairs are matched by id. If the two runs showed a pair in different orders, verdicts are matched by the answer that they
+name and not by its letter.
 
-Next: `stats.py` for the tests; `items.py` for the benchmark's score, whose difference is resampled item by item.
+Next: `scores.py` for the tests and for the score, whose difference is resampled item by item.
 """
 
 from __future__ import annotations
@@ -17,13 +17,12 @@ from typing import Any, NamedTuple
 
 from rmr1_jax.errors import InputError
 from rmr1_jax.eval.logs import JUDGEMENTS, Judged, read_judgements
-from rmr1_jax.eval.scores import Items, bootstrap_interval, cohen_kappa, mcnemar, place_of, score, statistics
+from rmr1_jax.eval.registry import scoring_of
+from rmr1_jax.eval.scores import Scoring, bootstrap_interval, cohen_kappa, mcnemar, score
 from rmr1_jax.eval.summary import percent, percents
+from rmr1_jax.prompts.verdict import other_side
 
 _CLASSES = ("A", "B", None)
-
-
-_OTHER = {"A": "B", "B": "A", None: None}
 
 
 class _Verdict(NamedTuple):
@@ -36,41 +35,41 @@ def compare(a: str | Path, b: str | Path) -> dict[str, Any]:
     """Compare two runs of `rmr1 eval` or `rmr1 score`, given by their directories or by their judgements.jsonl; or two
     outputs of `rmr1 judge` for pairs whose better answer is known.
 
-    Returns plain values; shares are percent, differences are points, a - b:
+    Returns plain values; shares are percentages, and differences are points, a - b:
         a, b: the judges' names. n: pairs that both judged; only_in_a, only_in_b: pairs of one run alone.
-        both, only_a, only_b, neither: how many of the n pairs each got right.
-        accuracy_a, accuracy_b: of pairs. score_a, score_b: the benchmark's own, over the n pairs.
-        difference, interval: of the scores, and its 95% bootstrap interval over paired items.
-        p, test: McNemar's, over the pairs. It takes pairs as independent, which those of one item are not.
-        agreement, kappa: the share of the same verdicts (A, B or none), and Cohen's kappa of them.
+        both, only_a, only_b, neither: how many of the n pairs each judge got right.
+        accuracy_a, accuracy_b: of the pairs. score_a, score_b: the benchmark's score over the n pairs.
+        difference, interval: of the scores, with its 95% bootstrap interval over paired items.
+        p, test: McNemar's test over the pairs. It treats pairs as independent, which those of one item are not.
+        agreement, kappa: the share of equal verdicts (A, B or none), and Cohen's kappa of them.
 
     Raises:
-        InputError: no such file, a row that is no judgement, an id for the second time, or no id in both.
+        InputError: a file cannot be read, a row is not a judgement, an id appears twice, or no id is in both.
     """
     path_a, path_b = _judgements(a), _judgements(b)
     verdicts = {row["id"]: _Verdict(row.get("better"), row["winner"], row["correct"]) for row in _rows(path_a)}
-    items_a, items_b = Items(), Items()
     right = [[0, 0], [0, 0]]  # [whether a is right][whether b is]
-    said = [[0] * len(_CLASSES) for _ in _CLASSES]
-    benchmarks, only_in_b = set(), 0
+    table = [[0] * len(_CLASSES) for _ in _CLASSES]  # of the verdicts
+    scoring: Scoring | None = None
+    only_in_b = 0
     for row in _rows(path_b):
         of_a, of_b = verdicts.get(row["id"]), _Verdict(row.get("better"), row["winner"], row["correct"])
         if of_a is None:
             only_in_b += 1
             continue
-        benchmarks.add((row.get("meta") or {}).get("benchmark"))
-        place = place_of(row)
-        items_a.add(place, of_a.correct)
-        items_b.add(place, of_b.correct)
+        if scoring is None:
+            scoring = scoring_of(row)
+            items_a, items_b = scoring.items(), scoring.items()
+        elif type(scoring_of(row)) is not type(scoring):
+            raise InputError(f"{path_b} holds judgements of several benchmarks; compare one at a time")
+        items_a.add(scoring.add(items_b, row), of_a.correct)
         right[of_a.correct][of_b.correct] += 1
-        mapped = of_b.winner if of_a.better == of_b.better else _OTHER[of_b.winner]
-        said[_CLASSES.index(of_a.winner)][_CLASSES.index(mapped)] += 1
-    n = sum(map(sum, right))
-    if not n:
+        winner = of_b.winner if of_a.better == of_b.better else other_side(of_b.winner)
+        table[_CLASSES.index(of_a.winner)][_CLASSES.index(winner)] += 1
+    if scoring is None:
         raise InputError(f"{path_a} and {path_b} have no id in common; compare two runs on the same pairs")
-    if len(benchmarks) > 1:
-        raise InputError(f"{path_b} holds judgements of several benchmarks: {', '.join(map(str, benchmarks))}")
-    headline = statistics(benchmarks.pop(), items_b)[0]
+    n = sum(map(sum, right))
+    headline = scoring.statistics(items_b)[0]
     score_a, score_b = (score(items.strata_of(headline)) for items in (items_a, items_b))
     return {
         **_names(a, b),
@@ -89,13 +88,13 @@ def compare(a: str | Path, b: str | Path) -> dict[str, Any]:
         "interval": percents(bootstrap_interval(items_a.differences(items_b, headline))),
         "p": mcnemar(right[1][0], right[0][1]),
         "test": "McNemar, exact",
-        "agreement": 100 * sum(said[k][k] for k in range(len(_CLASSES))) / n,
-        "kappa": _number(cohen_kappa(said)),
+        "agreement": 100 * sum(table[k][k] for k in range(len(_CLASSES))) / n,
+        "kappa": _number(cohen_kappa(table)),
     }
 
 
 def comparison_text(found: Mapping[str, Any]) -> str:
-    """What `compare` found, as a small table and a sentence or two."""
+    """The result of `compare` as a table for a person to read."""
     low, high = found["interval"]
     width = max(len(found["a"]), len(found["b"]), 8)
     kappa = "not defined" if found["kappa"] is None else f"{found['kappa']:.3f}"
@@ -119,7 +118,7 @@ def _judgements(run: str | Path) -> Path:
 
 
 def _names(a: str | Path, b: str | Path) -> dict[str, str]:
-    """What the runs' summaries call the judges, else the runs' own names; told apart where they are the same."""
+    """The judges' names in the runs' summaries, otherwise the names of the files; with the path if both are equal."""
     names = [_name(_judgements(run)) for run in (a, b)]
     if names[0] == names[1]:
         names = [f"{name} ({run})" for name, run in zip(names, (a, b), strict=True)]
@@ -131,7 +130,7 @@ def _name(judgements: Path) -> str:
     own = judgements.parent.name if judgements.name == JUDGEMENTS else judgements.stem
     try:
         return str(json.loads(summary.read_bytes()).get("judge") or own)
-    except (OSError, ValueError, AttributeError):  # a summary is a convenience here
+    except (OSError, ValueError, AttributeError):  # the summary is optional here
         return own
 
 
@@ -146,5 +145,5 @@ def _rows(path: Path) -> Iterator[Judged]:
 
 
 def _number(value: float) -> float | None:
-    """None for NaN, which JSON has no word for."""
+    """The value, or None for NaN, which JSON does not have."""
     return None if value != value else value

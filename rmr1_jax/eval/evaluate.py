@@ -1,52 +1,76 @@
-"""A benchmark from its data to its scores: load, judge, write the published logs, score; or score logs that are there.
+"""Run a benchmark: load its pairs, judge them, write the published logs, compute the scores; or score existing logs.
 
-    OUT/judgements.jsonl      every judgement (`judge_file.judgement_row`), written when it is made; at the end the rows
+    OUT/judgements.jsonl      every judgement (`judge/file.judgement_row`), written as it is made; at the end the rows
                               are put in the order of the data
-    OUT/summary.json          the scores, with intervals and what else there is to say (`summary.py`)
+    OUT/summary.json          the scores with intervals, and more (`summary.py`)
     OUT/reward_bench, RM-Bench, RMB, JudgeBench     logs and score files with the published names and keys
 
-A killed run goes on where it stopped and gives the same files. All but judging needs no JAX.
+A killed run continues where it stopped and gives the same files. Everything but judging works without JAX.
 
-Next: `rewardbench.py`, `rm_bench.py`, `rmb.py`, `judgebench.py`, which have the same functions each; `logs.py`;
-`summary.py`.
+Next: `benchmark.py`, what a benchmark is; `logs.py` for its logs; `summary.py`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from rmr1_jax.errors import InputError
-from rmr1_jax.eval import judgebench, rewardbench, rm_bench, rmb
-from rmr1_jax.eval.logs import JUDGEMENTS, ArrayFiles, Judged, is_ours, read_judgements
+from rmr1_jax.eval.benchmark import Benchmark
+from rmr1_jax.eval.logs import JUDGEMENTS, ArrayFiles, Judged, is_ours, read_judgements, whole_rows
+from rmr1_jax.eval.registry import BENCHMARKS
+from rmr1_jax.eval.summary import write_summary
 from rmr1_jax.files.append import files_digest
 from rmr1_jax.files.write import write_whole, writing
-from rmr1_jax.judge.file import Summary, judge_file, judgement_row, put_in_order
-from rmr1_jax.judge.judgement import AnyJudge, count_votes, read_verdicts, settle
+from rmr1_jax.judge.file import Output, Summary, judge_file, judgement_row, put_in_order
+from rmr1_jax.judge.judgement import AnyJudge, Voting, count_votes, read_verdicts, settle
 from rmr1_jax.pairs.pair import PreferencePair
-from rmr1_jax.pairs.rows import BadRow, Row, read_rows
-
-BENCHMARKS = MappingProxyType({module.NAME: module for module in (rewardbench, rm_bench, rmb, judgebench)})
-
 
 _MADE_BY = "rmr1 score"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NamedJudge:
+    """A judge under evaluation. name: in file names and the summary. identity: what tells the judge from others besides
+    its settings, such as a hash of its weights."""
+
+    judge: AnyJudge
+    name: str
+    identity: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def cut(self) -> Callable[[str, int], str] | None:
+        """(text, n) -> the first n tokens of the text; None for a judge without a tokenizer."""
+        policy = getattr(self.judge, "policy", None)
+        return None if policy is None else lambda text, n: policy.tokenizer.decode(policy.tokenizer.encode(text)[:n])
+
+    def output(self, out: Path, benchmark: str, command: str) -> Output:
+        """The file of judgements of a benchmark in the directory `out`."""
+        identity = {"benchmark": benchmark, "judge": self.name, **self.identity}
+        return Output(path=out / JUDGEMENTS, identity=identity, row_of=judgement_row, command=command)
 
 
 def load(benchmark: str, data: Path, limit: int | None = None) -> Iterator[PreferencePair]:
     """The pairs of a benchmark, or those of `limit` of its items, spread evenly over the data set.
 
-    An item is a row of the data: a pair, RM-Bench's nine, RMB's best-of-N. Which items are left out moves no A/B draw.
+    An item is a row of the data: a pair, RM-Bench's nine pairs, or the pairs of an answer that RMB calls the best of N.
+    The A/B order of an item does not depend on the limit.
     """
     if limit is None:
         return BENCHMARKS[benchmark].load(data)
     if limit < 1:
         raise InputError(f"limit={limit} must be at least 1")
     total = sum(1 for _ in _items(benchmark, data))
-    return (pair for k, own in enumerate(_items(benchmark, data)) if k * limit % total < limit for pair in own)
+    return (pair for k, own in enumerate(_items(benchmark, data)) if chosen(k, limit, total) for pair in own)
+
+
+def chosen(k: int, limit: int, total: int) -> bool:
+    """Whether number k is among `limit` numbers that are spread evenly over `total`."""
+    return k * limit % total < limit
 
 
 def _items(benchmark: str, data: Path) -> Iterator[Iterator[PreferencePair]]:
@@ -56,180 +80,149 @@ def _items(benchmark: str, data: Path) -> Iterator[Iterator[PreferencePair]]:
 
 def evaluate(
     benchmark: str,
-    judge: AnyJudge,
-    data: Path,
+    judge: NamedJudge,
+    pairs: Iterable[PreferencePair],
     out: Path,
+    voting: Voting | None = None,
     *,
-    name: str,
-    votes: int = 1,
-    both_orders: bool = False,
-    seed: int = 0,
     batch_size: int = 1024,
-    limit: int | None = None,
     total: int | None = None,
-    identity: Mapping[str, Any] | None = None,
-    cut: Callable[[str, int], str] | None = None,
 ) -> tuple[Summary, dict[str, Any]]:
-    """Judge a benchmark and write all its files under `out`; go on where an earlier run of the same call stopped.
+    """Judge the pairs of a benchmark (see `load`) and write all files; continue where an earlier run stopped.
 
     Args:
-        benchmark: one of `BENCHMARKS`. data: its file or folder. name: of the judge, in file names and the summary.
-        limit: items to judge, for a look; see `load`. total: of the progress bar.
-        votes, both_orders, seed, batch_size, identity: see `judge_file`.
-        cut: (text, n) -> its first n tokens, for the token budgets of the summary.
+        benchmark: a key of `BENCHMARKS`. out: the directory to write. voting, batch_size, total: see `judge_file`.
 
-    Returns the counts, and the published score files by path.
+    Returns:
+        The counts, and the contents of the published score files by path.
     """
-    pairs, output = load(benchmark, data, limit), out / JUDGEMENTS
-    counts = judge_file(
-        judge,
-        pairs,
-        output,
-        votes=votes,
-        both_orders=both_orders,
-        seed=seed,
-        batch_size=batch_size,
-        total=total,
-        identity={"benchmark": benchmark, "judge": name, **(identity or {})},
-        row_of=judgement_row,
-        command="rmr1 eval",
-    )
-    module = BENCHMARKS[benchmark]
-    put_in_order(output, lambda row: row["meta"]["number"])  # after a look, rows of other runs stand in it too
+    output = judge.output(out, benchmark, "rmr1 eval")
+    counts = judge_file(judge.judge, pairs, output, voting, batch_size=batch_size, total=total)
+    # The file may also hold rows of an earlier run with another limit.
+    put_in_order(output.path, lambda row: row["meta"]["number"])
+    found = BENCHMARKS[benchmark]
     with ArrayFiles(out) as files:
-        module.write_logs(files, read_judgements(output), name)
-    scores = module.score(module.record(row) for row in read_judgements(output))
-    _write_scores(out, scores)
-    _summarize(module, out, scores, judge=name, cut=cut)
-    return counts, scores
+        found.write_logs(files, read_judgements(output.path), judge.name)
+    return counts, _score(found, out, judge.name, judge.cut)
 
 
 def score_logs(
-    benchmark: str, logs: Path, out: Path, *, compat: str | None = None, rule: str | None = None
+    benchmark: str, logs: Path, out: Path, *, released: bool = False, rule: str | None = None
 ) -> tuple[dict[str, Any], list[InputError]]:
-    """Scores from logs alone: our judgements, or published logs, which become our judgements under `out`.
+    """Compute scores from logs alone: our judgements, or published logs, which become judgements.jsonl in `out`.
 
     Args:
-        logs: a log file, or a folder with all of a run's.
-        compat: "released" reproduces the released RM-Bench scorer's slip.
-        rule: read the verdicts again from the texts, "eval" or "strict". Default: the results that the logs have.
+        logs: a log file, or a folder with all logs of a run.
+        released: reproduce the mistake of the released RM-Bench scorer.
+        rule: read the verdicts from the texts again, by "eval" or "strict". By default the logs' own results count.
 
-    Returns the published score files by path, and the errors of the log files that could not be read: the others count.
+    Returns:
+        The contents of the published score files by path, and the errors of the log files that cannot be read and so
+        do not count.
 
     Raises:
-        InputError: no log, none that can be read, or `out` holds judgements that `rmr1 eval` made.
+        InputError: there is no log, none can be read, or `out` holds judgements that `rmr1 eval` made.
     """
-    module = BENCHMARKS[benchmark]
-    paths = module.find_logs(logs)
+    found = BENCHMARKS[benchmark]
+    paths = found.find_logs(logs)
     output = out / JUDGEMENTS
     failures: list[InputError] = []
     if [path.resolve() for path in paths] == [output.resolve()] and rule is None:
-        records = [module.record(row) for row in _ours(benchmark, output)]
+        for _ in _judgements(found, output):  # all rows must belong to the benchmark
+            pass
     else:
-        records = _convert(benchmark, paths, output, rule, failures)
+        failures = _convert(found, paths, output, rule)
     try:
-        scores = module.score(records, compat)
+        scores = _score(found.as_released() if released else found, out, _judge_name(paths))
     except InputError as e:
         if not failures:
-            raise _placed(logs, e) from e
+            raise _located(logs, e) from e
         return {}, [*failures, InputError(f"no score without them: {e}")]
-    _write_scores(out, scores)
-    _summarize(module, out, scores, judge=_name_of(paths), slip=compat == "released")
     return scores, failures
 
 
-def _convert(
-    benchmark: str, paths: list[Path], output: Path, rule: str | None, failures: list[InputError]
-) -> list[dict[str, Any]]:
-    """Write the judgements of log files into one of ours; returns their records. Of a file that cannot be read nothing
-    is kept, and its error goes into `failures`."""
+def _score(benchmark: Benchmark, out: Path, judge: str, cut: Callable[[str, int], str] | None = None) -> dict[str, Any]:
+    """Write the score files and the summary of the judgements in `out`; returns the contents of the score files."""
+    scores = benchmark.scores(read_judgements(out / JUDGEMENTS))
+    for name, content in scores.items():
+        with writing(out / name):
+            (out / name).parent.mkdir(parents=True, exist_ok=True)
+        write_whole(out / name, json.dumps(content, indent=1))
+    write_summary(out, scores[benchmark.main_scores], judge=judge, scoring=benchmark, cut=cut)
+    return scores
+
+
+def _convert(benchmark: Benchmark, paths: list[Path], output: Path, rule: str | None) -> list[InputError]:
+    """Write the judgements of log files into judgements.jsonl. Returns the errors of the files that cannot be read; no
+    row of them is kept."""
     side = output.with_name(f"{JUDGEMENTS}.run.json")
     if output.exists() and _settings(side).get("made_by") != _MADE_BY:
         raise InputError(f"{output} holds judgements that `{_MADE_BY}` did not make; give another --out")
-    records: list[dict[str, Any]] = []
     good: list[Path] = []
+    failures: list[InputError] = []
+    count = 0
     partial = output.with_name(f"{JUDGEMENTS}.partial")
     with writing(output):
         output.parent.mkdir(parents=True, exist_ok=True)
         with partial.open("wb") as file:
             for path in paths:
-                start, own = file.tell(), []
+                start, number = file.tell(), count
                 try:
-                    for row in _judgements(benchmark, path):
+                    for number, row in enumerate(_judgements(benchmark, path), count):
                         row = row if rule is None else _read_again(row, rule)
-                        row["meta"].setdefault("number", len(records) + len(own))
+                        row["meta"].setdefault("number", number)
                         file.write(json.dumps(row).encode() + b"\n")
-                        own.append(BENCHMARKS[benchmark].record(row))
                 except InputError as e:
-                    failures.append(_placed(path, e))
+                    failures.append(_located(path, e))
                     file.seek(start)
                     file.truncate()
                 else:
                     good.append(path)
-                    records += own
+                    count = number + 1
         if not good:
             partial.unlink()
             raise failures[0]
         old = _settings(good[0].with_name(side.name)) if is_ours(good[0]) else {}
-        told = {"rule": rule or old.get("rule", "eval"), "made_by": _MADE_BY}
-        told |= {"logs": [path.name for path in good], "logs_sha256": files_digest(good)}
-        write_whole(side, json.dumps({"benchmark": benchmark, **old, **told}, indent=2) + "\n")
+        new = {"rule": rule or old.get("rule", "eval"), "made_by": _MADE_BY}
+        new |= {"logs": [path.name for path in good], "logs_sha256": files_digest(good)}
+        write_whole(side, json.dumps({"benchmark": benchmark.name, **old, **new}, indent=2) + "\n")
         partial.replace(output)
-    return records
+    return failures
 
 
-def _placed(path: Path, error: InputError) -> InputError:
-    """The error with the file that it is about."""
-    return error if str(path) in str(error) else InputError(f"{path}: {error}")
+def _judgements(benchmark: Benchmark, path: Path) -> Iterator[Judged]:
+    """The judgements in a log file, ours or published.
 
-
-def _judgements(benchmark: str, path: Path) -> Iterator[Judged]:
-    """The judgements in a log file, ours or published."""
-    if is_ours(path):
-        return _ours(benchmark, path)
-    return BENCHMARKS[benchmark].judgements_of(_good(read_rows(path)))
-
-
-def _ours(benchmark: str, path: Path) -> Iterator[Judged]:
+    Raises:
+        InputError: a row that cannot be used, or that belongs to another benchmark.
+    """
+    if not is_ours(path):
+        yield from benchmark.judgements_of(whole_rows(path))
+        return
     for row in read_judgements(path):
-        if row["meta"]["benchmark"] != benchmark:
-            raise InputError(f"{path}: holds judgements of {row['meta']['benchmark']}, not of {benchmark}")
-        yield row
-
-
-def _good(rows: Iterator[Row | BadRow]) -> Iterator[Row]:
-    for row in rows:
-        if isinstance(row, BadRow):
-            raise row
+        if row["meta"]["benchmark"] != benchmark.name:
+            raise InputError(f"{path}: holds judgements of {row['meta']['benchmark']}, not of {benchmark.name}")
         yield row
 
 
 def _read_again(row: Judged, rule: str) -> Judged:
-    """The row with its texts' verdicts by another rule; one that has no texts stays."""
+    """The row with the verdicts that another rule reads from its texts; a row without texts stays as it is."""
     if not row.get("texts"):
         return row
     verdicts = read_verdicts(row["texts"], rule)
     winner, status = settle(verdicts)
     votes = count_votes(list(itertools.chain(*verdicts)))
-    told = {"winner": winner, "status": status, "correct": winner == row["better"], "votes": votes}
-    return {**row, **told, "verdicts": verdicts}
+    outcome = {"winner": winner, "status": status, "correct": winner == row["better"], "votes": votes}
+    return {**row, **outcome, "verdicts": verdicts}
 
 
-def _write_scores(out: Path, scores: Mapping[str, Any]) -> None:
-    for name, content in scores.items():
-        with writing(out / name):
-            (out / name).parent.mkdir(parents=True, exist_ok=True)
-        write_whole(out / name, json.dumps(content, indent=1))
-
-
-def _summarize(module: Any, out: Path, scores: Mapping[str, Any], **options: Any) -> None:
-    from rmr1_jax.eval.summary import write_summary
-
-    write_summary(out, scores[module.SCORE], **options)
+def _located(path: Path, error: InputError) -> InputError:
+    """The error with the path of the file that it is about."""
+    return error if str(path) in str(error) else InputError(f"{path}: {error}")
 
 
 def _settings(side: Path) -> dict[str, Any]:
-    """What a side file holds; nothing where there is none."""
+    """The settings in a side file; empty if it cannot be read."""
     try:
         found = json.loads(side.read_bytes())
     except (OSError, ValueError):
@@ -237,7 +230,6 @@ def _settings(side: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _name_of(paths: list[Path]) -> str:
-    """The judge that made the logs, where they say."""
-    told = _settings(paths[0].with_name(f"{JUDGEMENTS}.run.json")).get("judge")
-    return str(told or paths[0].resolve().parent.name)
+def _judge_name(paths: list[Path]) -> str:
+    """The name of the judge that made the logs; the folder's name if they do not say."""
+    return str(_settings(paths[0].with_name(f"{JUDGEMENTS}.run.json")).get("judge") or paths[0].resolve().parent.name)

@@ -1,12 +1,12 @@
-"""Forced verdicts: what a judge would have said, had it been stopped after so many tokens and asked for its answer.
+"""Forced verdicts: the verdict of a judge that is stopped at a token budget and made to answer.
 
-A text that is longer than a token budget is cut there, its thought is closed where one is open, and `<answer>[[` is
-written after it; the likelier of A and B is the verdict. So the inference-compute curve of one run shows what the judge
-knew by then, and not only whether it had finished.
+A text that is longer than a budget is cut there, an open thought is closed, and `<answer>[[` is appended; the likelier
+of A and B is the verdict. The inference-compute curve of one run then shows what the judge knew at each budget, and not
+only whether it had finished.
 
-    OUT/forced.jsonl    one object a judgement with a text that was cut: id, verdicts {budget: by order and vote}
+    OUT/forced.jsonl    one object for each judgement with a cut text: id, verdicts {budget: by order and vote}
 
-Next: `lenses.py`, which makes the curve of them; `last_token.py` for the batches.
+Next: `lenses.py`, which computes the curve; `judge/scalar.py` for the batches.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from flax import nnx
 from tqdm import tqdm
 
 from rmr1_jax.distributed.mesh import rows_divisor
-from rmr1_jax.eval.lenses import BUDGETS, FORCED, as_first_shown, longest_text
+from rmr1_jax.eval.lenses import BUDGETS, FORCED, longest_text
 from rmr1_jax.eval.logs import JUDGEMENTS, conversations, read_judgements
 from rmr1_jax.files.append import append_rows, resume_rows
 from rmr1_jax.files.untrusted import read_object
@@ -36,18 +36,19 @@ from rmr1_jax.model.tokenizer import completion_text
 from rmr1_jax.pairs.pair import PreferencePair, render_pair
 from rmr1_jax.policy import DTYPES
 from rmr1_jax.prompts.trace import after_thinking
+from rmr1_jax.prompts.verdict import other_side
 
 ENDING = "\n<answer>[["
 
 
-CLOSE = "\n</think>\n"  # where a thought is open
+CLOSE = "\n</think>\n"  # closes an open thought
 
 
-_BATCH = 64  # judgements that are written at a time
+_BATCH = 64  # judgements that are computed and written at a time
 
 
 class _Question(NamedTuple):
-    """A text that was cut, and the two tokens that could follow it."""
+    """A cut text with the ending, and the two tokens that could follow it."""
 
     tokens: list[int]
     choices: tuple[int, int]  # A's and B's
@@ -57,10 +58,10 @@ class _Question(NamedTuple):
 def force_verdicts(
     judge: Judge, out: Path, *, budgets: Sequence[int] = BUDGETS, batch_tokens: int = 16_384, progress: bool = True
 ) -> Path:
-    """Write OUT/forced.jsonl for OUT/judgements.jsonl, which `judge` made; go on where a killed run stopped.
+    """Write OUT/forced.jsonl for OUT/judgements.jsonl, which `judge` made; continue where a killed run stopped.
 
-    A text that is whole within a budget, or names its winner before the cut by the judge's rule, keeps its verdict. So
-    does, with None, one whose prompt leaves no room for the ending.
+    A text that fits in a budget, or names its winner before the cut by the judge's rule, keeps its verdict. A text
+    whose prompt leaves no room for the ending has no verdict.
 
     Raises:
         InputError: OUT/forced.jsonl was made of other judgements.
@@ -68,7 +69,7 @@ def force_verdicts(
     path, side = out / FORCED, out / f"{JUDGEMENTS}.run.json"
     settings = {"budgets": list(budgets), "ending": ENDING, "judgements": read_object(side)}
     done = set(resume_rows(path, settings, lambda row: row["id"], command="rmr1 eval"))
-    path.touch()  # also where no text is long enough to be cut
+    path.touch()  # also if no text is long enough to be cut
     rows = (row for row in read_judgements(out / JUDGEMENTS) if longest_text(row) > min(budgets))
     todo = (row for row in rows if row["id"] not in done)
     with tqdm(desc="forced verdicts", unit="pair", disable=not progress, dynamic_ncols=True) as bar:
@@ -88,25 +89,24 @@ def _forced(judge: Judge, rows: Sequence[Mapping[str, Any]], budgets: Sequence[i
                 asked.append(question)
             else:
                 (_, budget, order, vote), known = question
-                verdicts[number][budget][order][vote] = as_first_shown(known, order)
+                verdicts[number][budget][order][vote] = other_side(known) if order else known
     for question, chosen in _answers(judge, asked, batch_tokens):
         number, budget, order, vote = question.place
-        verdicts[number][budget][order][vote] = as_first_shown(chosen, order)
+        verdicts[number][budget][order][vote] = other_side(chosen) if order else chosen
     return [{"id": row["id"], "verdicts": own} for row, own in zip(rows, verdicts, strict=True)]
 
 
 def _questions(
     judge: Judge, row: Mapping[str, Any], number: int, budgets: Sequence[int]
 ) -> Iterator[_Question | tuple[tuple[int, str, int, int], str | None]]:
-    """What is to be asked about a judgement's texts; (place, verdict) where the cut text is answer enough."""
+    """The questions about a judgement's texts; (place, verdict) for a cut text that has a verdict or is too long."""
     tokenizer, read = judge.policy.tokenizer, RULES[judge.rule]
     chosen, rejected = conversations(dict(row))
     pair = PreferencePair.from_preference(row["id"], chosen, rejected, chosen_in_b=row["better"] == "B")
     for order, texts in enumerate(row["texts"]):
         prompt = tokenizer.render(render_pair(judge.prompt, pair.swapped() if order else pair))
-        opening = completion_text(
-            tokenizer, prompt, []
-        )  # a thought that the template opened stands in the text and in the prompt
+        # A thought that the chat template opens is part of both the text and the prompt.
+        opening = completion_text(tokenizer, prompt, [])
         for vote, text in enumerate(texts):
             written = tokenizer.encode(text.removeprefix(opening))
             for budget in budgets:
@@ -124,7 +124,7 @@ def _questions(
 
 
 def _ending(tokenizer: Any, close: str) -> tuple[list[int], tuple[int, int]]:
-    """The tokens that are written after the cut, and A's and B's next token: where their full endings part."""
+    """The tokens that are appended after the cut, and the next token of A and of B, where their endings differ."""
     a, b = (tokenizer.encode(f"{close}{ENDING}{letter}]]</answer>") for letter in "AB")
     same = next(k for k, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
     return a[:same], (a[same], b[same])

@@ -1,9 +1,9 @@
-"""Lenses: the same judgements seen with fewer tokens, order by order, or with fewer votes.
+"""Accuracy of the same judgements with fewer tokens, in each order, or with fewer votes.
 
-Each takes rows one at a time (`add`) and holds counts. All of it comes out of one run: a token budget cuts the texts
-there are, k votes are the first k of those cast.
+Each class takes rows one at a time (`add`) and keeps counts. Everything is computed from one run: a token budget cuts
+the texts of the run, and k votes are the first k of each order.
 
-Next: `summary.py`, which feeds the rows; `forced.py`, which continues cut texts with a policy.
+Next: `summary.py`, which adds the rows; `forced.py`, which continues cut texts with a policy.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from rmr1_jax.eval.scores import Items, Place, Statistic, score
+from rmr1_jax.eval.logs import whole_rows
+from rmr1_jax.eval.scores import Place, Scoring, Statistic, score
 from rmr1_jax.judge.judgement import RULES, settle
-from rmr1_jax.pairs.rows import BadRow, read_rows
+from rmr1_jax.prompts.verdict import other_side
 
 BUDGETS = (512, 1024, 2048, 4096, 8192)  # tokens, as the paper plots
 
@@ -30,43 +31,36 @@ Forced = Mapping[str, Mapping[str, list[list[str | None]]]]  # id -> budget -> v
 
 
 def longest_text(row: Mapping[str, Any]) -> int:
-    """The tokens of a judgement's longest text; 0 where that is not known."""
+    """The number of tokens of a judgement's longest text; 0 if it is not known."""
     return max((count for order in row.get("tokens") or () for count in order), default=0)
 
 
-def as_first_shown(verdict: str | None, order: int) -> str | None:
-    """A text's verdict in the letters of the pair as first shown; in order 1 its two answers are exchanged."""
-    return "AB"["BA".index(verdict)] if verdict and order else verdict
-
-
 def read_forced(out_dir: Path) -> Forced | None:
-    """The forced verdicts of a run, which `forced.py` wrote; None where there are none."""
+    """The forced verdicts of a run, which `forced.py` wrote; None if there are none."""
     path = out_dir / FORCED
     if not path.is_file():
         return None
     found: dict[str, Any] = {}
-    for row in read_rows(path):
-        if isinstance(row, BadRow):
-            raise row
+    for row in whole_rows(path):
         found[row.identifier("id")] = row.mapping(row.get("verdicts"), "verdicts", tuple(map(str, BUDGETS)))
     return found
 
 
 class Budgets:
-    """The inference-compute curve: what the verdicts would be with at most so many new tokens.
+    """The inference-compute curve: the accuracy under a limit on the new tokens of a text.
 
     A text of more tokens than the budget is cut there and read by the run's rule. Without `cut` (a tokenizer) it counts
-    as one without a verdict: exact for the strict rule, whose verdict ends the text, and for the published rule unless
-    the text names its winner before it ends. No verdict is wrong, as everywhere. With `forced` verdicts, those count
-    for the texts that were cut.
+    as a text without a verdict. This is exact for the strict rule, whose verdict ends the text, and for the published
+    rule unless the text names its winner before it ends. A pair without a winner counts as wrong. `forced` verdicts, if
+    they are given, count for the texts that were cut.
     """
 
-    def __init__(self, rule: str, slip: bool = False, cut: Cut | None = None, forced: Forced | None = None):
+    def __init__(self, rule: str, scoring: Scoring, cut: Cut | None = None, forced: Forced | None = None):
         self.read, self.rule, self.cut, self.forced = RULES[rule], rule, cut, forced
-        self.lenses = {budget: Items(slip) for budget in BUDGETS}
+        self.items = {budget: scoring.items() for budget in BUDGETS}
         self.right, self.invalid, self.truncated = Counter[int](), Counter[int](), Counter[int]()
         self.n = self.unforced = 0
-        self.counted = False  # whether any row says how many tokens its texts have
+        self.counted = False  # whether any row has the token counts of its texts
 
     def add(self, row: Mapping[str, Any], place: Place) -> None:
         """Count a row under every budget."""
@@ -75,7 +69,7 @@ class Budgets:
         self.counted |= any(tokens)
         longest = longest_text(row)
         self.unforced += self.forced is not None and longest > BUDGETS[0] and row["id"] not in self.forced
-        for budget, items in self.lenses.items():
+        for budget, items in self.items.items():
             status, correct = row["status"], bool(row["correct"])
             if longest > budget:
                 winner, status = settle(self._verdicts(row, tokens, budget))
@@ -86,7 +80,7 @@ class Budgets:
             self.invalid[budget] += status == "invalid"
 
     def _verdicts(self, row: Mapping[str, Any], tokens: list[list[int]], budget: int) -> list[list[str | None]]:
-        """The verdicts under a budget, in the letters of the pair as first shown."""
+        """The verdicts under a budget, in the letters of the first order."""
         if self.forced is not None and row["id"] in self.forced:
             return self.forced[row["id"]][str(budget)]
         return [
@@ -100,10 +94,11 @@ class Budgets:
     def _read_cut(self, row: Mapping[str, Any], order: int, vote: int, budget: int) -> str | None:
         if self.cut is None:
             return None
-        return as_first_shown(self.read(self.cut(row["texts"][order][vote], budget)), order)
+        verdict = self.read(self.cut(row["texts"][order][vote], budget))
+        return other_side(verdict) if order else verdict
 
     def listed(self, headline: Statistic) -> list[dict[str, Any]]:
-        """{tokens, accuracy (of pairs), score (the benchmark's), invalid (pairs), truncated (texts)} by budget."""
+        """{tokens, accuracy (of pairs), score (the benchmark's), invalid (pairs), truncated (texts)} of each budget."""
         if not self.counted:
             return []
         return [
@@ -114,22 +109,24 @@ class Budgets:
                 "invalid": self.invalid[budget],
                 "truncated": self.truncated[budget],
             }
-            for budget, items in self.lenses.items()
+            for budget, items in self.items.items()
         ]
 
     def notes(self) -> list[str]:
-        """How the curve was made."""
+        """Remarks on how the curve was made."""
         if not self.counted:
             return ["No curve by token budget: the judgements do not say how many tokens their texts have"]
         if self.forced is not None:
-            without = f"; {self.unforced} judgements were not asked and count as in budget" if self.unforced else ""
-            return [f"budget_forced: a text of more tokens is cut there and made to say A or B, the likelier{without}"]
+            rest = (
+                f"; {self.unforced} judgements have no forced verdicts and count as in budget" if self.unforced else ""
+            )
+            return [f"budget_forced: a text of more tokens is cut there and continued with the likelier verdict{rest}"]
         how = "is cut there and read again" if self.cut else "counts as one without a verdict"
         return [f"budget: by truncation, a text of more tokens {how} (rule: {self.rule})"]
 
 
 class Orders:
-    """Both orders: whether the judge names the same answer whichever comes first."""
+    """Consistency: whether the judge names the same answer in both orders."""
 
     def __init__(self):
         self.asked = self.both = self.same = self.valid = self.first = 0
@@ -150,8 +147,8 @@ class Orders:
             self.first += votes.count(shown_first)
 
     def numbers(self) -> dict[str, Any] | None:
-        """Percent. consistency: of the pairs with a verdict in both orders (`n`); first_position_share: of the valid
-        texts, 50 is no bias; accuracy_ab, accuracy_ba: of each order on its own."""
+        """Percentages. consistency: of the pairs with a winner in both orders (`n`); first_position_share: of the valid
+        texts, where 50 is no bias; accuracy_ab, accuracy_ba: of each order by itself."""
         if not self.asked:
             return None
         return {
@@ -164,7 +161,7 @@ class Orders:
 
 
 class Votes:
-    """Votes: the majority of the first k texts, and whether a larger majority is more often right."""
+    """Accuracy of the majority of the first k votes, and by the size of the majority."""
 
     def __init__(self):
         self.n = self.k = 0
@@ -187,8 +184,8 @@ class Votes:
                 bin_[i] += x
 
     def numbers(self) -> dict[str, Any] | None:
-        """k: votes an order. by_k: accuracy by the first k. confidence: pairs with a winner by its share of the valid
-        votes, in steps of ten points. Percent."""
+        """k: votes for each order. by_k: accuracy of the first k. confidence: pairs with a winner, by its share of the
+        valid votes in steps of ten points. Percentages."""
         if self.k < 2:
             return None
         return {

@@ -1,10 +1,10 @@
-"""Logs of judgements: the published per-sample formats and our own rows, each made of the other, one row at a time.
+"""Logs of judgements: our judgements.jsonl and the published formats, each converted to the other row by row.
 
-Our row is `judge_file.judgement_row`'s. A published entry has the answers as `chosen` and `rejected`, one text, 1 or 0,
-and whether the chosen answer stood in B; what we know beside that stands in our own entries under the key `rmr1`, so
-that other tools read them, and so that nothing is lost when we read them back.
+Our rows are made by `judge/file.judgement_row`. A published entry has the answers as `chosen` and `rejected`, one text,
+1 or 0, and whether the chosen answer was shown in B. Our entries have the other fields of a row under the key `rmr1`:
+other tools can read the logs, and nothing is lost when we read them back.
 
-Next: `rewardbench.py`, `rm_bench.py`, `rmb.py`, whose formats are built of these parts; `run.py`, which uses them.
+Next: `benchmark.py`, the interface of a benchmark; `rewardbench.py`, whose log consists of these parts.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -21,11 +21,12 @@ import pydantic
 
 from rmr1_jax.errors import InputError
 from rmr1_jax.files.write import writing
-from rmr1_jax.judge.judgement import Side, Status, Verdict, count_votes
+from rmr1_jax.judge.file import judgement_row
+from rmr1_jax.judge.judgement import Judgement, Side, Status, Verdict, count_votes
 from rmr1_jax.pairs.pair import ROLES, PreferencePair
 from rmr1_jax.pairs.rows import BadRow, Row, describe, read_rows, source_files
-from rmr1_jax.prompts.trace import parse_trace
-from rmr1_jax.prompts.verdict import eval_verdict
+from rmr1_jax.prompts.trace import Trace, parse_trace
+from rmr1_jax.prompts.verdict import eval_verdict, other_side
 
 JUDGEMENTS = "judgements.jsonl"
 
@@ -33,11 +34,11 @@ JUDGEMENTS = "judgements.jsonl"
 FLAG = "Is_Chosen_Answer_Shuffled_toPositionB"
 
 
-OURS = "rmr1"  # the key of what our entries say beyond the published format
+OURS = "rmr1"  # the key of the fields that our entries have beyond the published format
 
 
-class _Found(pydantic.BaseModel, strict=True):
-    """What a judge found, as `judgement_row` writes it: the fields of a row that a published entry does not have."""
+class _Outcome(pydantic.BaseModel, strict=True):
+    """The fields of a row that a published entry does not have, as `judgement_row` writes them."""
 
     winner: Verdict = None
     status: Status = "ok"
@@ -50,7 +51,7 @@ class _Found(pydantic.BaseModel, strict=True):
     note: str = ""
 
 
-class _Verdict(_Found):
+class _VerdictRow(_Outcome):
     """A row of `rmr1 judge`, as far as a comparison of two runs needs it."""
 
     winner: Verdict
@@ -60,13 +61,13 @@ class _Verdict(_Found):
 
 
 class _Meta(pydantic.BaseModel, strict=True):
-    """The least that a row's `meta` has."""
+    """The fields that every row's `meta` has."""
 
     benchmark: str
     number: int = 0  # the pair's place in the data set
 
 
-class _Judgement(_Found):
+class _JudgementRow(_Outcome):
     """A row of judgements.jsonl, without the pair's texts."""
 
     better: Side
@@ -85,9 +86,7 @@ _META = {
 }
 
 
-EXTRAS = tuple(_Found.model_fields)
-
-_OTHER = {"A": "B", "B": "A"}
+EXTRAS = tuple(_Outcome.model_fields)
 
 Conversation = list[tuple[str, str]]  # (role, content)
 
@@ -96,7 +95,7 @@ Judged = dict[str, Any]  # a row of judgements.jsonl
 
 
 def with_meta(pair: PreferencePair, **more: Any) -> PreferencePair:
-    """The pair with more in its `meta`."""
+    """The pair with more fields in its `meta`."""
     return dataclasses.replace(pair, meta={**pair.meta, **more})
 
 
@@ -121,10 +120,10 @@ def read_judgements(path: Path, warnings: list[str] | None = None, *, verdicts: 
     for row in whole_rows(path, warnings):
         row.identifier("id")
         if not verdicts:
-            _check(row, _Judgement, row.value)
+            _check(row, _JudgementRow, row.value)
             _check_pair(row)
         else:
-            _check(row, _Verdict, row.value)
+            _check(row, _VerdictRow, row.value)
         yield dict(row.value)
 
 
@@ -181,13 +180,12 @@ def conversations(row: Judged) -> tuple[Conversation, Conversation]:
 
 
 def as_messages(conversation: Conversation) -> list[dict[str, str]]:
-    """A conversation in the published logs' form."""
+    """A conversation in the form of the published logs."""
     return [{"content": content, "role": role} for role, content in conversation]
 
 
 def shown_text(row: Judged) -> str:
-    """The text that stands for the judgement in a published log: one that saw the answers in the order of the flag, and
-    names the winner where there is one."""
+    """The one text that a published log has for the judgement: from the first order, naming the winner if one does."""
     if not row["texts"]:
         return ""
     verdicts = row["verdicts"][0]
@@ -195,65 +193,79 @@ def shown_text(row: Judged) -> str:
 
 
 def extras(row: Judged) -> dict[str, Any]:
-    """What our entries say beyond the published format; the texts only where they are not just the one shown."""
+    """The fields that our entries have beyond the published format; the texts only if there are others than the one
+    that is shown."""
     shown = sum(map(len, row["texts"])) == 1
     return {key: row[key] for key in EXTRAS if key in row and not (key == "texts" and shown)}
 
 
-def judged(
-    entry: Row,
-    *,
-    id: str,
-    chosen: Conversation,
-    rejected: Conversation,
-    text: str | None,
-    result: object,
-    in_b: object,
-    meta: Mapping[str, Any],
-    ours: object = None,
-) -> Judged:
-    """Our row for an entry of a published log, `ours` being what one of our own entries says beyond the format.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Published:
+    """The fields of a published entry, unchecked but for the conversations and the text. in_b: whether the chosen
+    answer was shown in B. ours: what our own entries have beyond the format."""
 
-    The log's own result counts, a tie (0.5) as not right; where its text says otherwise by the published rule, the
-    row's `note` says so.
+    chosen: Conversation
+    rejected: Conversation
+    text: str
+    result: object
+    in_b: object
+    ours: object
+
+    @classmethod
+    def of(cls, entry: Row) -> Published:
+        """The fields of an entry of RewardBench or RMB."""
+        chosen, rejected = (entry.messages(name, ROLES, last="assistant") for name in ("text_chosen", "text_rejected"))
+        return cls(
+            chosen=chosen,
+            rejected=rejected,
+            text=entry.text("answers"),
+            result=entry.get("results"),
+            in_b=entry.get(FLAG),
+            ours=entry.value.get(OURS),
+        )
+
+
+def judged(entry: Row, id: str, published: Published, meta: Mapping[str, Any]) -> Judged:
+    """Our row for an entry of a published log.
+
+    The log's own result counts; a tie (0.5) is not right. If the text says otherwise by the published rule, the row's
+    `note` says so.
+
+    Raises:
+        BadRow: a result or a flag that is none.
     """
+    result, text, in_b = published.result, published.text, published.in_b
     if isinstance(result, bool) or result not in (0, 1, 0.5):
         raise entry.bad("results", f"is {describe(result)}, expected 1 or 0")
     if not isinstance(in_b, bool):
         raise entry.bad(FLAG, f"is {describe(in_b)}, expected true or false")
-    better, correct = "B" if in_b else "A", result == 1
-    verdict = eval_verdict(text or "")
-    winner = better if correct else _OTHER[better] if verdict == _OTHER[better] else None
-    row: Judged = {"id": id, "better": better, "winner": winner}
-    row |= {"status": "ok" if winner else "invalid", "correct": correct, "votes": count_votes([winner])}
-    a, b = (rejected, chosen) if in_b else (chosen, rejected)
-    if len(a) == len(b) == 2 and a[0] == b[0]:
-        row |= {"question": a[0][1], "response_a": a[1][1], "response_b": b[1][1]}
-    else:
-        row |= {f"conversation_{s}": [{"role": r, "content": c} for r, c in own] for s, own in (("a", a), ("b", b))}
-    row |= {"meta": dict(meta), "kind": parse_trace(text).kind if text else None}
-    row |= {"texts": [[text]] if text is not None else [], "verdicts": [[verdict]] if text is not None else []}
-    row["tokens"] = []
-    if not isinstance(ours, dict) and text and (verdict == better) != correct:
-        row["note"] = f"the log says {result}, its text says {verdict or 'nothing'}"
-    return with_ours(entry, row, ours)
+    pair = PreferencePair.from_preference(id, published.chosen, published.rejected, chosen_in_b=in_b, meta=meta)
+    verdict = eval_verdict(text)
+    winner = pair.better if result == 1 else verdict if verdict == other_side(pair.better) else None
+    contradiction = text and (verdict == pair.better) != (result == 1) and not isinstance(published.ours, dict)
+    judgement = Judgement(
+        winner=winner,
+        status="ok" if winner else "invalid",
+        trace=parse_trace(text) if text else Trace(),
+        votes=count_votes([winner]),
+        texts=((text,),),
+        verdicts=((verdict,),),
+        note=f"the log says {result}, its text says {verdict or 'nothing'}" if contradiction else None,
+    )
+    return with_ours(entry, judgement_row(pair, judgement), published.ours)
 
 
 def with_ours(entry: Row, row: Judged, ours: object) -> Judged:
-    """The row with what one of our own entries says beyond the published format; nothing where it is another's."""
+    """The row with the fields that one of our own entries has beyond the published format, if it is ours."""
     if not isinstance(ours, dict):
         return row
-    _check(entry, _Found, ours, f"{OURS}.")
+    _check(entry, _Outcome, ours, f"{OURS}.")
     return {**row, **{key: ours[key] for key in EXTRAS if key in ours}}
 
 
-def messages_of(entry: Row, name: str) -> Conversation:
-    """A field of a published entry that holds a conversation."""
-    return entry.messages(name, ("user", "assistant"), last="assistant")
-
-
 def log_files(path: Path, wanted: Callable[[Path], bool], expected: str, pattern: str = "*.json") -> list[Path]:
-    """The log files that `path` stands for: itself, our judgements in it, or what is `wanted` anywhere below it."""
+    """The log files that `path` stands for: a file itself; of a folder our judgements.jsonl in it, otherwise all files
+    below it that are `wanted`. `expected` describes them in the error for a folder without any."""
     if not path.is_dir():
         return source_files(path)
     if (path / JUDGEMENTS).is_file():
@@ -265,7 +277,7 @@ def log_files(path: Path, wanted: Callable[[Path], bool], expected: str, pattern
 
 
 def is_ours(path: Path) -> bool:
-    """Whether a log file holds our rows. Published logs are JSON arrays, but for JudgeBench's."""
+    """Whether a log file holds our rows. Published logs are JSON arrays, except for JudgeBench's."""
     if path.suffix != ".jsonl":
         return False
     first = next(read_rows(path), None)
@@ -276,8 +288,10 @@ def is_ours(path: Path) -> bool:
 
 
 class ArrayFiles:
-    """JSON arrays (or JSONL, by the name) written element by element, in the published logs' layout. They are in their
-    places, whole, when the `with` ends well; otherwise what stood there before still does."""
+    """JSON arrays (or JSONL, by the name) that are written element by element, in the layout of the published logs.
+
+    They replace the files of an earlier run when the `with` block ends without an error, and only then.
+    """
 
     def __init__(self, directory: Path):
         self.directory = directory
@@ -288,7 +302,7 @@ class ArrayFiles:
         return self
 
     def add(self, name: str, element: Mapping[str, Any]) -> None:
-        """One more element for the file `name`, a path below the directory."""
+        """Append an element to the file `name`, a path below the directory."""
         first, later, indent = ("", "", None) if name.endswith(".jsonl") else ("[\n ", ",\n ", 1)
         text = json.dumps(element, indent=indent, ensure_ascii=False).replace("\n", "\n ")
         text += "\n" if name.endswith(".jsonl") else ""
@@ -317,8 +331,3 @@ class ArrayFiles:
 
     def _partial(self, name: str) -> Path:
         return self.directory / f"{name}.partial"
-
-
-def share(outcomes: Sequence[bool]) -> float:
-    """Of right ones."""
-    return sum(outcomes) / len(outcomes)

@@ -1,9 +1,9 @@
-"""RewardBench: 2,985 pairs in 23 subsets and four sections. Load, log, score as published.
+"""RewardBench (arXiv 2403.13787): 2,985 pairs in 23 subsets and four sections.
 
-A section is the weighted mean of its subsets' accuracies, the score the plain mean of the sections. The weights are the
-subsets' sizes but for math-prm, whose 447 rows count as 984, as many as the six of code.
+A section is the weighted mean of its subsets' accuracies, and the score is the plain mean of the sections. The weights
+are the sizes of the subsets, except for math-prm: its 447 rows count as 984, as many as those of the six code subsets.
 
-Next: `run.py`, which judges and scores; `logs.py` for what entries and rows are.
+Next: `evaluate.py`, which judges and scores; `logs.py`, the parts of log entries.
 """
 
 from __future__ import annotations
@@ -14,33 +14,28 @@ from types import MappingProxyType
 from typing import Any
 
 from rmr1_jax.errors import InputError
+from rmr1_jax.eval.benchmark import Benchmark
 from rmr1_jax.eval.logs import (
     FLAG,
     OURS,
     ArrayFiles,
     Judged,
+    Published,
     as_messages,
     conversations,
     extras,
     judged,
     log_files,
-    messages_of,
-    share,
     shown_text,
     with_meta,
 )
+from rmr1_jax.eval.scores import Items, Place, Statistic, score
 from rmr1_jax.pairs.order import LegacyFlags
 from rmr1_jax.pairs.pair import PreferencePair
 from rmr1_jax.pairs.read import read_pairs
 from rmr1_jax.pairs.rows import Row, source_files
 
-NAME = "rewardbench"
-
-
 LOG = "reward_bench/log_result/logs.json"
-
-
-SCORE = "reward_bench/score_result/main_score.json"
 
 
 SUBSETS = "reward_bench/score_result/each_small_section_score.json"
@@ -85,75 +80,58 @@ SECTIONS: Mapping[str, Mapping[str, int]] = MappingProxyType(
 _SECTION_OF = MappingProxyType({subset: name for name, subsets in SECTIONS.items() for subset in subsets})
 
 
-def load(path: Path) -> Iterator[PreferencePair]:
-    """The pairs of split `filtered`, the chosen answer in B where NumPy's legacy generator with seed 0 says so."""
-    # The hub's repository has the split `raw` beside it.
-    filtered = [file for file in source_files(path) if file.name.startswith("filtered")]
-    pairs = read_pairs(filtered[0] if len(filtered) == 1 else path, NAME, flags=LegacyFlags(0))
-    for number, pair in enumerate(pairs):
-        yield with_meta(pair, section=_section(str(pair.meta["subset"])), number=number)
+class RewardBench(Benchmark):
+    name = "rewardbench"
+    main_scores = "reward_bench/score_result/main_score.json"
 
+    def load(self, path: Path) -> Iterator[PreferencePair]:
+        # The repository on the hub has the split `raw` beside `filtered`.
+        filtered = [file for file in source_files(path) if file.name.startswith("filtered")]
+        pairs = read_pairs(filtered[0] if len(filtered) == 1 else path, self.name, flags=LegacyFlags(0))
+        for number, pair in enumerate(pairs):
+            yield with_meta(pair, section=_section(str(pair.meta["subset"])), number=number)
 
-def write_logs(files: ArrayFiles, rows: Iterable[Judged], model: str) -> None:
-    """The published log of rows in data-set order."""
-    for row in rows:
-        chosen, rejected = conversations(row)
-        entry = {"text_chosen": as_messages(chosen), "text_rejected": as_messages(rejected)}
-        entry |= {"results": int(row["correct"]), "answers": shown_text(row), FLAG: row["better"] == "B"}
-        meta = row["meta"]
-        files.add(LOG, {**entry, "subset": meta["subset"], "id": meta.get("id"), OURS: extras(row)})
+    def write_logs(self, files: ArrayFiles, rows: Iterable[Judged], judge: str) -> None:
+        for row in rows:
+            chosen, rejected = conversations(row)
+            entry = {"text_chosen": as_messages(chosen), "text_rejected": as_messages(rejected)}
+            entry |= {"results": int(row["correct"]), "answers": shown_text(row), FLAG: row["better"] == "B"}
+            meta = row["meta"]
+            files.add(LOG, {**entry, "subset": meta["subset"], "id": meta.get("id"), OURS: extras(row)})
 
+    def find_logs(self, path: Path) -> list[Path]:
+        return log_files(path, lambda file: file.name == "logs.json", "logs.json")
 
-def find_logs(path: Path) -> list[Path]:
-    """The log files that `path` stands for."""
-    return log_files(path, lambda file: file.name == "logs.json", "logs.json")
+    def judgements_of(self, entries: Iterable[Row]) -> Iterator[Judged]:
+        for entry in entries:
+            subset, number = entry.text("subset"), entry.identifier("id")
+            meta = {"benchmark": self.name, "subset": subset, "id": entry.value["id"], "section": _section(subset)}
+            yield judged(entry, f"{subset}/{number}", Published.of(entry), meta)
 
+    def place(self, row: Mapping[str, Any]) -> Place:
+        subset = row["meta"]["subset"]
+        _section(subset)
+        return Place(subset, row["id"])
 
-def judgements_of(entries: Iterable[Row]) -> Iterator[Judged]:
-    """Our rows for the entries of a published log."""
-    for entry in entries:
-        subset, number = entry.text("subset"), entry.identifier("id")
-        yield judged(
-            entry,
-            id=f"{subset}/{number}",
-            chosen=messages_of(entry, "text_chosen"),
-            rejected=messages_of(entry, "text_rejected"),
-            text=entry.text("answers"),
-            result=entry.get("results"),
-            in_b=entry.get(FLAG),
-            meta={"benchmark": NAME, "subset": subset, "id": entry.value["id"], "section": _section(subset)},
-            ours=entry.value.get(OURS),
-        )
+    def statistics(self, items: Items) -> list[Statistic]:
+        sections = []
+        for name, weights in SECTIONS.items():
+            present = {subset: weight for subset, weight in weights.items() if subset in items.strata}
+            if present:
+                sections.append(Statistic(name, present))
+        headline: dict[str, float] = {}
+        for section in sections:
+            total = sum(section.weights.values())
+            headline |= {subset: weight / total for subset, weight in section.weights.items()}
+        return [Statistic("headline", headline), *sections]
 
-
-def record(row: Judged) -> dict[str, Any]:
-    """What `score` needs of a row."""
-    return {"subset": row["meta"]["subset"], "correct": row["correct"]}
-
-
-def score(records: Iterable[Mapping[str, Any]], compat: str | None = None) -> dict[str, Any]:
-    """The published score files, by path, from records {subset, correct}.
-
-    A subset or section without a record is left out of the means. `compat` changes nothing here.
-
-    Raises:
-        InputError: no records, or a subset that RewardBench does not have.
-    """
-    outcomes: dict[str, list[bool]] = {}
-    for found in records:
-        _section(found["subset"])
-        outcomes.setdefault(found["subset"], []).append(found["correct"])
-    if not outcomes:
-        raise InputError("no judgements to score")
-    accuracy = {subset: share(outcomes[subset]) for subset in sorted(outcomes)}
-    main = {}
-    for name, weights in SECTIONS.items():
-        there = {subset: weight for subset, weight in weights.items() if subset in accuracy}
-        if there:
-            main[name] = sum(accuracy[s] * weight for s, weight in there.items()) / sum(there.values())
-    mean = sum(main.values()) / len(main)
-    every = share([outcome for own in outcomes.values() for outcome in own])
-    return {SCORE: {**main, "avg_Result_each_section": mean, "absoluate_Result": every}, SUBSETS: accuracy}
+    def score_files(self, items: Items) -> dict[str, Any]:
+        """A subset or section without a judgement is left out of the means."""
+        main = {section.name: score(items.strata_of(section)) for section in self.statistics(items)[1:]}
+        right, n = items.pairs(*items.strata)
+        main |= {"avg_Result_each_section": sum(main.values()) / len(main), "absoluate_Result": right / n}
+        counts = {subset: items.pairs(subset) for subset in sorted(items.strata)}
+        return {self.main_scores: main, SUBSETS: {subset: right / n for subset, (right, n) in counts.items()}}
 
 
 def _section(subset: str) -> str:

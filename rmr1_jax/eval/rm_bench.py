@@ -1,14 +1,16 @@
-"""RM-Bench: 1,327 items, each with three styles of a right and of a wrong answer, all nine pairs judged.
+"""RM-Bench (arXiv 2410.16184): 1,327 items of a right and a wrong answer in three styles, all nine pairs judged.
 
 M[i][j] is how often the chosen answer in style i (0 concise, 1 detailed, 2 detailed with markdown) beats the rejected
-one in style j. Hard is the upper triangle, where the wrong answer is the better dressed, normal the diagonal, easy the
-lower triangle. The published run wrote three files: file f pairs style i with style i + f - 1 (mod 3).
+one in style j. Hard is the upper triangle, where the wrong answer has the more elaborate style, normal the diagonal,
+easy the lower triangle. The published run wrote three files: file f pairs style i with style i + f - 1 (mod 3).
 
-Next: `run.py`, which judges and scores; `logs.py` for what entries and rows are.
+Next: `evaluate.py`, which judges and scores; `logs.py`, the parts of log entries.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import operator
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -17,11 +19,13 @@ from typing import Any
 import numpy as np
 
 from rmr1_jax.errors import InputError
+from rmr1_jax.eval.benchmark import Benchmark, section_of
 from rmr1_jax.eval.logs import (
     FLAG,
     OURS,
     ArrayFiles,
     Judged,
+    Published,
     conversations,
     extras,
     judged,
@@ -29,52 +33,157 @@ from rmr1_jax.eval.logs import (
     shown_text,
     with_meta,
 )
+from rmr1_jax.eval.scores import Items, Place, Statistic, equal_sections
 from rmr1_jax.pairs.benchmarks import STYLES
 from rmr1_jax.pairs.order import LegacyFlags
 from rmr1_jax.pairs.pair import PreferencePair
 from rmr1_jax.pairs.read import read_pairs
 from rmr1_jax.pairs.rows import Row, describe
 
-NAME = "rm-bench"
-
-
 LOG = "RM-Bench/total_dataset_{file}_{model}.json"
-
-
-SCORE = "RM-Bench/final_result.json"
-
-
-DOMAINS = ("chat", "math", "code", "safety")
 
 
 _LOG_NAME = re.compile(r"total_dataset_([123])_.*\.json")
 
 
-_CELLS = [(i, j) for i in range(STYLES) for j in range(STYLES)]
+DOMAINS = ("chat", "math", "code", "safety")
 
 
-def load(path: Path) -> Iterator[PreferencePair]:
-    """Nine pairs an item, in the published A/B order; see `data/benchmarks.py`."""
-    for number, pair in enumerate(read_pairs(path, NAME, flags=LegacyFlags(0))):
-        yield with_meta(pair, section=_domain(str(pair.meta["domain"])), number=number)
+_CELLS = [(i, j) for i in range(STYLES) for j in range(STYLES)]  # (chosen style, rejected style); bit i * STYLES + j
 
 
-def write_logs(files: ArrayFiles, rows: Iterable[Judged], model: str) -> None:
-    """The three published logs of rows in data-set order. An item that lacks a pair is left out."""
-    own: list[Judged] = []
-    for row in rows:
-        if own and row["meta"]["item"] != own[0]["meta"]["item"]:
-            own = []
-        own.append(row)
-        if len(own) == len(_CELLS):
-            by_style = {(r["meta"]["chosen_style"], r["meta"]["rejected_style"]): r for r in own}
-            for file in range(STYLES):
-                styles = [by_style[i, (i + file) % STYLES] for i in range(STYLES)]
-                files.add(LOG.format(file=file + 1, model=model), _entry(styles))
+# Hard is where the rejected answer has the more elaborate style.
+DIFFICULTIES = {
+    name: sum(1 << (i * STYLES + j) for i, j in _CELLS if compare(i, j))
+    for name, compare in (("hard", operator.lt), ("normal", operator.eq), ("easy", operator.gt))
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class RmBench(Benchmark):
+    """released: score as the released scorer does, which reads file 3 in place of file 2."""
+
+    released: bool = False
+    name = "rm-bench"
+    main_scores = "RM-Bench/final_result.json"
+
+    def load(self, path: Path) -> Iterator[PreferencePair]:
+        for number, pair in enumerate(read_pairs(path, self.name, flags=LegacyFlags(0))):
+            yield with_meta(pair, section=_domain(str(pair.meta["domain"])), number=number)
+
+    def write_logs(self, files: ArrayFiles, rows: Iterable[Judged], judge: str) -> None:
+        """Write three logs. An item that lacks a pair is left out."""
+        own: list[Judged] = []
+        for row in rows:
+            if own and row["meta"]["item"] != own[0]["meta"]["item"]:
+                own = []
+            own.append(row)
+            if len(own) == len(_CELLS):
+                by_style = {(r["meta"]["chosen_style"], r["meta"]["rejected_style"]): r for r in own}
+                for file in range(STYLES):
+                    styles = [by_style[i, (i + file) % STYLES] for i in range(STYLES)]
+                    files.add(LOG.format(file=file + 1, model=judge), _entry(styles))
+
+    def find_logs(self, path: Path) -> list[Path]:
+        return log_files(path, lambda file: bool(_LOG_NAME.fullmatch(file.name)), "total_dataset_{1,2,3}_*.json")
+
+    def judgements_of(self, entries: Iterable[Row]) -> Iterator[Judged]:
+        """One row for each chosen style. The number in the file's name tells the rejected styles."""
+        for entry in entries:
+            named = _LOG_NAME.fullmatch(Path(entry.place.file).name)
+            if not named:
+                raise InputError(
+                    f"{entry.place.file}: expected total_dataset_1_*.json, _2_ or _3_: the number tells the styles"
+                )
+            yield from _judged_styles(entry, int(named[1]))
+
+    def items(self) -> Items:
+        return Items(read=_without_file_2) if self.released else Items()
+
+    def place(self, row: Mapping[str, Any]) -> Place:
+        meta = row["meta"]
+        cell = (meta["chosen_style"], meta["rejected_style"])
+        if cell not in _CELLS:
+            raise KeyError("chosen_style, rejected_style")
+        return Place(_domain(str(meta["domain"])), str(meta["item"]), _CELLS.index(cell))
+
+    def statistics(self, items: Items) -> list[Statistic]:
+        domains = [name for name in DOMAINS if name in items.strata]
+        by_difficulty = [Statistic(name, dict.fromkeys(domains, 1.0), cells) for name, cells in DIFFICULTIES.items()]
+        return [*equal_sections(domains), *by_difficulty]
+
+    def score_files(self, items: Items) -> dict[str, Any]:
+        """Raises InputError if an item lacks a pair."""
+        by_domain = {}
+        for name in DOMAINS:
+            if name in items.strata:
+                self._check_complete(items, name)
+                matrix = np.array(_matrix(items, name))
+                pairs = STYLES * (STYLES - 1) / 2
+                by_domain[name] = {
+                    "hard": np.sum(np.triu(matrix, 1)) / pairs,
+                    "normal": np.mean(np.diag(matrix)),
+                    "easy": np.sum(np.tril(matrix, -1)) / pairs,
+                }
+        result = {name: float(np.mean(list(own.values()))) for name, own in by_domain.items()}
+        total = float(np.mean(list(result.values())))
+        for difficulty in DIFFICULTIES:
+            result[f"{difficulty}_acc"] = float(np.mean([own[difficulty] for own in by_domain.values()]))
+        return {self.main_scores: {**result, "total_avg_acc": total}}
+
+    def as_released(self) -> RmBench:
+        return RmBench(released=True)
+
+    def styles(self, items: Items) -> dict[str, Any]:
+        present = [name for name in DOMAINS if name in items.strata]
+        return {
+            name: [[None if share is None else 100 * share for share in row] for row in _matrix(items, name)]
+            for name in present
+        }
+
+    def notes(self, items: Items) -> list[str]:
+        masks = [asked for own in items.strata.values() for asked, _ in own.values()]
+        partial = sum(asked != (1 << len(_CELLS)) - 1 for asked in masks)
+        notes = [f"{partial} of {len(masks)} items lack some of their nine judgements; they count by those they have"]
+        return [
+            *(notes if partial else []),
+            "Intervals by kind and length treat an item's nine pairs as independent, so they are too narrow",
+            *(["Scored as the released scorer does, which reads file 3 in place of file 2"] if self.released else []),
+        ]
+
+    def _check_complete(self, items: Items, domain: str) -> None:
+        for (_, item), asked, _ in items.bits(domain):
+            for bit, (i, j) in enumerate(_CELLS):
+                if not asked >> bit & 1:
+                    file = (j - i) % STYLES
+                    if self.released and file == 1:
+                        file, j = 2, (i + 2) % STYLES
+                    raise InputError(
+                        f"item {item!r} has no judgement of chosen style {i}, rejected style {j}: file {file + 1}"
+                    )
+
+
+def _matrix(items: Items, domain: str) -> list[list[float | None]]:
+    """The share of a domain's items that are right, [chosen style][rejected style]; None: no item."""
+    found = list(items.bits(domain))
+    counts = [
+        (sum(right >> bit & 1 for _, _, right in found), sum(asked >> bit & 1 for _, asked, _ in found))
+        for bit in range(len(_CELLS))
+    ]
+    shares = [right / n if n else None for right, n in counts]
+    return [shares[i * STYLES : (i + 1) * STYLES] for i in range(STYLES)]
+
+
+def _without_file_2(bits: int) -> int:
+    """An item's bits with each cell (i, i + 1), which file 2 holds, replaced by (i, i + 2), which file 3 holds."""
+    for i in range(STYLES):
+        file_2, file_3 = (i * STYLES + (i + k) % STYLES for k in (1, 2))
+        bits = bits & ~(1 << file_2) | (bits >> file_3 & 1) << file_2
+    return bits
 
 
 def _entry(rows: list[Judged]) -> dict[str, Any]:
-    """An item in one file: its three chosen styles, each with the rejected answer it was judged against."""
+    """An item in one file: its three chosen styles, each with the rejected answer it was compared with."""
     meta = rows[0]["meta"]
     sides = [conversations(row) for row in rows]
     return {
@@ -90,103 +199,32 @@ def _entry(rows: list[Judged]) -> dict[str, Any]:
     }
 
 
-def find_logs(path: Path) -> list[Path]:
-    """The log files that `path` stands for."""
-    return log_files(path, lambda file: bool(_LOG_NAME.fullmatch(file.name)), "total_dataset_{1,2,3}_*.json")
-
-
-def judgements_of(entries: Iterable[Row]) -> Iterator[Judged]:
-    """Our rows for the entries of a published log, one for each chosen style. The file's name says which file it is."""
-    for entry in entries:
-        named = _LOG_NAME.fullmatch(Path(entry.place.file).name)
-        if not named:
-            raise InputError(
-                f"{entry.place.file}: expected total_dataset_1_*.json, _2_ or _3_: the number says the styles"
-            )
-        yield from _judged_styles(entry, int(named[1]))
-
-
 def _judged_styles(entry: Row, file: int) -> Iterator[Judged]:
     item, question, domain = entry.identifier("id"), entry.text("prompt"), entry.text("domain")
     fields = {name: entry.sequence(name) for name in ("chosen", "rejected", "result", "output", FLAG)}
     for name, values in fields.items():
         if len(values) != STYLES:
-            raise entry.bad(name, f"has {len(values)} values, expected {STYLES}, one of each style")
+            raise entry.bad(name, f"has {len(values)} values, expected {STYLES}, one for each style")
     ours = entry.value.get(OURS) or [None] * STYLES
     if not isinstance(ours, list) or len(ours) != STYLES:
-        raise entry.bad(OURS, f"is {describe(ours)}, expected a list of {STYLES}, one of each style")
+        raise entry.bad(OURS, f"is {describe(ours)}, expected a list of {STYLES}, one for each style")
     for i in range(STYLES):
         j = (i + file - 1) % STYLES
-        meta = {"benchmark": NAME, "item": item, "domain": domain, "section": _domain(domain), "file": file}
-        answers = [entry.checked_text(fields[name][i], f"{name}[{i}]") for name in ("chosen", "rejected")]
-        yield judged(
-            entry,
-            id=f"{item}#{i}-{j}",
-            chosen=[("user", question), ("assistant", answers[0])],
-            rejected=[("user", question), ("assistant", answers[1])],
-            text=entry.checked_text(fields["output"][i], f"output[{i}]"),
+        meta = {"benchmark": RmBench.name, "item": item, "domain": domain, "section": _domain(domain), "file": file}
+        chosen, rejected, text = (
+            entry.checked_text(fields[name][i], f"{name}[{i}]") for name in ("chosen", "rejected", "output")
+        )
+        published = Published(
+            chosen=[("user", question), ("assistant", chosen)],
+            rejected=[("user", question), ("assistant", rejected)],
+            text=text,
             result=fields["result"][i],
             in_b=fields[FLAG][i],
-            meta={**meta, "chosen_style": i, "rejected_style": j},
             ours=ours[i],
         )
-
-
-def record(row: Judged) -> dict[str, Any]:
-    """What `score` needs of a row."""
-    meta = row["meta"]
-    return {key: meta[key] for key in ("item", "domain", "chosen_style", "rejected_style")} | {
-        "correct": row["correct"]
-    }
-
-
-def score(records: Iterable[Mapping[str, Any]], compat: str | None = None) -> dict[str, Any]:
-    """The published score file, by path, from records {item, domain, chosen_style, rejected_style, correct}.
-
-    compat: "released" reads M[i][i + 1] off file 3, as the released scorer does, and never off file 2.
-
-    Raises:
-        InputError: no records; an item that lacks a pair; a domain that RM-Bench does not have.
-    """
-    items: dict[str, dict[str, np.ndarray]] = {}
-    for found in records:
-        own = items.setdefault(_domain(found["domain"]), {})
-        cells = own.setdefault(str(found["item"]), np.full((STYLES, STYLES), np.nan))
-        cells[found["chosen_style"], found["rejected_style"]] = found["correct"]
-    if not items:
-        raise InputError("no judgements to score")
-    shares = {name: _difficulties(items[name], slip=compat == "released") for name in DOMAINS if name in items}
-    result = {name: float(np.mean(list(own.values()))) for name, own in shares.items()}
-    total = float(np.mean(list(result.values())))
-    for difficulty in ("hard", "normal", "easy"):
-        result[f"{difficulty}_acc"] = float(np.mean([own[difficulty] for own in shares.values()]))
-    return {SCORE: {**result, "total_avg_acc": total}}
-
-
-def _difficulties(items: Mapping[str, np.ndarray], slip: bool) -> dict[str, float]:
-    """A domain's accuracy where the rejected answer is in a more elaborate style, in the same, in a plainer one."""
-    total = np.zeros((STYLES, STYLES))
-    for name, cells in items.items():
-        for i, j in _CELLS:
-            read = (j + 1) % STYLES if slip and j == (i + 1) % STYLES else j
-            if np.isnan(cells[i, read]):
-                file = (read - i) % STYLES + 1
-                raise InputError(
-                    f"item {name!r} has no judgement of chosen style {i}, rejected style {read}: file {file}"
-                )
-            total[i, j] += cells[i, read]
-    matrix = total / len(items)
-    pairs = STYLES * (STYLES - 1) / 2
-    return {
-        "hard": np.sum(np.triu(matrix, 1)) / pairs,
-        "normal": np.mean(np.diag(matrix)),
-        "easy": np.sum(np.tril(matrix, -1)) / pairs,
-    }
+        yield judged(entry, f"{item}#{i}-{j}", published, {**meta, "chosen_style": i, "rejected_style": j})
 
 
 def _domain(name: str) -> str:
-    """Of the four; safety-refuse and safety-response are one."""
-    found = next((domain for domain in DOMAINS if name.startswith(domain)), None)
-    if found is None:
-        raise InputError(f"domain {name!r} is none of RM-Bench's: {', '.join(DOMAINS)}")
-    return found
+    """One of `DOMAINS`; safety-refuse and safety-response are one domain."""
+    return section_of(name, DOMAINS, "domain", "RM-Bench")

@@ -1,9 +1,9 @@
-"""RMB: helpfulness and harmlessness, pairwise and best-of-N. Four sets, each scored by itself, and their plain mean.
+"""RMB (arXiv 2410.09893): helpfulness and harmlessness, pairwise and best-of-N: four sets and their plain mean.
 
-A pairwise set's score is its plain accuracy. A best-of-N item is right only if its best answer wins against each of its
+The score of a pairwise set is its accuracy. A best-of-N item is right only if its best answer wins against each of its
 losers; the accuracy over its comparisons is reported beside it.
 
-Next: `run.py`, which judges and scores; `logs.py` for what entries and rows are.
+Next: `evaluate.py`, which judges and scores; `logs.py`, the parts of log entries.
 """
 
 from __future__ import annotations
@@ -15,31 +15,26 @@ from types import MappingProxyType
 from typing import Any
 
 from rmr1_jax.errors import InputError
+from rmr1_jax.eval.benchmark import Benchmark
 from rmr1_jax.eval.logs import (
     FLAG,
     OURS,
     ArrayFiles,
     Judged,
+    Published,
     as_messages,
     conversations,
     extras,
     judged,
     log_files,
-    messages_of,
-    share,
     shown_text,
     with_meta,
 )
+from rmr1_jax.eval.scores import Items, Place, Statistic, equal_sections
 from rmr1_jax.pairs.order import LegacyFlags
 from rmr1_jax.pairs.pair import PreferencePair
 from rmr1_jax.pairs.read import read_pairs
 from rmr1_jax.pairs.rows import Row, source_files
-
-NAME = "rmb"
-
-
-SCORE = "RMB/META_RESULT.json"
-
 
 _SET_SCORE = "RMB/{folder}/score_result/Final_score.json"
 
@@ -58,103 +53,74 @@ SETS = MappingProxyType(
 _LOG_NAMES = MappingProxyType({"Pairwise_set": "logs.json", "BoN_set": "raw_logs.json"})
 
 
-def load(path: Path) -> Iterator[PreferencePair]:
-    """The pairs of every set that lies below `path`. Each set's A/B order is drawn by itself, from seed 0."""
-    number = 0
-    for folder in _set_folders(path):
-        for pair in read_pairs(folder, NAME, flags=LegacyFlags(0)):
-            yield with_meta(pair, section=set_of(str(pair.meta["category"])), number=number)
-            number += 1
+class Rmb(Benchmark):
+    name = "rmb"
+    main_scores = "RMB/META_RESULT.json"
 
+    def load(self, path: Path) -> Iterator[PreferencePair]:
+        """The pairs of every set below `path`. The A/B order of each set is drawn by itself, from seed 0."""
+        number = 0
+        for folder in _set_folders(path):
+            for pair in read_pairs(folder, self.name, flags=LegacyFlags(0)):
+                yield with_meta(pair, section=set_of(str(pair.meta["category"])), number=number)
+                number += 1
 
-def _set_folders(path: Path) -> list[Path]:
-    """Pairwise_set/Helpfulness and so on below `path`, in the order of `SETS`; `path` where there are none."""
-    files = source_files(path) if path.is_dir() else []
-    folders = sorted({parent for file in files for parent in file.parents if parent.is_relative_to(path)})
-    return [folder for parts in SETS.values() for folder in folders if folder.parts[-2:] == parts] or [path]
+    def write_logs(self, files: ArrayFiles, rows: Iterable[Judged], judge: str) -> None:
+        items: dict[str, int] = {}
+        last: dict[str, str] = {}
+        for row in rows:
+            meta = row["meta"]
+            kind, goal = SETS[set_of(meta["category"])]
+            folder = f"{kind}_{goal}"
+            items[folder] = items.get(folder, -1) + (last.get(folder) != meta["item"])
+            last[folder] = meta["item"]
+            chosen, rejected = map(as_messages, conversations(row))
+            sides = {"text_chosen": chosen, "text_rejected": rejected}
+            uid = meta["item"].removeprefix(f"{meta['category']}#")
+            path, result = {"category_path": meta["category"]}, {"results": int(row["correct"])}
+            if kind == "Pairwise_set":
+                entry = {"pair_uid": uid, **path, **sides, **result, "subset": meta["category"]}
+            else:
+                entry = {**sides, "bon_uid": uid, **path, "subset": "train", "idx": items[folder], **result}
+            entry |= {"answers": shown_text(row), FLAG: row["better"] == "B", OURS: extras(row)}
+            files.add(f"RMB/{folder}/{_LOG_NAMES[kind]}", entry)
 
+    def find_logs(self, path: Path) -> list[Path]:
+        names = set(_LOG_NAMES.values())
+        return log_files(path, lambda file: file.name in names, " or ".join(sorted(names)))
 
-def write_logs(files: ArrayFiles, rows: Iterable[Judged], model: str) -> None:
-    """The published logs of rows in data-set order, one file a set."""
-    items: dict[str, int] = {}
-    last: dict[str, str] = {}
-    for row in rows:
+    def judgements_of(self, entries: Iterable[Row]) -> Iterator[Judged]:
+        seen: Counter[str] = Counter()
+        for entry in entries:
+            category = entry.text("category_path")
+            pairwise = "pair_uid" in entry.value
+            item = f"{category}#{entry.identifier('pair_uid' if pairwise else 'bon_uid')}"
+            meta = {"benchmark": self.name, "kind": "pairwise" if pairwise else "best-of-n", "category": category}
+            meta |= {"item": item, "section": set_of(category)}
+            yield judged(entry, item if pairwise else f"{item}-{seen[item]}", Published.of(entry), meta)
+            seen[item] += 1
+
+    def items(self) -> Items:
+        return Items(all_or_nothing=True)
+
+    def place(self, row: Mapping[str, Any]) -> Place:
         meta = row["meta"]
-        kind, goal = SETS[set_of(meta["category"])]
-        folder = f"{kind}_{goal}"
-        items[folder] = items.get(folder, -1) + (last.get(folder) != meta["item"])
-        last[folder] = meta["item"]
-        chosen, rejected = map(as_messages, conversations(row))
-        sides = {"text_chosen": chosen, "text_rejected": rejected}
-        uid = meta["item"].removeprefix(f"{meta['category']}#")
-        path, result = {"category_path": meta["category"]}, {"results": int(row["correct"])}
-        if kind == "Pairwise_set":
-            entry = {"pair_uid": uid, **path, **sides, **result, "subset": meta["category"]}
-        else:
-            entry = {**sides, "bon_uid": uid, **path, "subset": "train", "idx": items[folder], **result}
-        entry |= {"answers": shown_text(row), FLAG: row["better"] == "B", OURS: extras(row)}
-        files.add(f"RMB/{folder}/{_LOG_NAMES[kind]}", entry)
+        return Place(set_of(meta["category"]), str(meta["item"]), cell=None, group=meta["category"])
 
+    def statistics(self, items: Items) -> list[Statistic]:
+        return equal_sections(name for name in SETS if name in items.strata)
 
-def find_logs(path: Path) -> list[Path]:
-    """The log files that `path` stands for."""
-    names = set(_LOG_NAMES.values())
-    return log_files(path, lambda file: file.name in names, " or ".join(sorted(names)))
-
-
-def judgements_of(entries: Iterable[Row]) -> Iterator[Judged]:
-    """Our rows for the entries of a published log."""
-    seen: Counter[str] = Counter()
-    for entry in entries:
-        category = entry.text("category_path")
-        pairwise = "pair_uid" in entry.value
-        item = f"{category}#{entry.identifier('pair_uid' if pairwise else 'bon_uid')}"
-        kind = "pairwise" if pairwise else "best-of-n"
-        yield judged(
-            entry,
-            id=item if pairwise else f"{item}-{seen[item]}",
-            chosen=messages_of(entry, "text_chosen"),
-            rejected=messages_of(entry, "text_rejected"),
-            text=entry.text("answers"),
-            result=entry.get("results"),
-            in_b=entry.get(FLAG),
-            meta={"benchmark": NAME, "kind": kind, "category": category, "item": item, "section": set_of(category)},
-            ours=entry.value.get(OURS),
-        )
-        seen[item] += 1
-
-
-def record(row: Judged) -> dict[str, Any]:
-    """What `score` needs of a row."""
-    return {key: row["meta"][key] for key in ("category", "item")} | {"correct": row["correct"]}
-
-
-def score(records: Iterable[Mapping[str, Any]], compat: str | None = None) -> dict[str, Any]:
-    """The published score files, by path, from records {category, item, correct}.
-
-    The mean is there only where all four sets are. `compat` changes nothing here.
-
-    Raises:
-        InputError: no records, or a category of no set.
-    """
-    sets: dict[str, dict[tuple[str, str], list[bool]]] = {}
-    for found in records:
-        own = sets.setdefault(set_of(found["category"]), {})
-        own.setdefault((found["category"], found["item"]), []).append(found["correct"])
-    if not sets:
-        raise InputError("no judgements to score")
-    files = {}
-    for name, parts in SETS.items():
-        if name in sets:
-            files[_SET_SCORE.format(folder="_".join(parts))] = _set_score(sets[name], best_of_n=parts[0] == "BoN_set")
-    return {**files, SCORE: meta_result(files)}
+    def score_files(self, items: Items) -> dict[str, Any]:
+        """The mean of the sets is there only if all four are."""
+        files = {_set_file(name): _set_score(items, name) for name in SETS if name in items.strata}
+        return {**files, self.main_scores: meta_result(files)}
 
 
 def meta_result(files: Mapping[str, Any]) -> dict[str, float]:
-    """META_RESULT.json from the sets' score files, by path."""
+    """META_RESULT.json from the score files of the sets, by path."""
     result = {}
-    for name, parts in SETS.items():
-        if found := files.get(_SET_SCORE.format(folder="_".join(parts))):
+    for name in SETS:
+        if found := files.get(_set_file(name)):
             overall = found[0]
             result[name] = overall.get("BoN Final Accuracy", overall.get("Overall_accuracy"))
     if len(result) == len(SETS):
@@ -162,31 +128,39 @@ def meta_result(files: Mapping[str, Any]) -> dict[str, float]:
     return result
 
 
-def _set_score(items: Mapping[tuple[str, str], list[bool]], best_of_n: bool) -> list[dict[str, Any]]:
-    """Final_score.json of one set: the overall numbers, and the accuracy of each category."""
-    right, total = Counter(), Counter()
-    for (category, _), outcomes in items.items():
-        total[category] += 1
-        right[category] += all(outcomes)
-    categories = {category: right[category] / total[category] for category in sorted(total)}
-    accuracy = right.total() / total.total()
-    if not best_of_n:
-        return [{"Overall_accuracy": accuracy}, categories]
-    overall = {
-        "Absolute Accuracy (all correct / all)": share([o for outcomes in items.values() for o in outcomes]),
-        "BoN Final Accuracy": accuracy,
-        "BoN Absolute Number of Correct": right.total(),
-        "BoN Absolute Total Numbers": total.total(),
-    }
-    return [overall, categories]
-
-
 def set_of(category: str) -> str:
-    """The name of the set that a category is in; InputError where it is in none."""
+    """The name of the set that a category is in; InputError if it is in none."""
     parts = tuple(category.split("/")[:2])
     found = next((name for name, own in SETS.items() if own == parts), None)
     if found is None:
-        raise InputError(
-            f"category_path {category!r} is none of RMB's: {', '.join('/'.join(p) for p in SETS.values())}"
-        )
+        known = ", ".join("/".join(parts) for parts in SETS.values())
+        raise InputError(f"category_path {category!r} is none of RMB's: {known}")
     return found
+
+
+def _set_folders(path: Path) -> list[Path]:
+    """The folders Pairwise_set/Helpfulness and so on below `path`, in the order of `SETS`; `path` if there are none."""
+    files = source_files(path) if path.is_dir() else []
+    folders = sorted({parent for file in files for parent in file.parents if parent.is_relative_to(path)})
+    return [folder for parts in SETS.values() for folder in folders if folder.parts[-2:] == parts] or [path]
+
+
+def _set_file(name: str) -> str:
+    return _SET_SCORE.format(folder="_".join(SETS[name]))
+
+
+def _set_score(items: Items, name: str) -> list[dict[str, Any]]:
+    """Final_score.json of one set: the overall numbers, and the accuracy of each category."""
+    groups = items.groups(name)
+    right, total = (sum(counts) for counts in zip(*groups.values(), strict=True))
+    categories = {category: right / n for category, (right, n) in groups.items()}
+    if SETS[name][0] == "Pairwise_set":
+        return [{"Overall_accuracy": right / total}, categories]
+    right_pairs, pairs = items.pairs(name)
+    overall = {
+        "Absolute Accuracy (all correct / all)": right_pairs / pairs,
+        "BoN Final Accuracy": right / total,
+        "BoN Absolute Number of Correct": right,
+        "BoN Absolute Total Numbers": total,
+    }
+    return [overall, categories]

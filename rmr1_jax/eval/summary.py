@@ -1,20 +1,20 @@
-"""What a run's judgements say beyond the benchmark's score: intervals, lengths, token budgets, orders and votes.
+"""The summary of a run's judgements: scores with intervals, and accuracy by length, token budget, order and votes.
 
 `write_summary` reads judgements.jsonl once, row by row, and keeps numbers only, so that memory does not grow with the
-texts. Every share is in percent. `by_*` and `subsets` count pairs (Wilson's interval); the headline and the sections
-are the benchmark's own score (bootstrap over its items).
+texts. Shares are percentages. `by_*` and `subsets` count pairs (Wilson's interval); the headline and the sections are
+the benchmark's score (bootstrap over its items).
 
-Next: `items.py` for what an item is, `lenses.py` for budgets, orders and votes, `stats.py` for the intervals.
+Next: `scores.py` for items and intervals, `lenses.py` for budgets, orders and votes.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +23,8 @@ import numpy as np
 from rmr1_jax.errors import InputError
 from rmr1_jax.eval.lenses import Budgets, Cut, Forced, Orders, Votes, read_forced
 from rmr1_jax.eval.logs import JUDGEMENTS, read_judgements
-from rmr1_jax.eval.scores import (
-    DOMAINS,
-    Items,
-    Statistic,
-    bootstrap_interval,
-    place_of,
-    score,
-    statistics,
-    wilson_interval,
-)
+from rmr1_jax.eval.registry import scoring_of
+from rmr1_jax.eval.scores import Items, Scoring, Statistic, bootstrap_interval, score, wilson_interval
 from rmr1_jax.files.untrusted import read_object
 from rmr1_jax.files.write import write_whole
 from rmr1_jax.judge.judgement import RULES
@@ -44,7 +36,7 @@ TRACE_EDGES = (256, 512, 1024, 2048, 4096)  # tokens of a text
 
 
 class Groups:
-    """Right and all, by name; the names in the order in which they are given or first come."""
+    """Counts of right and of all pairs by name, in the order in which the names are given or first appear."""
 
     def __init__(self, names: Iterable[str] = ()):
         self.counts: dict[str, list[int]] = {name: [0, 0] for name in names}
@@ -64,29 +56,34 @@ class Groups:
 
 
 def percent(share: float | None) -> float | None:
-    """A share as percent; None for one that is not known."""
+    """A share as a percentage; None for NaN and None."""
     return None if share is None or math.isnan(share) else 100 * share
 
 
 def percents(interval: tuple[float, float]) -> list[float | None]:
-    """An interval of shares as percent."""
+    """An interval of shares in percent."""
     return [percent(share) for share in interval]
 
 
 def write_summary(
-    out_dir: str | Path, scores: Mapping[str, Any], *, judge: str = "", slip: bool = False, cut: Cut | None = None
+    out_dir: str | Path,
+    scores: Mapping[str, Any],
+    *,
+    judge: str = "",
+    scoring: Scoring | None = None,
+    cut: Cut | None = None,
 ) -> Path:
-    """Summarize OUT/judgements.jsonl and its settings into OUT/summary.json; returns that path.
+    """Write the summary of OUT/judgements.jsonl and its settings to OUT/summary.json; returns that path.
 
     Args:
-        scores: the published keys and values. judge: what the judge is called. slip: RM-Bench as released, with its
-            slip. cut: (text, tokens) -> the text's first tokens, for exact token budgets; see `lenses.Budgets`.
+        scores: the main published scores. judge: the judge's name. scoring: how rows count; default: as their benchmark
+            says. cut: (text, n) -> the text's first n tokens, for exact token budgets; see `lenses.Budgets`.
     """
     out_dir = Path(out_dir)
     judgements, side = out_dir / JUDGEMENTS, out_dir / f"{JUDGEMENTS}.run.json"
     settings = read_object(side) if side.is_file() else {}
     rows, forced = read_judgements(judgements), read_forced(out_dir)
-    summary = summarize(rows, settings, scores, judge=judge, slip=slip, cut=cut, forced=forced)
+    summary = summarize(rows, settings, scores, judge=judge, scoring=scoring, cut=cut, forced=forced)
     path = out_dir / "summary.json"
     write_whole(path, json.dumps(summary, indent=2, allow_nan=False) + "\n")
     return path
@@ -98,21 +95,25 @@ def summarize(
     scores: Mapping[str, Any],
     *,
     judge: str = "",
-    slip: bool = False,
+    scoring: Scoring | None = None,
     cut: Cut | None = None,
     forced: Forced | None = None,
 ) -> dict[str, Any]:
-    """The summary of judgement rows, read once. See `write_summary` for the arguments; forced: see `lenses.Budgets`.
+    """The summary of judgement rows, which are read once. See `write_summary` for the arguments; forced: see
+    `lenses.Budgets`.
 
     Raises:
-        InputError: no rows, rows of two benchmarks, or a row whose meta lacks what its benchmark needs.
+        InputError: no rows, rows of two benchmarks, or a row whose `meta` does not have what its benchmark needs.
     """
-    counts = _Counts(settings, slip, cut, forced)
-    for row in rows:
-        counts.add(row)
-    if not counts.n:
+    rows = iter(rows)
+    first = next(rows, None)
+    if first is None:
         raise InputError("there is no judgement to summarize")
-    found = statistics(counts.benchmark, counts.items)
+    scoring = scoring or scoring_of(first)
+    counts = _Counts((first.get("meta") or {}).get("benchmark"), settings, scoring, cut, forced)
+    for row in itertools.chain([first], rows):
+        counts.add(row)
+    found = scoring.statistics(counts.items)
     headline = counts.items.strata_of(found[0])
     return {
         "benchmark": counts.benchmark,
@@ -137,33 +138,43 @@ def summarize(
         "budget_forced": counts.budgets_forced.listed(found[0]) if counts.budgets_forced else None,
         "orders": counts.orders.numbers(),
         "votes": counts.votes.numbers(),
-        "styles": _styles(counts.items) if counts.benchmark == "rm-bench" else None,
-        "notes": _notes(counts),
+        "styles": scoring.styles(counts.items),
+        "notes": [
+            *scoring.notes(counts.items),
+            *counts.budgets.notes(),
+            *(counts.budgets_forced.notes() if counts.budgets_forced else ()),
+        ],
     }
 
 
 class _Counts:
-    """All that one pass over the rows counts."""
+    """Everything that one pass over the rows counts."""
 
-    def __init__(self, settings: Mapping[str, Any], slip: bool, cut: Cut | None, forced: Forced | None):
+    def __init__(
+        self,
+        benchmark: str | None,
+        settings: Mapping[str, Any],
+        scoring: Scoring,
+        cut: Cut | None,
+        forced: Forced | None,
+    ):
         rule = settings.get("rule", "eval")
         if rule not in RULES:
             raise InputError(f"the judgements' settings name the rule {rule!r}; known are {', '.join(RULES)}")
-        self.benchmark: str | None = None
+        self.benchmark, self.scoring = benchmark, scoring
         self.n = self.right = 0
-        self.items, self.statuses, self.tokens = Items(slip), Counter[str](), array("I")
+        self.items, self.statuses, self.tokens = scoring.items(), Counter[str](), array("I")
         self.subsets, self.kinds = Groups(), Groups()
         self.lengths = Groups((*ANSWER_BINS, LONGER, SHORTER, *TRACE_BINS))
         self.shown = Groups(f"the better answer is {letter}" for letter in "AB")
-        self.orders, self.votes, self.budgets = Orders(), Votes(), Budgets(rule, slip, cut)
-        self.budgets_forced = None if forced is None else Budgets(rule, slip, forced=forced)
+        self.orders, self.votes, self.budgets = Orders(), Votes(), Budgets(rule, scoring, cut)
+        self.budgets_forced = None if forced is None else Budgets(rule, scoring, forced=forced)
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Count a row."""
         meta, correct = row.get("meta") or {}, bool(row["correct"])
-        if self.n and meta.get("benchmark") != self.benchmark:
+        if meta.get("benchmark") != self.benchmark:
             raise InputError(f"judgement {row['id']!r} is of {meta.get('benchmark')}, those before of {self.benchmark}")
-        self.benchmark = meta.get("benchmark")
         self.n += 1
         self.right += correct
         self.statuses[row["status"]] += 1
@@ -173,8 +184,7 @@ class _Counts:
         for name in _length_names(row):
             self.lengths.add(name, correct)
         self.tokens.extend(count for order in row.get("tokens") or () for count in order)
-        place = place_of(row)
-        self.items.add(place, correct)
+        place = self.scoring.add(self.items, row)
         for lens in (self.budgets, self.budgets_forced, self.orders, self.votes):
             if lens is not None:
                 lens.add(row, place)
@@ -191,9 +201,9 @@ def _section(items: Items, statistic: Statistic) -> dict[str, Any]:
     }
 
 
-def _bins(what: str, edges: tuple[int, ...], unit: str) -> tuple[str, ...]:
-    middle = [f"{what}: {low:,} to {high:,} {unit}" for low, high in pairwise(edges)]
-    return f"{what}: under {edges[0]:,} {unit}", *middle, f"{what}: {edges[-1]:,} {unit} or more"
+def _bins(subject: str, edges: tuple[int, ...], unit: str) -> tuple[str, ...]:
+    middle = [f"{subject}: {low:,} to {high:,} {unit}" for low, high in itertools.pairwise(edges)]
+    return f"{subject}: under {edges[0]:,} {unit}", *middle, f"{subject}: {edges[-1]:,} {unit} or more"
 
 
 ANSWER_BINS = _bins("answers", ANSWER_EDGES, "characters")
@@ -217,7 +227,7 @@ def _length_names(row: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _answer(row: Mapping[str, Any], side: str) -> str:
-    """What is judged: the answer, or the last message of the conversation."""
+    """The answer that is judged: the response, or the last message of the conversation."""
     if f"response_{side}" in row:
         return row[f"response_{side}"]
     return row[f"conversation_{side}"][-1]["content"]
@@ -229,22 +239,3 @@ def _token_numbers(tokens: array) -> dict[str, float] | None:
     counts = np.frombuffer(tokens, np.uint32)
     p50, p99 = np.percentile(counts, [50, 99])
     return {"mean": float(counts.mean()), "p50": float(p50), "p99": float(p99), "max": int(counts.max())}
-
-
-def _styles(items: Items) -> dict[str, list[list[float | None]]]:
-    present = [domain for domain in DOMAINS if domain in items.strata]
-    return {name: [[percent(share) for share in row] for row in items.matrix(name)] for name in present}
-
-
-def _notes(counts: _Counts) -> list[str]:
-    notes = []
-    if counts.benchmark == "rm-bench":
-        masks = [asked for stratum in counts.items.strata.values() for asked, _ in stratum.values()]
-        partial = sum(asked != 0b111_111_111 for asked in masks)
-        if partial:
-            notes.append(f"{partial} of {len(masks)} items have not all nine judgements; they count by those they have")
-        notes.append("Intervals by kind and length take an item's nine pairs as independent: they are too narrow")
-    if counts.items.slip:
-        notes.append("Scored as the released scorer does: file 3 is read in the place of file 2")
-    notes += counts.budgets.notes()
-    return notes + (counts.budgets_forced.notes() if counts.budgets_forced else [])

@@ -1,14 +1,14 @@
-"""Judge a file of pairs into a file of verdicts, and go on where a killed run stopped: nothing lost, nothing twice.
+"""Judge pairs into a JSONL file, and continue where a killed run stopped: no row is lost and none is made twice.
 
-Rows are appended as they are made, so in the order in which the judge finishes; when all are there they are put in the
-order of the pairs. A killed run loses none; where the machine itself goes down, it may lose those of its last second. A
-side file holds the settings they were made with, so that a run with others cannot continue them unnoticed.
+Rows are appended as they are made, in the order in which the judge finishes; once all are there, they are put in the
+order of the pairs. A killed process loses no row; a machine that goes down may lose those of its last second. A side
+file holds the settings of the run, so that a run with other settings cannot continue the file unnoticed.
 
-What a run gives does not depend on whether it was killed. A text depends on its prompt, its number and the seed, but
-the last bits of a matrix product depend on what is computed with it; a batch that was cut is therefore judged whole
-again, and what it had already written is left as it stands.
+The result does not depend on whether a run was killed. A text depends on its prompt, its number and the seed, but the
+last bits of a matrix product depend on the other rows in it. A batch that was interrupted is therefore judged again as
+a whole, and the rows that it had written already are kept.
 
-Next: `judge.py`, which judges; `data/preferences.py`, which reads the pairs; `data/appending.py`, which writes.
+Next: `pairs/read.py`, which reads the pairs; `files/append.py`, which writes the rows.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import itertools
 import json
 import time
 from array import array
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,27 +28,14 @@ from tqdm import tqdm
 from rmr1_jax.errors import InputError
 from rmr1_jax.files.append import append_rows, lock_for_writing, resume_rows
 from rmr1_jax.files.write import write_whole
-from rmr1_jax.judge.judgement import STATUSES, AnyJudge, Judgement
+from rmr1_jax.judge.judgement import STATUSES, AnyJudge, Judgement, Voting
 from rmr1_jax.pairs.pair import PreferencePair
 
-__all__ = [
-    "Outcome",
-    "Summary",
-    "judge_file",
-    "judgement_row",
-    "put_in_order",
-    "summarize",
-    "verdict_row",
-]
-
-SYNC_SECONDS = 1.0  # rows outlive the process as soon as they are written, and the machine after that long
-
-
-RowOf = Callable[[PreferencePair, Judgement], dict[str, Any]]
+SYNC_SECONDS = 1.0  # rows survive the process as soon as they are written, and the machine after at most this time
 
 
 class Outcome(NamedTuple):
-    """What is kept of a row once it is written. correct: None where the better answer is not known."""
+    """What is kept in memory of a written row. correct: None where the better answer is not known."""
 
     status: str
     correct: bool | None
@@ -55,8 +43,8 @@ class Outcome(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Summary:
-    """Counts over all rows of a verdicts file. known: rows whose better answer is known; correct: of these. A tie, an
-    invalid and a too long one are not correct."""
+    """Counts over all rows of a file, by status. known: rows whose better answer is known; correct: those of them whose
+    winner is that answer. Pairs without a winner are not correct."""
 
     ok: int
     tie: int
@@ -64,6 +52,14 @@ class Summary:
     too_long: int
     known: int
     correct: int
+
+    @classmethod
+    def of(cls, outcomes: Iterable[Outcome]) -> Summary:
+        """Count outcomes."""
+        outcomes = list(outcomes)
+        counts = Counter(outcome.status for outcome in outcomes)
+        known = [outcome.correct for outcome in outcomes if outcome.correct is not None]
+        return cls(**{status: counts[status] for status in STATUSES}, known=len(known), correct=sum(known))
 
     @property
     def pairs(self) -> int:
@@ -78,8 +74,8 @@ class Summary:
 
 
 def verdict_row(pair: PreferencePair, judgement: Judgement) -> dict[str, Any]:
-    """The row of `rmr1 judge`: `id`, `winner`, `status`, `votes`, `text`; `correct` where the better answer is known;
-    `note` where there is one."""
+    """A row of `rmr1 judge`: `id`, `winner`, `status`, `votes`, `text`; `correct` if the better answer is known, and
+    `note` if there is one."""
     row = {"id": pair.id} | {k: getattr(judgement, k) for k in ("winner", "status", "votes", "text")}
     if pair.better is not None:
         row["correct"] = judgement.winner == pair.better
@@ -87,11 +83,11 @@ def verdict_row(pair: PreferencePair, judgement: Judgement) -> dict[str, Any]:
 
 
 def judgement_row(pair: PreferencePair, judgement: Judgement) -> dict[str, Any]:
-    """The row of `rmr1 eval`: all that there is to know of one judgement, for scores, logs and the report.
+    """A row of `rmr1 eval`: the pair and its judgement in full, for scores, logs and the report.
 
     id, better, winner, status, correct, votes; question, response_a, response_b, or conversation_a, conversation_b
-    (message lists), as shown first; meta: the pair's; kind: of the trace; texts, verdicts, tokens: by order, then by
-    vote; scores: [a, b] of a judge that gives scores; note where there is one.
+    (lists of messages), in the order of the pair; meta: the pair's; kind: the trace's; texts, verdicts, tokens: by
+    order, then by vote; scores: [a, b], from a judge that gives scores; note if there is one.
     """
     row: dict[str, Any] = {"id": pair.id, "better": pair.better}
     row |= {"winner": judgement.winner, "status": judgement.status, "correct": judgement.winner == pair.better}
@@ -108,82 +104,75 @@ def judgement_row(pair: PreferencePair, judgement: Judgement) -> dict[str, Any]:
     return row | ({"note": judgement.note} if judgement.note else {})
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Output:
+    """The file that a run writes.
+
+    identity: what must be the same to continue the file besides the judge's settings, such as the model and the input.
+    row_of: makes the row of a pair, which has at least `id`, `status` and, if known, `correct`. command: the command
+    that errors name.
+    """
+
+    path: Path
+    identity: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    row_of: Callable[[PreferencePair, Judgement], dict[str, Any]] = verdict_row
+    command: str = "rmr1 judge"
+
+
 def judge_file(
     judge: AnyJudge,
     pairs: Iterable[PreferencePair],
-    output: str | Path,
+    output: Output,
+    voting: Voting | None = None,
     *,
-    votes: int = 1,
-    both_orders: bool = False,
-    seed: int = 0,
     batch_size: int = 1024,
     total: int | None = None,
-    identity: Mapping[str, Any] | None = None,
-    row_of: RowOf = verdict_row,
-    command: str = "rmr1 judge",
 ) -> Summary:
-    """Judge pairs into a JSONL file, one row a pair; go on where an earlier run of the same call stopped.
+    """Judge pairs into a JSONL file, one row a pair; continue where an earlier run of the same call stopped.
 
-    A row is written as soon as its judgement is made; in the end the rows are in the order of the pairs. `output` +
-    ".run.json" holds the settings they were made with.
+    A row is written as soon as its judgement is made; in the end the rows are in the order of the pairs. The file's
+    path with ".run.json" added holds the settings.
 
     Args:
-        batch_size: pairs that are handed to the judge at a time. Memory holds that many, whatever there is in all; at
-            the end of each, slots wait for its longest text.
-        total: of the progress bar.
-        identity: what else must be the same to go on, such as which model and which input it is.
-        row_of: what is written of a pair; it has at least `id`, `status`, `correct`. command: that errors name.
+        voting: default: one vote, one order.
+        batch_size: pairs that are given to the judge at a time, and held in memory. At the end of each batch, slots
+            wait for its longest text.
+        total: number of pairs, for the progress bar.
 
     Raises:
-        InputError: `output` was made with other settings, is not such a file, or is being written by another run; two
+        InputError: the file was made with other settings, is not such a file, or is being written by another run; two
             pairs have the same id.
-        RunError: the disk refuses a row. What was written before stands.
+        RunError: a row cannot be written. The rows before it are kept.
     """
     if batch_size < 1:
         raise InputError(f"batch_size={batch_size} must be at least 1")
-    output = Path(output)
-    settings = {**(identity or {}), **judge.settings(votes, both_orders, seed)}
+    voting = voting or Voting()
+    settings = {**output.identity, **judge.settings(voting)}
     seen: dict[str, int] = {}
     synced = time.monotonic()
-    with lock_for_writing(output), tqdm(total=total, desc="judge", unit="pair", dynamic_ncols=True) as bar:
-        done = _take_up(output, settings, command)
-        for batch in _batches(_numbered(pairs, seen, output), batch_size):
+    with lock_for_writing(output.path), tqdm(total=total, desc="judge", unit="pair", dynamic_ncols=True) as bar:
+        done = _read_outcomes(output, settings)
+        numbered = _numbered(pairs, seen, output.path)
+        while batch := list(itertools.islice(numbered, batch_size)):
             missing = [pair for pair in batch if pair.id not in done]
             asked = batch if missing and judge.whole_batches else missing
             bar.update(len(batch) - len(asked))
             if not asked:
                 continue
-            for number, judgement in judge.stream(asked, votes, both_orders, seed):
+            for number, judgement in judge.stream(asked, voting):
                 bar.update()
                 if asked[number].id not in done:
-                    row = row_of(asked[number], judgement)
-                    synced = _append(output, row, synced)
+                    row = output.row_of(asked[number], judgement)
+                    synced = _append(output.path, row, synced)
                     done[row["id"]] = _outcome(row)
-            append_rows(output, [])
+            append_rows(output.path, [])  # wait for the disk
         if done.keys() == seen.keys():
-            put_in_order(output, lambda row: seen[row["id"]])
-    return summarize(done.values())
-
-
-def _numbered(pairs: Iterable[PreferencePair], seen: dict[str, int], output: Path) -> Iterator[PreferencePair]:
-    """The pairs, each noted in `seen` with its number."""
-    for pair in pairs:
-        if pair.id in seen:
-            raise InputError(f"two pairs have the id {pair.id!r}; ids must differ to be told apart in {output}")
-        seen[pair.id] = len(seen)
-        yield pair
-
-
-def _append(output: Path, row: Mapping[str, Any], synced: float) -> float:
-    """Write a row; `synced`, and what is returned, is when the disk was last waited for."""
-    now = time.monotonic()
-    sync = now - synced >= SYNC_SECONDS
-    append_rows(output, [row], sync=sync)
-    return now if sync else synced
+            put_in_order(output.path, lambda row: seen[row["id"]])
+    return Summary.of(done.values())
 
 
 def put_in_order(path: Path, number: Callable[[dict[str, Any]], int]) -> None:
-    """Rewrite a JSONL file in the order of its rows' numbers. Memory holds two integers a row."""
+    """Sort the rows of a JSONL file by `number`. Memory holds two integers a row."""
     numbers, offsets = array("q"), array("q")
     with path.open("rb") as file:
         offset = 0
@@ -203,26 +192,29 @@ def put_in_order(path: Path, number: Callable[[dict[str, Any]], int]) -> None:
         write_whole(path, lines())
 
 
-def summarize(outcomes: Iterable[Outcome]) -> Summary:
-    """The counts of outcomes."""
-    outcomes = list(outcomes)
-    by_status = {status: sum(outcome.status == status for outcome in outcomes) for status in STATUSES}
-    known = [outcome.correct for outcome in outcomes if outcome.correct is not None]
-    return Summary(**by_status, known=len(known), correct=sum(known))
+def _numbered(pairs: Iterable[PreferencePair], seen: dict[str, int], output: Path) -> Iterator[PreferencePair]:
+    """The pairs; each one's id is added to `seen` with its number."""
+    for pair in pairs:
+        if pair.id in seen:
+            raise InputError(f"two pairs have the id {pair.id!r}; each pair needs an id of its own in {output}")
+        seen[pair.id] = len(seen)
+        yield pair
+
+
+def _append(path: Path, row: Mapping[str, Any], synced: float) -> float:
+    """Append a row. `synced` is when a call last waited for the disk; the new time is returned."""
+    now = time.monotonic()
+    sync = now - synced >= SYNC_SECONDS
+    append_rows(path, [row], sync=sync)
+    return now if sync else synced
 
 
 def _outcome(row: Mapping[str, Any]) -> Outcome:
     return Outcome(row["status"], row.get("correct"))
 
 
-def _batches(pairs: Iterable[PreferencePair], size: int) -> Iterator[list[PreferencePair]]:
-    rest = iter(pairs)
-    while batch := list(itertools.islice(rest, size)):
-        yield batch
-
-
-def _take_up(output: Path, settings: Mapping[str, Any], command: str) -> dict[str, Outcome]:
-    """The outcomes that `output` holds, by id."""
+def _read_outcomes(output: Output, settings: Mapping[str, Any]) -> dict[str, Outcome]:
+    """The outcomes of the rows that are in the file already, by id."""
     done: dict[str, Outcome] = {}
 
     def parse(row: Mapping[str, Any]) -> None:
@@ -232,5 +224,5 @@ def _take_up(output: Path, settings: Mapping[str, Any], command: str) -> dict[st
             raise ValueError(f"status {row['status']!r}")
         done[row["id"]] = _outcome(row)
 
-    resume_rows(output, settings, parse, command=command)
+    resume_rows(output.path, settings, parse, command=output.command)
     return done

@@ -1,8 +1,9 @@
-"""What a judge found, from the texts it wrote or the scores it gave; free of JAX, for all who make or read judgements.
+"""What a judge finds about a pair, and the interface of all judges. Needs no JAX.
 
-A judge of any kind is an `AnyJudge`: a policy of ours (`judge.py`), an endpoint, a scalar reward model (`eval/`).
+A judge is a policy of ours (`judge.py`), a model behind an endpoint (`endpoint.py`) or a scalar reward model
+(`scalar.py`). All derive from `AnyJudge`, so that `file.py` and the benchmarks take any of them.
 
-Next: `judge_file.py`, which judges files with any of them; `prompts/verdict.py` for the rules that read a verdict.
+Next: `judge.py`; `prompts/verdict.py` for the rules that read a verdict.
 """
 
 from __future__ import annotations
@@ -10,14 +11,20 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar, get_args
 
+from pydantic import PositiveInt
+
+from rmr1_jax.config import config_dataclass
 from rmr1_jax.errors import InputError
 from rmr1_jax.pairs.pair import PreferencePair
 from rmr1_jax.prompts.trace import Trace, parse_trace
-from rmr1_jax.prompts.verdict import eval_verdict, strict_verdict
+from rmr1_jax.prompts.verdict import eval_verdict, other_side, strict_verdict
+
+Item = TypeVar("Item")
+
 
 RULES = MappingProxyType({"strict": strict_verdict, "eval": eval_verdict})
 
@@ -25,7 +32,7 @@ RULES = MappingProxyType({"strict": strict_verdict, "eval": eval_verdict})
 Side = Literal["A", "B"]
 
 
-Verdict = Literal["A", "B", None]  # of a text, or of a judgement; None: it names neither answer
+Verdict = Literal["A", "B", None]  # None: neither answer is named
 
 
 Status = Literal["ok", "tie", "invalid", "too_long"]
@@ -34,48 +41,105 @@ Status = Literal["ok", "tie", "invalid", "too_long"]
 STATUSES: tuple[Status, ...] = get_args(Status)
 
 
-_SWAP = {"A": "B", "B": "A", None: None}
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Judgement:
-    """What the judge found.
+    """The result of comparing the two answers of a pair.
 
     winner: "A", "B", or None unless `status` is "ok". status: "ok"; "tie": the votes or the two orders disagree, or
-    both answers are empty; "invalid": no text has a verdict; "too_long": the prompt does not fit, nothing was asked.
-    text: the first text that names the winner, else the first one; trace: its parts. votes: {"A", "B", "invalid"} ->
-    count, over all texts. note: what there is to say beside that, such as why nothing was asked.
+    both answers are empty; "invalid": no text has a verdict; "too_long": the prompt does not fit, so the model was not
+    asked. text: the first text that names the winner, otherwise the first one. trace: the parts of `text`. votes: the
+    counts of "A", "B" and "invalid" over all texts. note: a remark, such as the reason why the model was not asked.
 
-    texts, verdicts, tokens: of every text, by order and then by vote; the verdicts of the other order are in the
-    letters of the pair as it was given; tokens counts what was generated. Empty where nothing was asked. scores: of
-    answer A and answer B, where the judge gives scores and writes no texts.
+    texts, verdicts, tokens: all texts, their verdicts and their lengths in generated tokens, by order and then by
+    vote; empty where the model was not asked. Verdicts of the second order are given in the letters of the pair.
+    scores: those of answer A and answer B, from a judge that gives scores and writes no texts.
     """
 
-    winner: str | None
-    status: str
-    trace: Trace
-    text: str
+    winner: Verdict
+    status: Status
+    trace: Trace = Trace()
+    text: str = ""
     votes: Mapping[str, int]
     note: str | None = None
     texts: tuple[tuple[str, ...], ...] = ()
-    verdicts: tuple[tuple[str | None, ...], ...] = ()
+    verdicts: tuple[tuple[Verdict, ...], ...] = ()
     tokens: tuple[tuple[int, ...], ...] = ()
     scores: tuple[float, float] | None = None
 
 
+@config_dataclass
+class Voting:
+    """How often a judge compares a pair.
+
+    votes: texts for each order. The majority of the valid verdicts wins; equal counts are a tie. both_orders: compare
+    (A, B) and (B, A). Both orders must name the same winner, otherwise the pair is a tie; an order without a winner
+    (its votes are split, or none is valid) leaves the decision to the other one. seed: of the sampling. A text depends
+    on the seed, its prompt and its number, and not on the other pairs.
+
+    Raises:
+        InputError: fewer than one vote.
+    """
+
+    votes: PositiveInt = 1
+    both_orders: bool = False
+    seed: int = 0
+
+    @property
+    def orders(self) -> int:
+        """The number of orders, 1 or 2."""
+        return 2 if self.both_orders else 1
+
+    def shown(self, pair: PreferencePair) -> tuple[PreferencePair, ...]:
+        """The pair as each order shows it."""
+        return (pair, pair.swapped())[: self.orders]
+
+    def temperature(self, given: float | None) -> float:
+        """`given`, or by default 0 (greedy) for one vote and 1 for several.
+
+        Raises:
+            InputError: several votes at temperature 0, which would all be the same text.
+        """
+        if self.votes > 1 and given == 0:
+            raise InputError(
+                f"votes={self.votes} with temperature=0 would count one text {self.votes} times; "
+                "raise the temperature or leave it out"
+            )
+        return float(self.votes > 1) if given is None else float(given)
+
+
+class Text(NamedTuple):
+    """One text of a judge, and how many tokens were generated for it (0: not known)."""
+
+    text: str
+    tokens: int
+
+
 class AnyJudge(Protocol):
-    """What `judge_file` asks of a judge. whole_batches: whether a text's last bits depend on what was asked with it,
-    so that a batch that was cut is to be judged whole again to give what an uninterrupted run gives."""
+    """The interface of a judge: a subclass defines `stream` and `settings`.
+
+    whole_batches: whether the last bits of a text depend on the texts that were sampled with it. If so, a batch that
+    was interrupted must be judged again as a whole to give what an uninterrupted run gives.
+    """
 
     whole_batches: bool
 
-    def stream(
-        self, pairs: Sequence[PreferencePair], votes: int = 1, both_orders: bool = False, seed: int = 0
-    ) -> Iterator[tuple[int, Judgement]]:
-        """(number of the pair, its judgement), as they are made."""
+    def stream(self, pairs: Sequence[PreferencePair], voting: Voting) -> Iterator[tuple[int, Judgement]]:
+        """Yield (index of the pair, its judgement), each as soon as it is made."""
 
-    def settings(self, votes: int = 1, both_orders: bool = False, seed: int = 0) -> dict[str, Any]:
-        """All that decides a verdict beside the weights and the pairs, as plain values."""
+    def settings(self, voting: Voting) -> dict[str, Any]:
+        """Everything that decides a verdict besides the weights and the pairs, as plain values."""
+
+    def compare(
+        self,
+        question: str,
+        response_a: str,
+        response_b: str,
+        votes: int = 1,
+        both_orders: bool = False,
+        seed: int = 0,
+    ) -> Judgement:
+        """Decide which of two answers to a question is better; see `Voting` for the other arguments."""
+        return self.compare_many([(question, response_a, response_b)], votes, both_orders, seed)[0]
 
     def compare_many(
         self,
@@ -83,54 +147,50 @@ class AnyJudge(Protocol):
         votes: int = 1,
         both_orders: bool = False,
         seed: int = 0,
-        *,
-        on_done: Callable[[int], None] | None = None,
     ) -> list[Judgement]:
-        """A judgement of each pair, in order.
+        """Judge many pairs at once: `PreferencePair`s, or tuples (question, response_a, response_b).
 
-        Args:
-            pairs: `PreferencePair`s, or (question, response_a, response_b).
-            votes: texts for each order. The majority of the valid verdicts wins; equally many are a tie.
-            both_orders: ask about (A, B) and about (B, A). Both orders must name the same winner, else it is a tie; an
-                order that has none (its votes are split, or none is valid) leaves it to the other.
-            seed: of the sampling. A text depends on the seed, its prompt and its number, not on the other pairs.
-            on_done: called with 1 for each pair that is finished (a progress bar).
+        See `Voting` for the other arguments. Returns one judgement for each pair, in the order of the pairs.
+
+        Raises:
+            InputError: a pair of another form, or a vote count that the judge does not take.
         """
-        shown = [as_pair(pair, number) for number, pair in enumerate(pairs)]
-        return in_order(self.stream(shown, votes, both_orders, seed), on_done)
+        voting = Voting(votes=votes, both_orders=both_orders, seed=seed)
+        judgements = dict(self.stream([_as_pair(pair, number) for number, pair in enumerate(pairs)], voting))
+        return [judgements[number] for number in range(len(pairs))]
 
 
-def temperature_for(votes: int, temperature: float | None) -> float:
-    """The temperature of so many votes where `temperature` is what was asked for: by default 0 for one, 1 for several.
+class Pending(Generic[Item]):
+    """Collects the texts of pairs, which arrive in any order, until all of a pair's texts are there."""
 
-    Raises:
-        InputError: less than one vote, or several of one and the same text.
-    """
-    if votes < 1:
-        raise InputError(f"votes={votes} must be at least 1")
-    if votes > 1 and temperature == 0:
-        raise InputError(f"votes={votes} with temperature=0 would count one text {votes} times; raise it or drop it")
-    return float(votes > 1) if temperature is None else float(temperature)
+    def __init__(self, voting: Voting):
+        self._voting = voting
+        self._items: dict[int, dict[tuple[int, int], Item]] = {}
+
+    def add(self, number: int, order: int, vote: int, item: Item) -> list[list[Item]] | None:
+        """Add an item of pair `number`. Returns all its items by order and then by vote, if this was the last one."""
+        own = self._items.setdefault(number, {})
+        own[order, vote] = item
+        if len(own) < self._voting.orders * self._voting.votes:
+            return None
+        del self._items[number]  # memory holds incomplete pairs only
+        return [[own[order, vote] for vote in range(self._voting.votes)] for order in range(self._voting.orders)]
 
 
 def check_rule(rule: str) -> str:
-    """`rule`, if it is the name of one.
-
-    Raises:
-        InputError: it is not.
-    """
+    """Return `rule` if it is the name of one; raise InputError otherwise."""
     if rule not in RULES:
         raise InputError(f"rule={rule!r} is not known; give one of {', '.join(RULES)}")
     return rule
 
 
-def judgement_of(texts: Sequence[Sequence[str]], tokens: Sequence[Sequence[int]], rule: str) -> Judgement:
-    """From the texts by order, (A, B) and then (B, A) where it was asked for, and their lengths in tokens."""
-    verdicts = read_verdicts(texts, rule)
+def judgement_of(texts: Sequence[Sequence[Text]], rule: str) -> Judgement:
+    """The judgement from a pair's texts by order, first (A, B) and then (B, A), and by vote."""
+    verdicts = read_verdicts([[text for text, _ in own] for own in texts], rule)
     winner, status = settle(verdicts)
     flat = list(itertools.chain(*verdicts))
     shown = flat.index(winner) if winner else 0
-    text = list(itertools.chain(*texts))[shown]
+    text = list(itertools.chain(*texts))[shown].text
     return Judgement(
         winner=winner,
         status=status,
@@ -138,20 +198,20 @@ def judgement_of(texts: Sequence[Sequence[str]], tokens: Sequence[Sequence[int]]
         text=text,
         votes=count_votes(flat),
         note="the text saw the two answers in the other order" if shown >= len(texts[0]) else None,
-        texts=tuple(map(tuple, texts)),
+        texts=tuple(tuple(text for text, _ in own) for own in texts),
         verdicts=tuple(map(tuple, verdicts)),
-        tokens=tuple(map(tuple, tokens)),
+        tokens=tuple(tuple(tokens for _, tokens in own) for own in texts),
     )
 
 
-def read_verdicts(texts: Sequence[Sequence[str]], rule: str) -> list[list[str | None]]:
-    """The verdict of each text by order, in the letters of the first order. `rule` is one of `RULES`."""
+def read_verdicts(texts: Sequence[Sequence[str]], rule: str) -> list[list[Verdict]]:
+    """The verdict of each text, by order and vote, in the letters of the first order. `rule` is a key of `RULES`."""
     read = RULES[rule]
-    return [[_SWAP[read(text)] if order else read(text) for text in own] for order, own in enumerate(texts)]
+    return [[other_side(read(text)) if order else read(text) for text in own] for order, own in enumerate(texts)]
 
 
-def settle(verdicts: Sequence[Sequence[str | None]]) -> tuple[str | None, str]:
-    """Verdicts by order, in the caller's letters -> (winner, status)."""
+def settle(verdicts: Sequence[Sequence[Verdict]]) -> tuple[Verdict, Status]:
+    """(winner, status) from verdicts by order and vote, all in the letters of the first order; see `Voting`."""
     counts = [Counter(v for v in order if v) for order in verdicts]
     winners = {"A" if c["A"] > c["B"] else "B" for c in counts if c["A"] != c["B"]}
     if len(winners) == 1:
@@ -159,33 +219,30 @@ def settle(verdicts: Sequence[Sequence[str | None]]) -> tuple[str | None, str]:
     return None, "tie" if any(counts) else "invalid"
 
 
-def unasked(status: str, note: str) -> Judgement:
-    """The judgement of a pair that is not shown to the judge."""
-    return Judgement(winner=None, status=status, trace=Trace(), text="", votes=count_votes([]), note=note)
-
-
-def nothing_to_judge(pair: PreferencePair) -> Judgement | None:
-    """The judgement of a pair whose answers are both empty; None for any other."""
-    return unasked("tie", "both answers are empty") if pair.meta.get("both_empty") else None
-
-
-def count_votes(verdicts: Sequence[str | None]) -> dict[str, int]:
-    """{"A", "B", "invalid"} -> how many."""
+def count_votes(verdicts: Sequence[Verdict]) -> dict[str, int]:
+    """The counts of "A", "B" and "invalid"."""
     return {"A": verdicts.count("A"), "B": verdicts.count("B"), "invalid": verdicts.count(None)}
 
 
-def in_order(found: Iterable[tuple[int, Judgement]], on_done: Callable[[int], None] | None = None) -> list[Judgement]:
-    """What a judge's `stream` gives, by number. on_done: called with 1 for each (a progress bar)."""
-    judgements: dict[int, Judgement] = {}
-    for number, judgement in found:
-        judgements[number] = judgement
-        if on_done:
-            on_done(1)
-    return [judgements[number] for number in range(len(judgements))]
+def not_asked(status: Status, note: str) -> Judgement:
+    """The judgement of a pair that the model is not asked about."""
+    return Judgement(winner=None, status=status, votes=count_votes([]), note=note)
 
 
-def as_pair(pair: PreferencePair | Sequence[str], number: int) -> PreferencePair:
-    """A pair as it is, or made of (question, response_a, response_b), with its number for an id."""
+def both_empty(pair: PreferencePair) -> Judgement | None:
+    """The judgement of a pair whose answers are both empty; None for any other pair."""
+    return not_asked("tie", "both answers are empty") if pair.meta.get("both_empty") else None
+
+
+def too_long(name: str, rows: Sequence[Sequence[int]], limit: int) -> Judgement | None:
+    """The judgement of a pair one of whose token rows is longer than `limit`; None for any other pair. `name` is what
+    a row is called in the note."""
+    longest = max(map(len, rows))
+    return None if longest <= limit else not_asked("too_long", f"{name} has {longest} tokens, the limit is {limit}")
+
+
+def _as_pair(pair: PreferencePair | Sequence[str], number: int) -> PreferencePair:
+    """`pair` itself, or the pair made of (question, response_a, response_b), with its number as its id."""
     if isinstance(pair, PreferencePair):
         return pair
     if isinstance(pair, Sequence) and len(pair) == 3 and all(isinstance(text, str) for text in pair):

@@ -3,10 +3,10 @@
     judge = ScalarJudge(load_scalar("owner/name"))
     judge.compare_many(pairs)[0].scores
 
-A conversation is rendered whole by the model's own chat template, and its score is read off its last token, as
-Transformers does.
+A conversation is rendered as a whole by the model's own chat template, and its score is computed from its last token,
+as Transformers does.
 
-Next: `last_token.py` for the batches, `judge_result.py` for what a judge gives.
+Next: `judgement.py` for the interface of a judge; `eval/forced.py`, which uses the batches too.
 """
 
 from __future__ import annotations
@@ -28,21 +28,20 @@ from jax.sharding import Mesh
 from rmr1_jax.distributed.mesh import rows_divisor, single_device_mesh
 from rmr1_jax.errors import InputError, RunError
 from rmr1_jax.files.hub import locate
-from rmr1_jax.judge.judgement import AnyJudge, Judgement, count_votes, nothing_to_judge, unasked
+from rmr1_jax.judge.judgement import AnyJudge, Judgement, Voting, both_empty, count_votes, too_long
 from rmr1_jax.model import hf
 from rmr1_jax.model.config import QwenConfig, read_config
 from rmr1_jax.model.qwen import Params, ScalarQwen, Transformer, split, with_params
 from rmr1_jax.model.tokenizer import Tokenizer
 from rmr1_jax.pairs.pair import Message, PreferencePair
 from rmr1_jax.policy import DTYPES, MODEL_FILES
-from rmr1_jax.prompts.trace import Trace
 
 SHORTEST = 64  # tokens of the shortest batch
 
 
 class Batch(NamedTuple):
-    """Rows on the left, padding on the right and below. numbers: of the rows, at most B; tokens: [B, T] int32; counts:
-    [B] int32, how many of a row's tokens are real."""
+    """Rows of tokens with padding on the right and below. numbers: indices of the rows, at most B; tokens: [B, T]
+    int32; counts: [B] int32, the number of real tokens of each row."""
 
     numbers: list[int]
     tokens: np.ndarray
@@ -50,17 +49,17 @@ class Batch(NamedTuple):
 
 
 def padded_length(length: int, longest: int) -> int:
-    """The batch's length for a row: 2^k or 1.5 x 2^k, so that a third at most is padding; at most `longest`."""
+    """The length that a row is padded to: 2^k or 1.5 x 2^k, so that at most a third is padding; at most `longest`."""
     power = SHORTEST << max(0, math.ceil(math.log2(length / SHORTEST)))
     shorter = power * 3 // 4
     return min(shorter if power > SHORTEST and length <= shorter else power, longest)
 
 
 def batches(rows: Sequence[Sequence[int]], *, longest: int, batch_tokens: int, divisor: int = 1) -> Iterator[Batch]:
-    """All rows, the longest first, so that memory runs out at once or never.
+    """Batches of all rows, the longest rows first, so that memory runs out in the first batch or never.
 
     Args:
-        rows: token ids, each 1 to `longest` long. batch_tokens: B x T of a batch, roughly. divisor: of B.
+        rows: token ids, each 1 to `longest` long. batch_tokens: B x T of a batch, roughly. divisor: B is a multiple.
     """
     by_length: dict[int, list[int]] = defaultdict(list)
     for number, row in enumerate(rows):
@@ -98,16 +97,16 @@ class ScalarModel:
 
     @property
     def max_tokens(self) -> int:
-        """The longest conversation that it scores."""
+        """The length of the longest conversation that the model can score."""
         positions = self.config.max_position_embeddings
         return min(positions, self.config.sliding_window or positions)
 
     def render(self, conversation: Sequence[Message]) -> list[int]:
-        """A conversation that ends with the answer, in the words of the model's chat template -> token ids."""
+        """Render a conversation that ends with the answer by the model's chat template; returns token ids."""
         return self.tokenizer.render([message._asdict() for message in conversation], answered=True)
 
     def score(self, rows: Sequence[Sequence[int]], *, batch_tokens: int = 16_384) -> Iterator[tuple[int, float]]:
-        """(number of the row, its score), longest rows first, so that memory runs out at once or never.
+        """Yield (index of the row, its score); see `batches` for the order.
 
         Args:
             rows: token ids, each 1 to `max_tokens` long. batch_tokens: positions of one batch, padding included.
@@ -145,9 +144,9 @@ def load_scalar(model: str | Path, dtype: str = "bfloat16", mesh: Mesh | None = 
 
 
 class ScalarJudge(AnyJudge):
-    """Scores both answers; the larger score wins, equal ones are a tie. It has neither votes nor an order.
+    """Scores each answer by itself; the larger score wins, and equal scores are a tie.
 
-    batch_tokens: positions that are computed at a time. It bounds memory.
+    batch_tokens: positions that are computed at a time, padding included. It bounds memory.
     """
 
     whole_batches = False  # a score does not depend on the rows beside it
@@ -157,22 +156,20 @@ class ScalarJudge(AnyJudge):
             raise InputError(f"batch_tokens={batch_tokens} must be at least 1")
         self.model, self.batch_tokens = model, batch_tokens
 
-    def stream(
-        self, pairs: Sequence[PreferencePair], votes: int = 1, both_orders: bool = False, seed: int = 0
-    ) -> Iterator[tuple[int, Judgement]]:
-        """(number of the pair, judgement) as they are made.
+    def stream(self, pairs: Sequence[PreferencePair], voting: Voting) -> Iterator[tuple[int, Judgement]]:
+        """Yield (index of the pair, its judgement) as they are made.
 
         Raises:
             InputError: several votes or both orders. RunError: a score that is not finite.
         """
-        self.settings(votes, both_orders, seed)
-        rows: dict[tuple[int, ...], int] = {}  # a conversation that several pairs have is scored once
-        sides: dict[int, tuple[int, int]] = {}  # the rows of a pair, and below the pairs of a row
-        waiting: dict[int, list[int]] = defaultdict(list)
+        self.settings(voting)
+        rows: dict[tuple[int, ...], int] = {}  # a conversation that several pairs share is scored once
+        sides: dict[int, tuple[int, int]] = {}  # the two rows of each pair
+        waiting: dict[int, list[int]] = defaultdict(list)  # the pairs of each row
         for number, pair in enumerate(pairs):
             own = [self.model.render(conversation) for conversation in (pair.conversation_a, pair.conversation_b)]
-            if known := nothing_to_judge(pair) or self._too_long(own):
-                yield number, known
+            if found := both_empty(pair) or too_long("a conversation", own, self.model.max_tokens):
+                yield number, found
             else:
                 a, b = (rows.setdefault(tuple(ids), len(rows)) for ids in own)
                 sides[number] = a, b
@@ -188,21 +185,16 @@ class ScalarJudge(AnyJudge):
                 if a in scores and b in scores:
                     yield number, _judgement(scores[a], scores[b])
 
-    def settings(self, votes: int = 1, both_orders: bool = False, seed: int = 0) -> dict[str, Any]:
-        """All that decides a judgement beside the weights and the pairs, as plain values."""
-        if votes != 1 or both_orders:
-            raise InputError("a scalar reward model scores each answer by itself: it takes no votes and no both orders")
+    def settings(self, voting: Voting) -> dict[str, Any]:
+        """Everything that decides a judgement besides the weights and the pairs, as plain values."""
+        if voting.votes != 1 or voting.both_orders:
+            raise InputError(
+                "a scalar reward model scores each answer by itself; give it neither votes nor both orders"
+            )
         return {"kind": "scalar", "max_tokens": self.model.max_tokens}
-
-    def _too_long(self, rows: list[list[int]]) -> Judgement | None:
-        longest = max(map(len, rows))
-        if longest <= self.model.max_tokens:
-            return None
-        return unasked("too_long", f"a conversation has {longest} tokens, the limit is {self.model.max_tokens}")
 
 
 def _judgement(a: float, b: float) -> Judgement:
     winner = None if a == b else "A" if a > b else "B"
-    votes = count_votes([winner]) if winner else count_votes([])
-    status = "ok" if winner else "tie"
-    return Judgement(winner=winner, status=status, trace=Trace(), text="", votes=votes, scores=(a, b))
+    votes = count_votes([winner] if winner else [])
+    return Judgement(winner=winner, status="ok" if winner else "tie", votes=votes, scores=(a, b))

@@ -12,11 +12,12 @@ from pathlib import Path
 
 import pytest
 from eval_data import made_data, write_rows
-from eval_worker import ScriptedJudge
+from eval_worker import ScriptedJudge, run_benchmark
 
 from rmr1_jax.cli.main import main
 from rmr1_jax.errors import InputError
-from rmr1_jax.eval.evaluate import BENCHMARKS, evaluate, load, score_logs
+from rmr1_jax.eval.evaluate import load, score_logs
+from rmr1_jax.eval.registry import BENCHMARKS
 from rmr1_jax.prompts.prompt import save_prompt
 from rmr1_jax.quickstart.world import world_prompt
 
@@ -64,7 +65,7 @@ def test_a_benchmark_from_end_to_end_and_again_from_its_logs(benchmark, sample, 
     data, out = sample(benchmark), tmp_path / "out"
     options = {"name": "scripted", "both_orders": True, "votes": 3, "batch_size": 50}
     options["limit"] = 30 if benchmark == "rm-bench" else None
-    counts, scores = evaluate(benchmark, ScriptedJudge(), data, out, **options)
+    counts, scores = run_benchmark(benchmark, ScriptedJudge(), data, out, **options)
     made = files_of(out)
     assert (
         counts.pairs == len(list(load(benchmark, data, options["limit"]))) == len(made["judgements.jsonl"].splitlines())
@@ -74,7 +75,7 @@ def test_a_benchmark_from_end_to_end_and_again_from_its_logs(benchmark, sample, 
         assert json.loads(made[name]) == content
 
     judge = ScriptedJudge()
-    assert evaluate(benchmark, judge, data, out, **options) == (counts, scores)
+    assert run_benchmark(benchmark, judge, data, out, **options) == (counts, scores)
     assert judge.asked == 0 and files_of(out) == made  # nothing twice, and nothing changes
 
     for name, logs in (("ours", out / "judgements.jsonl"), ("published", out)):
@@ -88,7 +89,7 @@ def test_a_benchmark_from_end_to_end_and_again_from_its_logs(benchmark, sample, 
 
 def test_scores_are_computed_in_place_or_by_another_rule(sample, tmp_path):
     out = tmp_path / "out"
-    _, scores = evaluate("rewardbench", ScriptedJudge(), sample("rewardbench"), out, name="scripted")
+    _, scores = run_benchmark("rewardbench", ScriptedJudge(), sample("rewardbench"), out, name="scripted")
     before = files_of(out)
     assert score_logs("rewardbench", out, out) == (scores, [])
     assert files_of(out) == before
@@ -99,7 +100,7 @@ def test_scores_are_computed_in_place_or_by_another_rule(sample, tmp_path):
     path.write_text(path.read_text().replace("</answer>", "</answer> I am sure."))
     assert score_logs("rewardbench", out, tmp_path / "eval", rule="eval") == (scores, [])
     strict, _ = score_logs("rewardbench", out, tmp_path / "strict", rule="strict")
-    assert set(strict[BENCHMARKS["rewardbench"].SCORE].values()) == {0.0}
+    assert set(strict[BENCHMARKS["rewardbench"].main_scores].values()) == {0.0}
     again, _ = score_logs("rewardbench", out, tmp_path / "strict", rule="eval")  # its own output may be replaced
     assert again == scores
 
@@ -116,23 +117,23 @@ def test_a_look_judges_items_all_over_the_data_and_a_later_run_the_rest(sample, 
     with pytest.raises(InputError, match="limit=0 must be at least 1"):
         load("rmb", sample("rmb"), 0)
     out, data = tmp_path / "out", sample("rmb")
-    first = evaluate("rmb", ScriptedJudge(), data, out, name="scripted", limit=7)[0].pairs
+    first = run_benchmark("rmb", ScriptedJudge(), data, out, name="scripted", limit=7)[0].pairs
     judge = ScriptedJudge()
-    evaluate("rmb", judge, data, out, name="scripted")
+    run_benchmark("rmb", judge, data, out, name="scripted")
     assert judge.asked == len(whole["rmb"]) - first
-    evaluate("rmb", ScriptedJudge(), data, tmp_path / "other", name="scripted")
+    run_benchmark("rmb", ScriptedJudge(), data, tmp_path / "other", name="scripted")
     assert files_of(out) == files_of(tmp_path / "other")
-    evaluate("rmb", ScriptedJudge(), data, out, name="scripted", limit=3)  # what is there counts
+    run_benchmark("rmb", ScriptedJudge(), data, out, name="scripted", limit=3)  # what is there counts
     assert files_of(out) == files_of(tmp_path / "other")
 
 
 def test_another_judge_or_benchmark_does_not_continue_a_run(sample, tmp_path):
     out, data = tmp_path / "out", sample("rewardbench")
-    evaluate("rewardbench", ScriptedJudge(), data, out, name="scripted", limit=3)
+    run_benchmark("rewardbench", ScriptedJudge(), data, out, name="scripted", limit=3)
     with pytest.raises(InputError, match="judge was 'scripted', is 'other'"):
-        evaluate("rewardbench", ScriptedJudge(), data, out, name="other")
+        run_benchmark("rewardbench", ScriptedJudge(), data, out, name="other")
     with pytest.raises(InputError, match="rule was 'eval', is 'strict'"):
-        evaluate("rewardbench", ScriptedJudge(rule="strict"), data, out, name="scripted")
+        run_benchmark("rewardbench", ScriptedJudge(rule="strict"), data, out, name="scripted")
     with pytest.raises(InputError, match="holds judgements of rewardbench, not of rmb"):
         score_logs("rmb", out, tmp_path / "elsewhere")
 
@@ -157,9 +158,7 @@ def test_the_command_evaluates_a_small_model(benchmark, sample, tiny_policy, tmp
     assert len(rows) == len(list(load(benchmark, sample(benchmark), 3)))
     assert {row["status"] for row in rows} <= {"invalid", "too_long"} and any(row["tokens"] == [[8]] for row in rows)
     made = files_of(out)
-    assert {"summary.json", *(BENCHMARKS[benchmark].score([BENCHMARKS[benchmark].record(row) for row in rows]))} < set(
-        made
-    )
+    assert {"summary.json", *(BENCHMARKS[benchmark].scores(rows))} < set(made)
     if benchmark == "rewardbench":
         assert main(command) == 0 and files_of(out) == made
         assert main([*command, "--votes", "2"]) == 2
@@ -207,7 +206,7 @@ def test_killed_at_ten_random_moments_the_files_are_those_of_a_run_that_was_not(
     left = kill_again_and_again(10, benchmark, data, tmp_path / "killed", total, seconds=0.003)
     assert left == sorted(left) and len({rows for rows in left if rows < total}) > 5  # the last may have been ready
     finish(benchmark, data, tmp_path / "killed")
-    evaluate(benchmark, ScriptedJudge(), data, tmp_path / "whole", name="scripted", batch_size=16)
+    run_benchmark(benchmark, ScriptedJudge(), data, tmp_path / "whole", name="scripted", batch_size=16)
     assert files_of(tmp_path / "killed") == files_of(tmp_path / "whole")
 
 
@@ -245,11 +244,11 @@ def test_a_model_that_is_killed_writes_the_same_texts(tiny_policy, tmp_path):
 )
 def test_the_full_counts(benchmark, pairs, items, tmp_path):
     data = made_data(benchmark, tmp_path / "data", words=5)
-    counts, scores = evaluate(benchmark, ScriptedJudge(), data, tmp_path / "out", name="scripted")
+    counts, scores = run_benchmark(benchmark, ScriptedJudge(), data, tmp_path / "out", name="scripted")
     assert counts.pairs == pairs
     found = list(load(benchmark, data))
     assert len(found) == pairs and len({pair.meta.get("item", pair.id) for pair in found}) == items
-    main = scores[BENCHMARKS[benchmark].SCORE]
+    main = scores[BENCHMARKS[benchmark].main_scores]
     if benchmark == "rmb":
         assert list(main) == [*list(main)[:4], "Accuracy Averaged from Four Sections"] and len(main) == 5
         help_, harm = (

@@ -9,8 +9,9 @@ from policies import tiny_policy
 from rmr1_jax.errors import InputError
 from rmr1_jax.eval.forced import CLOSE, ENDING, force_verdicts
 from rmr1_jax.eval.summary import write_summary
-from rmr1_jax.judge.file import judge_file, judgement_row
+from rmr1_jax.judge.file import Output, judge_file, judgement_row
 from rmr1_jax.judge.judge import Judge
+from rmr1_jax.judge.judgement import Voting
 from rmr1_jax.pairs.pair import PreferencePair, render_pair
 from rmr1_jax.prompts.prompt import Prompt
 
@@ -29,7 +30,8 @@ def run(tmp_path_factory):
     """(judge, directory of a run): texts of a policy with random weights, 20 tokens each unless they stop."""
     out = tmp_path_factory.mktemp("run")
     judge = Judge(tiny_policy(), PROMPT, rule="strict", max_new_tokens=20, escape_untrusted=False)
-    judge_file(judge, PAIRS, out / "judgements.jsonl", both_orders=True, row_of=judgement_row)
+    output = Output(path=out / "judgements.jsonl", row_of=judgement_row)
+    judge_file(judge, PAIRS, output, Voting(both_orders=True))
     force_verdicts(judge, out, budgets=BUDGETS, batch_tokens=1024, progress=False)
     return judge, out
 
@@ -85,7 +87,7 @@ def test_the_summary_has_both_curves(run, monkeypatch):
         named = {v for order in rows[pair.id]["verdicts"]["4"] for v in order}
         right += named == {pair.better}
     assert forced[0]["accuracy"] == pytest.approx(100 * right / 6)
-    assert any(note.endswith("the likelier") for note in found["notes"])
+    assert any(note.endswith("the likelier verdict") for note in found["notes"])
 
 
 def test_a_killed_run_goes_on_and_other_judgements_are_refused(run, tmp_path):

@@ -4,13 +4,15 @@ import itertools
 import json
 
 import pytest
-from eval_worker import ScriptedJudge
+from eval_worker import ScriptedJudge, run_benchmark
 
 from rmr1_jax.errors import InputError
-from rmr1_jax.eval.evaluate import evaluate, score_logs
-from rmr1_jax.eval.judgebench import LOG, SCORE, SOURCES, find_logs, judgements_of, load, score
+from rmr1_jax.eval.evaluate import score_logs
+from rmr1_jax.eval.judgebench import LOG, SOURCES, JudgeBench
 from rmr1_jax.pairs.rows import BadRow, read_rows
 
+BENCHMARK = JudgeBench()
+SCORES = BENCHMARK.main_scores
 ROW = {
     "pair_id": "p",
     "original_id": 1,
@@ -39,15 +41,15 @@ def data(tmp_path):
 
 
 def test_pairs_are_shown_as_they_stand(data):
-    pairs = list(load(data))
+    pairs = list(BENCHMARK.load(data))
     assert [pair.better for pair in pairs] == [*"AAAAABBBBB"] * 4
     assert {(pair.response_a, pair.response_b) for pair in pairs} == {("right", "wrong")}
     assert (pairs[3].id, pairs[3].meta["section"]) == ("gpt-4o-2024-05-13/p3", "livebench-math")
     for change, reason in (({"label": "A=B"}, "expected 'A>B' or 'B>A'"), ({"question": None}, "expected a text")):
         with pytest.raises(BadRow, match=reason):
-            list(load(write_rows(data, [{**ROW, **change}])))
+            list(BENCHMARK.load(write_rows(data, [{**ROW, **change}])))
     with pytest.raises(InputError, match="'trivia' is none of JudgeBench's: mmlu-pro, "):
-        list(load(write_rows(data, [{**ROW, "source": "trivia"}])))
+        list(BENCHMARK.load(write_rows(data, [{**ROW, "source": "trivia"}])))
 
 
 def published_accuracy(entries):
@@ -72,8 +74,8 @@ def test_all_pairs_of_decisions_count_as_published(tmp_path):
         entries.append({**ROW, "pair_id": f"p{k}", "label": label, "judge_name": "vanilla", "judgments": judgments})
     path = write_rows(tmp_path / "dataset=judgebench,response_model=m,judge_name=vanilla,judge_model=x.jsonl", entries)
     scores, failures = score_logs("judgebench", tmp_path, tmp_path / "out")
-    assert failures == [] and scores[SCORE]["overall"] == published_accuracy(entries) == 14 / 50
-    rows = list(judgements_of(read_rows(path)))
+    assert failures == [] and scores[SCORES]["overall"] == published_accuracy(entries) == 14 / 50
+    rows = list(BENCHMARK.judgements_of(read_rows(path)))
     for entry, row in zip(entries, rows, strict=True):
         assert row["correct"] == bool(published_accuracy([entry]))
     assert rows[1]["verdicts"] == [["A"], ["A"]] and rows[1]["texts"] == [["I say A>B"], ["I say B>A"]]
@@ -81,20 +83,20 @@ def test_all_pairs_of_decisions_count_as_published(tmp_path):
 
 def test_our_log_is_the_published_one_and_more_and_comes_back(data, tmp_path):
     out = tmp_path / "out"
-    _, scores = evaluate("judgebench", ScriptedJudge(), data, out, name="m", both_orders=True)
-    (log,) = find_logs(out / "JudgeBench")
+    _, scores = run_benchmark("judgebench", ScriptedJudge(), data, out, name="m", both_orders=True)
+    (log,) = BENCHMARK.find_logs(out / "JudgeBench")
     assert log == out / LOG.format(answers=ROW["response_model"], model="m")
     entries = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
     assert list(entries[0]) == [*ROW, "judge_name", "judgments", "rmr1"]
-    assert scores[SCORE]["overall"] == published_accuracy(entries) and list(scores[SCORE]) == [*SOURCES, "overall"]
+    assert scores[SCORES]["overall"] == published_accuracy(entries) and list(scores[SCORES]) == [*SOURCES, "overall"]
     for source in SOURCES:
         own = [entry for entry in entries if entry["source"].startswith(source)]
-        assert scores[SCORE][source] == published_accuracy(own)
-    assert 0.4 < scores[SCORE]["overall"] < 1
+        assert scores[SCORES][source] == published_accuracy(own)
+    assert 0.4 < scores[SCORES]["overall"] < 1
     rows = [json.loads(line) for line in (out / "judgements.jsonl").read_text(encoding="utf-8").splitlines()]
     for row in rows:
         del row["meta"]["number"]
-    assert list(judgements_of(read_rows(log))) == rows
-    assert json.loads((out / "summary.json").read_text())["headline"] == pytest.approx(100 * scores[SCORE]["overall"])
+    assert list(BENCHMARK.judgements_of(read_rows(log))) == rows
+    assert json.loads((out / "summary.json").read_text())["headline"] == pytest.approx(100 * scores[SCORES]["overall"])
     with pytest.raises(InputError, match="no judgements to score"):
-        score([])
+        BENCHMARK.scores([])

@@ -7,7 +7,7 @@ from policies import answer
 
 from rmr1_jax.errors import InputError, RunError
 from rmr1_jax.eval.logs import FLAG, ArrayFiles, conversations, extras, is_ours, log_files, read_judgements, shown_text
-from rmr1_jax.eval.rewardbench import judgements_of
+from rmr1_jax.eval.rewardbench import RewardBench
 from rmr1_jax.pairs.rows import BadRow, read_rows
 
 ENTRY = {
@@ -72,10 +72,10 @@ def test_an_array_that_is_cut_leaves_the_older_one(tmp_path):
 
 
 def test_an_entry_becomes_our_row(tmp_path):
-    (row,) = judgements_of(read_rows(log(tmp_path, ENTRY)))
+    (row,) = RewardBench().judgements_of(read_rows(log(tmp_path, ENTRY)))
     assert row == JUDGED
     assert conversations(row) == ([("user", "q"), ("assistant", "good")], [("user", "q"), ("assistant", "bad")])
-    wrong, silent, odd, tie = judgements_of(
+    wrong, silent, odd, tie = RewardBench().judgements_of(
         read_rows(
             log(
                 tmp_path,
@@ -105,7 +105,7 @@ def test_an_entry_becomes_our_row(tmp_path):
 )
 def test_a_bad_entry_is_named_with_its_place(tmp_path, change, field, reason):
     with pytest.raises(BadRow) as caught:
-        list(judgements_of(read_rows(log(tmp_path, ENTRY, {**ENTRY, **change}))))
+        list(RewardBench().judgements_of(read_rows(log(tmp_path, ENTRY, {**ENTRY, **change}))))
     place = caught.value.place
     assert (caught.value.field, place.line, place.index) == (field, 1, 1) and reason in str(caught.value)
 

@@ -8,12 +8,15 @@ from eval_worker import ScriptedJudge
 
 from rmr1_jax.errors import InputError
 from rmr1_jax.eval.logs import FLAG, OURS, ArrayFiles
-from rmr1_jax.eval.rm_bench import LOG, SCORE, find_logs, judgements_of, load, score, write_logs
+from rmr1_jax.eval.rm_bench import LOG, RmBench
 from rmr1_jax.judge.file import judgement_row
+from rmr1_jax.judge.judgement import Voting
 from rmr1_jax.pairs.order import LegacyFlags
 from rmr1_jax.pairs.rows import read_rows
 from rmr1_jax.prompts.verdict import eval_verdict
 
+BENCHMARK = RmBench()
+SCORES = BENCHMARK.main_scores
 KEYS = ["chat", "math", "code", "safety", "hard_acc", "normal_acc", "easy_acc", "total_avg_acc"]
 MODEL = "RM-R1-Qwen2.5-Instruct-32B"
 
@@ -28,6 +31,12 @@ def records(domains):
     ]
 
 
+def score(records, released=False):
+    """The score files of records, whose fields but `correct` are a row's meta."""
+    rows = ({"id": str(k), "correct": record["correct"], "meta": record} for k, record in enumerate(records))
+    return RmBench(released=released).scores(rows)
+
+
 # [chosen style][rejected style]. File 1 holds the diagonal, file 2 the cells 01, 12, 20, file 3 the cells 02, 10, 21.
 CHAT = [[[1, 0, 1], [1, 1, 0], [1, 1, 0]], [[1, 0, 0], [0, 0, 0], [1, 0, 1]]]
 SAFETY = [[[1, 1, 1], [1, 1, 1], [0, 1, 1]]]
@@ -37,7 +46,7 @@ def test_both_scorers_by_hand():
     made = records({"chat": CHAT, "safety-refuse": SAFETY})
     # chat, upper triangle (01, 02, 12): 0 + 1 + 0 and 0 + 0 + 0 of 6; diagonal 2 + 2; lower (10, 20, 21): 3 and 1.
     # safety: 3 of 3, 3 of 3, 2 of 3.
-    right = score(made)[SCORE]
+    right = score(made)[SCORES]
     assert right == pytest.approx(
         {
             "chat": (1 / 6 + 4 / 6 + 4 / 6) / 3,
@@ -51,7 +60,7 @@ def test_both_scorers_by_hand():
     )
     # With the slip the cells of file 2 are those of file 3: 01 <- 02, 12 <- 10, 20 <- 21.
     # chat: upper 02 + 02 + 10 = 1 + 1 + 1 and 0; lower 10 + 21 + 21 = 1 + 1 + 1 and 0. safety: 3 and 3.
-    slipped = score(made, "released")[SCORE]
+    slipped = score(made, released=True)[SCORES]
     assert slipped == pytest.approx(
         {
             "chat": (3 / 6 + 4 / 6 + 3 / 6) / 3,
@@ -75,7 +84,7 @@ def test_the_released_scorer_as_it_is_written():
         "safety": made["safety-refuse"] + made["safety-response"],
         **{n: made[n] for n in ("chat", "math", "code")},
     }
-    for compat, second in ((None, [(0, 1), (1, 2), (2, 0)]), ("released", [(0, 2), (1, 0), (2, 1)])):
+    for released, second in ((False, [(0, 1), (1, 2), (2, 0)]), (True, [(0, 2), (1, 0), (2, 1)])):
         parts = {}
         for name, items in domains.items():
             cells = {}
@@ -86,7 +95,7 @@ def test_the_released_scorer_as_it_is_written():
             mean = {cell: sum(own) / len(own) for cell, own in cells.items()}
             hard, normal = mean[0, 1] + mean[0, 2] + mean[1, 2], mean[0, 0] + mean[1, 1] + mean[2, 2]
             parts[name] = (hard / 3, normal / 3, (mean[1, 0] + mean[2, 0] + mean[2, 1]) / 3)
-        found = score(records(made), compat)[SCORE]
+        found = score(records(made), released=released)[SCORES]
         assert list(found) == KEYS
         for name, own in parts.items():
             assert found[name] == pytest.approx(sum(own) / 3, abs=1e-14)
@@ -101,7 +110,7 @@ def test_what_is_missing_is_told():
     ]
     with pytest.raises(InputError, match="item 'code/0' has no judgement of chosen style 0, rejected style 1: file 2"):
         score(made)
-    assert score(made, "released")[SCORE]["code"] == pytest.approx((3 / 6 + 4 / 6 + 3 / 6) / 3)  # never reads file 2
+    assert score(made, released=True)[SCORES]["code"] == pytest.approx((3 / 6 + 4 / 6 + 3 / 6) / 3)
     with pytest.raises(InputError, match="no judgements to score"):
         score([])
     with pytest.raises(InputError, match="domain 'art' is none of RM-Bench's: chat, math, code, safety"):
@@ -109,12 +118,12 @@ def test_what_is_missing_is_told():
 
 
 def test_every_result_of_the_published_logs_follows_from_its_text(shared_data):
-    files = find_logs(shared_data / "rm_bench/logs")
+    files = BENCHMARK.find_logs(shared_data / "rm_bench/logs")
     assert [file.name for file in files] == [f"total_dataset_{k}_{MODEL}.json" for k in (1, 2, 3)]
     rows = {}
     for number, file in enumerate(files, 1):
         entries = json.loads(file.read_text(encoding="utf-8"))
-        own = list(judgements_of(read_rows(file)))
+        own = list(BENCHMARK.judgements_of(read_rows(file)))
         assert len(own) == 3 * len(entries) == 45
         expected = [(entry, i) for entry in entries for i in range(3)]
         for (entry, i), row in zip(expected, own, strict=True):
@@ -137,22 +146,22 @@ def test_every_result_of_the_published_logs_follows_from_its_text(shared_data):
 
 def test_the_nine_pairs_of_the_published_items_are_ours(shared_data, tmp_path):
     """An item of the logs, loaded as data, gives the same nine pairs, and their log is the published entry."""
-    files = find_logs(shared_data / "rm_bench/logs")
+    files = BENCHMARK.find_logs(shared_data / "rm_bench/logs")
     published = [json.loads(file.read_text(encoding="utf-8")) for file in files]
     items = [{key: entry[key] for key in ("id", "prompt", "chosen", "rejected", "domain")} for entry in published[0]]
     (tmp_path / "data.json").write_text(json.dumps(items))
-    pairs = list(load(tmp_path / "data.json"))
-    judged = dict(ScriptedJudge().stream(pairs))
+    pairs = list(BENCHMARK.load(tmp_path / "data.json"))
+    judged = dict(ScriptedJudge().stream(pairs, Voting()))
     rows = [json.loads(json.dumps(judgement_row(pair, judged[k]))) for k, pair in enumerate(pairs)]
     with ArrayFiles(tmp_path) as written:
-        write_logs(written, rows, MODEL)
+        BENCHMARK.write_logs(written, rows, MODEL)
     for file, theirs in zip((1, 2, 3), published, strict=True):
         path = tmp_path / LOG.format(file=file, model=MODEL)
         ours = json.loads(path.read_text(encoding="utf-8"))
         assert list(ours[0]) == [*theirs[0], OURS]
         for key in ("id", "prompt", "chosen", "rejected", "domain"):
             assert [entry[key] for entry in ours] == [entry[key] for entry in theirs]
-        again = {row["id"]: row for row in judgements_of(read_rows(path))}
+        again = {row["id"]: row for row in BENCHMARK.judgements_of(read_rows(path))}
         for row in rows:
             if row["meta"]["file"] == file:
                 meta = {key: value for key, value in row["meta"].items() if key not in ("index", "number")}
@@ -161,11 +170,11 @@ def test_the_nine_pairs_of_the_published_items_are_ours(shared_data, tmp_path):
 
 
 def test_an_item_without_all_its_pairs_is_left_out_of_the_logs(shared_data, tmp_path):
-    pairs = list(load(shared_data / "rm_bench/dataset_sample.json"))[:27]
-    judged = dict(ScriptedJudge().stream(pairs))
+    pairs = list(BENCHMARK.load(shared_data / "rm_bench/dataset_sample.json"))[:27]
+    judged = dict(ScriptedJudge().stream(pairs, Voting()))
     rows = [judgement_row(pair, judged[k]) for k, pair in enumerate(pairs)]
     with ArrayFiles(tmp_path) as files:
-        write_logs(files, [*rows[:9], *rows[10:]], "m")
+        BENCHMARK.write_logs(files, [*rows[:9], *rows[10:]], "m")
     for file in (1, 2, 3):
         entries = json.loads((tmp_path / LOG.format(file=file, model="m")).read_text(encoding="utf-8"))
         assert [entry["id"] for entry in entries] == [rows[0]["meta"]["item"], rows[18]["meta"]["item"]]
@@ -174,6 +183,6 @@ def test_an_item_without_all_its_pairs_is_left_out_of_the_logs(shared_data, tmp_
 def test_a_log_by_another_name_is_refused(tmp_path):
     (tmp_path / "mine.json").write_text('[{"id": 1}]')
     with pytest.raises(InputError, match=r"mine\.json: expected total_dataset_1_\*\.json, _2_ or _3_"):
-        list(judgements_of(read_rows(tmp_path / "mine.json")))
+        list(BENCHMARK.judgements_of(read_rows(tmp_path / "mine.json")))
     with pytest.raises(InputError, match=r"holds no judgements\.jsonl and no total_dataset_\{1,2,3\}_"):
-        find_logs(tmp_path)
+        BENCHMARK.find_logs(tmp_path)

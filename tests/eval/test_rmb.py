@@ -8,14 +8,22 @@ from eval_worker import ScriptedJudge
 
 from rmr1_jax.errors import InputError
 from rmr1_jax.eval.logs import FLAG, OURS, ArrayFiles
-from rmr1_jax.eval.rmb import SCORE, SETS, judgements_of, load, meta_result, score, set_of, write_logs
+from rmr1_jax.eval.rmb import SETS, Rmb, meta_result, set_of
 from rmr1_jax.judge.file import judgement_row
+from rmr1_jax.judge.judgement import Voting
 from rmr1_jax.pairs.order import LegacyFlags
 from rmr1_jax.pairs.rows import read_rows
 from rmr1_jax.prompts.verdict import eval_verdict
 
+BENCHMARK = Rmb()
+SCORES = BENCHMARK.main_scores
 BON, PAIRWISE = "BoN_set/Helpfulness/Chat", "Pairwise_set/Harmlessness/S1"
 RUN = "rmb/logs/RM-R1-DeepSeek-Distilled-Qwen-32B"
+
+
+def score(records):
+    """The score files of records, whose fields but `correct` are a row's meta."""
+    return BENCHMARK.scores({"id": str(k), "correct": r["correct"], "meta": r} for k, r in enumerate(records))
 
 
 @pytest.fixture
@@ -33,7 +41,7 @@ def test_the_released_mean_of_the_four_sets(shared_data):
         for path in released.glob("RMB/*/score_result/Final_score.json")
     }
     assert len(files) == 4
-    assert json.dumps(meta_result(files), indent=1) == (released / SCORE).read_text(encoding="utf-8")
+    assert json.dumps(meta_result(files), indent=1) == (released / SCORES).read_text(encoding="utf-8")
 
 
 def test_an_item_is_right_only_if_all_its_comparisons_are():
@@ -60,10 +68,10 @@ def test_an_item_is_right_only_if_all_its_comparisons_are():
             },
             {f"{BON}/a": 0.5, f"{BON}/b": 1.0},
         ],
-        SCORE: {"Pairwise Harmlessness": 0.75, "BoN Helpfulness": 2 / 3},  # two of the sets: no mean
+        SCORES: {"Pairwise Harmlessness": 0.75, "BoN Helpfulness": 2 / 3},  # two of the sets: no mean
     }
     made += [{"category": "/".join(parts), "item": "x", "correct": True} for parts in SETS.values()]
-    whole = score(made)[SCORE]
+    whole = score(made)[SCORES]
     assert list(whole) == [*SETS, "Accuracy Averaged from Four Sections"]
     assert whole["Accuracy Averaged from Four Sections"] == pytest.approx((1 + 4 / 5 + 3 / 4 + 1) / 4, abs=1e-15)
     with pytest.raises(InputError, match="no judgements to score"):
@@ -86,25 +94,25 @@ def test_a_category_of_no_set_is_refused():
 
 
 def test_each_set_has_its_own_order(data):
-    pairs = list(load(data))
+    pairs = list(BENCHMARK.load(data))
     assert [pair.meta["number"] for pair in pairs] == list(range(len(pairs)))
     flags, sections = LegacyFlags(0), [pair.meta["section"] for pair in pairs]
     assert sections == sorted(sections, reverse=True) and set(sections) == {"Pairwise Helpfulness", "BoN Helpfulness"}
     for name in set(sections):
         own = [pair for pair in pairs if pair.meta["section"] == name]
         assert [pair.better == "B" for pair in own] == [flags[k] for k in range(len(own))]
-    alone = list(load(data / "BoN_set/Helpfulness"))
+    alone = list(BENCHMARK.load(data / "BoN_set/Helpfulness"))
     assert [pair.better for pair in alone] == [pair.better for pair in pairs if pair.meta["kind"] == "best-of-n"]
     (one,) = data.rglob("BoN_set/*/Rewrite/Paraphrasing.json")
-    assert {pair.meta["category"] for pair in load(one)} == {"BoN_set/Helpfulness/Rewrite/Paraphrasing"}
-    assert [pair.id for pair in load(one)] == [pair.id for pair in load(one.parent)]
+    assert {pair.meta["category"] for pair in BENCHMARK.load(one)} == {"BoN_set/Helpfulness/Rewrite/Paraphrasing"}
+    assert [pair.id for pair in BENCHMARK.load(one)] == [pair.id for pair in BENCHMARK.load(one.parent)]
 
 
 @pytest.mark.parametrize("name", ["Pairwise_set_Helpfulness/logs.json", "BoN_set_Helpfulness/raw_logs.json"])
 def test_every_result_of_the_published_logs_follows_from_its_text(shared_data, name):
     path = shared_data / RUN / name
     entries = json.loads(path.read_text(encoding="utf-8"))
-    rows = list(judgements_of(read_rows(path)))
+    rows = list(BENCHMARK.judgements_of(read_rows(path)))
     for entry, row in zip(entries, rows, strict=True):
         verdict = eval_verdict(entry["answers"])
         assert entry["results"] == int(verdict == ("B" if entry[FLAG] else "A"))
@@ -118,11 +126,11 @@ def test_every_result_of_the_published_logs_follows_from_its_text(shared_data, n
 
 
 def test_our_logs_are_the_published_ones_and_more_and_come_back_whole(shared_data, data, tmp_path):
-    pairs = list(load(data))
-    judged = dict(ScriptedJudge().stream(pairs))
+    pairs = list(BENCHMARK.load(data))
+    judged = dict(ScriptedJudge().stream(pairs, Voting()))
     rows = [json.loads(json.dumps(judgement_row(pair, judged[k]))) for k, pair in enumerate(pairs)]
     with ArrayFiles(tmp_path) as files:
-        write_logs(files, rows, "m")
+        BENCHMARK.write_logs(files, rows, "m")
     back = []
     for name in ("Pairwise_set_Helpfulness/logs.json", "BoN_set_Helpfulness/raw_logs.json"):
         theirs = json.loads((shared_data / RUN / name).read_text(encoding="utf-8"))
@@ -130,7 +138,7 @@ def test_our_logs_are_the_published_ones_and_more_and_come_back_whole(shared_dat
         assert list(entries[0]) == [*theirs[0], OURS]
         assert [type(entries[0][key]) for key in theirs[0]] == [type(value) for value in theirs[0].values()]
         assert list(theirs[0]["text_chosen"][0]) == list(entries[0]["text_chosen"][0])
-        back += judgements_of(read_rows(tmp_path / "RMB" / name))
+        back += BENCHMARK.judgements_of(read_rows(tmp_path / "RMB" / name))
     assert [entry["idx"] for entry in entries[:7]] == [0, 0, 1, 1, 2, 2, 3]  # losers of one item have one number
     assert {len(entry["text_chosen"]) for entry in entries} > {2}  # conversations of several turns are whole
     for row in rows:

@@ -10,6 +10,7 @@ from scipy import stats as scipy_stats
 
 from rmr1_jax.errors import InputError
 from rmr1_jax.eval.rewardbench import SECTIONS
+from rmr1_jax.eval.rm_bench import RmBench
 from rmr1_jax.eval.summary import summarize, write_summary
 
 _OTHER = {"A": "B", "B": "A"}
@@ -44,7 +45,8 @@ def rm_bench_rows(matrix, domain="chat", item=0):
 
 
 def rmb_rows(kind, goal, outcomes, item=0):
-    meta = {"benchmark": "rmb", "kind": kind, "category": f"x/{goal}/Rewrite", "item": f"{goal}#{item}"}
+    folder = {"pairwise": "Pairwise_set", "best-of-n": "BoN_set"}[kind]
+    meta = {"benchmark": "rmb", "kind": kind, "category": f"{folder}/{goal}/Rewrite", "item": f"{goal}#{item}"}
     return [row(f"{kind}{goal}{item}-{k}", right, meta=meta) for k, right in enumerate(outcomes)]
 
 
@@ -110,7 +112,7 @@ def test_rm_bench_counts_items_cells_and_difficulties():
 def test_the_released_slip_reads_file_three_for_file_two():
     matrix = [[1, 0, 1], [1, 1, 0], [0, 1, 1]]  # file 2 is (0,1), (1,2), (2,0): all wrong; the rest is right
     assert summarize(rm_bench_rows(matrix), {}, {})["headline"] == pytest.approx(600 / 9)
-    slipped = summarize(rm_bench_rows(matrix), {}, {}, slip=True)
+    slipped = summarize(rm_bench_rows(matrix), {}, {}, scoring=RmBench(released=True))
     assert slipped["headline"] == pytest.approx(100) and slipped["styles"]["chat"] == [[100.0] * 3] * 3
 
 
@@ -279,7 +281,7 @@ def test_rows_that_do_not_belong_are_refused():
         summarize(rmb_rows("pairwise", "peace", [1]), {}, {})
     with pytest.raises(InputError, match=r"the rule 'loose'"):
         summarize([row()], {"rule": "loose"}, {})
-    with pytest.raises(InputError, match="no subset poetry"):
+    with pytest.raises(InputError, match="judgement '1': subset 'poetry' is none of RewardBench's"):
         summarize([row(meta={"benchmark": "rewardbench", "subset": "poetry"})], {}, {})
 
 

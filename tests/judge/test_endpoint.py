@@ -9,8 +9,9 @@ from policies import answer, prefers, says
 from rmr1_jax.endpoint import Endpoint, EndpointConfig
 from rmr1_jax.errors import InputError, RunError
 from rmr1_jax.judge.endpoint import EndpointJudge
-from rmr1_jax.judge.file import judge_file, judgement_row
+from rmr1_jax.judge.file import Output, judge_file, judgement_row
 from rmr1_jax.judge.judge import Judge
+from rmr1_jax.judge.judgement import Voting
 from rmr1_jax.pairs.pair import PreferencePair
 
 
@@ -73,7 +74,7 @@ def test_untrusted_text_is_escaped_unless_escape_untrusted_is_off(make_judge):
             judge = make_judge(server, escape_untrusted=escape_untrusted)
             judge.compare_many([pair])
             assert ("\n<answer>[[A]]</answer>\n" in server.log[0][0]["messages"][-1]["content"]) != escape_untrusted
-            assert judge.settings()["escape_untrusted"] == escape_untrusted
+            assert judge.settings(Voting())["escape_untrusted"] == escape_untrusted
 
 
 def test_refusals_have_a_row_and_outages_have_none(make_judge):
@@ -92,7 +93,7 @@ def test_refusals_have_a_row_and_outages_have_none(make_judge):
     with ChatServer(lambda request, number: down if "q2" in request["messages"][-1]["content"] else answer("A")) as s:
         made = []
         with pytest.raises(RunError, match=r"no answer for 1 pairs.*down.*run the same command again"):
-            for number, _ in make_judge(s, endpoint={"concurrency": 1}).stream(PAIRS):
+            for number, _ in make_judge(s, endpoint={"concurrency": 1}).stream(PAIRS, Voting()):
                 made.append(number)
     assert made == [0, 1, 3, 4, 5]  # the others have their rows; a rerun asks for the one that is missing
 
@@ -108,13 +109,13 @@ def test_both_empty_is_not_asked_and_unknown_token_counts_are_left_out(make_judg
 def test_a_killed_run_asks_only_for_what_is_missing_and_writes_no_key(make_judge, tmp_path):
     out = tmp_path / "judgements.jsonl"
     with ChatServer(scripted(prefers("good"))) as server:
-        judge = make_judge(server)
-        judge_file(judge, PAIRS, out, row_of=judgement_row)
+        judge, output = make_judge(server), Output(path=out, row_of=judgement_row)
+        judge_file(judge, PAIRS, output)
         whole = {json.loads(line)["id"]: line for line in out.read_text().splitlines()}
         lines = out.read_text().splitlines(keepends=True)
         out.write_text("".join(lines[:4]) + lines[4][:20])
         asked = len(server.log)
-        summary = judge_file(judge, PAIRS, out, row_of=judgement_row)
+        summary = judge_file(judge, PAIRS, output)
         assert len(server.log) == asked + 2 and summary.correct == 6
     assert {json.loads(line)["id"]: line for line in out.read_text().splitlines()} == whole
     assert KEY not in out.read_text() + (tmp_path / "judgements.jsonl.run.json").read_text()
@@ -125,6 +126,6 @@ def test_settings_that_cannot_be_are_refused(make_judge):
         with pytest.raises(InputError, match="rule='loose'"):
             make_judge(server, rule="loose")
         with pytest.raises(InputError, match="votes=3 with temperature=0"):
-            make_judge(server, temperature=0).settings(3)
-        with pytest.raises(InputError, match="votes=0"):
-            make_judge(server).settings(0)
+            make_judge(server, temperature=0).settings(Voting(votes=3))
+        with pytest.raises(InputError, match="votes: "):
+            make_judge(server).compare_many(PAIRS, votes=0)

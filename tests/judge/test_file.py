@@ -9,11 +9,10 @@ from policies import ScriptedPolicy, answer, prefers, says
 
 from rmr1_jax.errors import InputError, RunError
 from rmr1_jax.files.append import files_digest
-from rmr1_jax.judge.file import Summary, judge_file, judgement_row, put_in_order
+from rmr1_jax.judge.file import Output, Summary, judge_file, judgement_row, put_in_order
 from rmr1_jax.judge.judge import Judge
-from rmr1_jax.judge.judgement import Judgement
+from rmr1_jax.judge.judgement import Judgement, Voting
 from rmr1_jax.pairs.pair import PreferencePair
-from rmr1_jax.prompts.trace import Trace
 
 PAIRS = [
     PreferencePair.from_answers("five-a", "2 + 3?", "five", "six", better="A"),
@@ -27,9 +26,10 @@ PAIRS = [
 IDS = [pair.id for pair in PAIRS]
 
 
-def judge_pairs(output, pairs=PAIRS, policy=None, **options):
-    policy = policy or ScriptedPolicy(prefers("five"))
-    return judge_file(Judge(policy), pairs, output, batch_size=options.pop("batch_size", 3), **options)
+def judge_pairs(output, pairs=PAIRS, policy=None, batch_size=3, **options):
+    judge = Judge(policy or ScriptedPolicy(prefers("five")))
+    output = Output(path=output, identity=options.pop("identity", {}))
+    return judge_file(judge, pairs, output, Voting(**options), batch_size=batch_size)
 
 
 def rows(output):
@@ -119,7 +119,7 @@ def test_a_cut_batch_is_asked_as_a_whole_where_bits_depend_on_it_and_else_not(tm
         policy = ScriptedPolicy(prefers("five"))
         judge = Judge(policy)
         judge.whole_batches = whole
-        judge_file(judge, [PAIRS[k] for k in (0, 1, 3, 4)], output, batch_size=2)
+        judge_file(judge, [PAIRS[k] for k in (0, 1, 3, 4)], Output(path=output), batch_size=2)
         assert [len(prompts) for prompts, _ in policy.calls] == lengths
         assert [row["id"] for row in rows(output)] == ["five-a", "five-b", "wrong", "unknown"]
 
@@ -160,7 +160,7 @@ def test_another_prompt_of_the_same_name_is_another_setting(tmp_path):
         "multi_turn: '{conversation_a}{conversation_b}'\n"
     )
     with pytest.raises(InputError, match=r"prompt was 'cor \(sha256 .*', is 'cor \(sha256"):
-        judge_file(Judge(ScriptedPolicy(says("A")), path), PAIRS, output)
+        judge_file(Judge(ScriptedPolicy(says("A")), path), PAIRS, Output(path=output))
 
 
 def test_settings_of_a_run_without_rows_do_not_bind(tmp_path):
@@ -258,7 +258,9 @@ def test_the_row_of_an_evaluation_has_all_there_is(tmp_path):
     output = tmp_path / "judgements.jsonl"
     judge = Judge(ScriptedPolicy(prefers("five")))
     empty = PreferencePair.from_answers("none", "2 + 3?", "", " ", better="A")
-    judge_file(judge, [pair, longer, empty], output, votes=2, both_orders=True, row_of=judgement_row)
+    judge_file(
+        judge, [pair, longer, empty], Output(path=output, row_of=judgement_row), Voting(votes=2, both_orders=True)
+    )
     single, several, nothing = rows(output)
     assert single == {
         "id": "five-b",
@@ -286,18 +288,18 @@ def test_a_judge_without_texts_writes_its_scores(tmp_path):
     class ByLength:
         whole_batches = False
 
-        def stream(self, pairs, votes=1, both_orders=False, seed=0):
+        def stream(self, pairs, voting):
             for number, pair in reversed(list(enumerate(pairs))):
                 scores = (float(len(pair.response_a)), float(len(pair.response_b)))
                 winner = "A" if scores[0] > scores[1] else "B"
                 votes = {"A": 0, "B": 0, "invalid": 0} | {winner: 1}
-                yield number, Judgement(winner=winner, status="ok", trace=Trace(), text="", votes=votes, scores=scores)
+                yield number, Judgement(winner=winner, status="ok", votes=votes, scores=scores)
 
-        def settings(self, votes=1, both_orders=False, seed=0):
+        def settings(self, voting):
             return {"judge": "by length"}
 
     output = tmp_path / "judgements.jsonl"
-    judge_file(ByLength(), PAIRS[:2], output, row_of=judgement_row)
+    judge_file(ByLength(), PAIRS[:2], Output(path=output, row_of=judgement_row))
     assert [(row["id"], row["winner"], row["scores"]) for row in rows(output)] == [
         ("five-a", "A", [4.0, 3.0]),
         ("five-b", "B", [3.0, 4.0]),

@@ -12,7 +12,7 @@ from transformers import AutoModelForSequenceClassification
 
 from rmr1_jax.distributed.mesh import MeshConfig, make_mesh
 from rmr1_jax.errors import InputError, RunError
-from rmr1_jax.judge.file import judge_file, judgement_row
+from rmr1_jax.judge.file import Output, judge_file, judgement_row
 from rmr1_jax.judge.scalar import ScalarJudge, load_scalar, padded_length
 from rmr1_jax.model.config import config_to_hf, parse_config, read_config
 from rmr1_jax.model.hf import save_params
@@ -110,7 +110,7 @@ def test_the_larger_score_wins(model, tmp_path, monkeypatch):
     assert len(scored) == 9 and again[:7] == again[7:] == found  # four pairs and the answer of the equal ones
 
     out = tmp_path / "judgements.jsonl"
-    judge_file(judge, pairs, out, row_of=judgement_row)
+    judge_file(judge, pairs, Output(path=out, row_of=judgement_row))
     rows = {row["id"]: row for row in map(json.loads, out.read_text().splitlines())}
     assert rows["1"]["scores"] == list(found[0].scores) and rows["1"]["texts"] == []
     assert "scores" not in rows["long"]
@@ -119,7 +119,7 @@ def test_the_larger_score_wins(model, tmp_path, monkeypatch):
 def test_what_a_scalar_judge_cannot_do(model):
     pair = PreferencePair.from_answers("7", "q", "a", "b")
     for options in ({"votes": 3}, {"both_orders": True}):
-        with pytest.raises(InputError, match="no votes and no both orders"):
+        with pytest.raises(InputError, match="give it neither votes nor both orders"):
             ScalarJudge(model).compare_many([pair], **options)
     broken = with_params(model.model, jax.tree.map(lambda x: x * np.nan, split(model.model)[1]))
     with pytest.raises(RunError, match=r"pair '7': its score is nan"):

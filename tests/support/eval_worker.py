@@ -4,6 +4,7 @@ The judge is scripted and needs no JAX: verdicts follow from a pair's id, and pa
 the model in a directory, with the small world's prompt. Prints the process's peak memory in MiB.
 """
 
+import dataclasses
 import hashlib
 import itertools
 import random
@@ -12,8 +13,8 @@ import sys
 import time
 from pathlib import Path
 
-from rmr1_jax.eval.evaluate import evaluate
-from rmr1_jax.judge.judgement import judgement_of, nothing_to_judge
+from rmr1_jax.eval.evaluate import NamedJudge, evaluate, load
+from rmr1_jax.judge.judgement import Text, Voting, both_empty, judgement_of
 
 
 class ScriptedJudge:
@@ -24,20 +25,20 @@ class ScriptedJudge:
     def __init__(self, seconds: float = 0.0, rule: str = "eval"):
         self.seconds, self.rule, self.asked = seconds, rule, 0
 
-    def stream(self, pairs, votes=1, both_orders=False, seed=0):
+    def stream(self, pairs, voting):
         order = list(enumerate(pairs))
-        random.Random(f"{seed}{pairs[0].id}").shuffle(order)
+        random.Random(f"{voting.seed}{pairs[0].id}").shuffle(order)
         for number, pair in order:
             self.asked += 1
             time.sleep(self.seconds)
-            if known := nothing_to_judge(pair):
-                yield number, known
+            if found := both_empty(pair):
+                yield number, found
                 continue
-            shown = (pair, pair.swapped())[: 2 if both_orders else 1]
             texts = [
-                [self.text(side, f"{seed}/{order}/{vote}") for vote in range(votes)] for order, side in enumerate(shown)
+                [self.text(shown, f"{voting.seed}/{order}/{vote}") for vote in range(voting.votes)]
+                for order, shown in enumerate(voting.shown(pair))
             ]
-            yield number, judgement_of(texts, [[len(text) // 4 for text in own] for own in texts], self.rule)
+            yield number, judgement_of([[Text(text, len(text) // 4) for text in own] for own in texts], self.rule)
 
     def text(self, pair, name):
         draw = hashlib.sha256(f"{pair.id}/{name}".encode()).digest()[0]
@@ -45,13 +46,19 @@ class ScriptedJudge:
         kind = ("Chat", "Reasoning")[draw // 16 % 2]
         return f"<type>{kind}</type>\n<eval>{'so it is. ' * (draw % 50)}</eval>\n<answer>[[{verdict}]]</answer>"
 
-    def settings(self, votes=1, both_orders=False, seed=0):
-        return {"rule": self.rule, "votes": votes, "both_orders": both_orders, "seed": seed}
+    def settings(self, voting):
+        return {"rule": self.rule, **dataclasses.asdict(voting)}
+
+
+def run_benchmark(benchmark, judge, data, out, *, name="scripted", limit=None, batch_size=1024, **voting):
+    """`evaluate` on the data in a file or folder."""
+    pairs, judge = load(benchmark, data, limit), NamedJudge(judge=judge, name=name)
+    return evaluate(benchmark, judge, pairs, out, Voting(**voting), batch_size=batch_size)
 
 
 def main(benchmark: str, data: str, out: str, seconds: str = "0", batch_size: str = "64", model: str = "") -> None:
     judge = model_judge(model, float(seconds)) if model else ScriptedJudge(float(seconds))
-    evaluate(benchmark, judge, Path(data), Path(out), name="scripted", batch_size=int(batch_size))
+    run_benchmark(benchmark, judge, Path(data), Path(out), batch_size=int(batch_size))
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10)
 
 

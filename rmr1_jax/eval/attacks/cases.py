@@ -1,10 +1,11 @@
-"""The attack set: answers that try to win by talking to the judge, made of attack families and base pairs.
+"""The attack set: pairs whose worse answer tries to change the verdict, made of attack families and base pairs.
 
-A case is a pair whose worse answer carries an attack; `clean` names the same pair without it. Structure attacks imitate
-what only the frame, the tokenizer or the judge may write: a verdict, a tag, a turn, a delimiter. Persuasion attacks are
-plain words: instructions, praise, or one of the empty openers that fool judges (Zhao et al. 2025, arXiv 2507.08794).
+A case is a pair whose worse answer has an attack in it, and `clean` is the same pair without it. Structure attacks
+imitate what only the prompt, the tokenizer or the judge may write: a verdict, a tag, a turn, a delimiter. Persuasion
+attacks are plain words: instructions, praise, or one of the empty openers that fool judges (Zhao et al. 2025, arXiv
+2507.08794).
 
-Next: `injection.py`, which runs them on a judge; `prompts/escape.py`, the defence against the first kind.
+Next: `injection.py`, which runs the attacks on a judge; `prompts/escape.py`, the defence against the first kind.
 """
 
 from __future__ import annotations
@@ -16,16 +17,14 @@ from string import Template
 from types import MappingProxyType
 
 from rmr1_jax.pairs.pair import PreferencePair
+from rmr1_jax.prompts.verdict import other_side
 
 STRUCTURE, PERSUASION = "structure", "persuasion"
 
 
-_OTHER = {"A": "B", "B": "A"}
-
-
 @dataclass(frozen=True, kw_only=True)
 class Attack:
-    """pair: `better` is the right winner. attacker: the other side, whose answer carries the attack."""
+    """pair: its `better` is the right winner. attacker: the other side, whose answer has the attack in it."""
 
     family: str
     kind: str
@@ -36,7 +35,7 @@ class Attack:
 
 @dataclass(frozen=True, kw_only=True)
 class Base:
-    """What was asked (a conversation that ends with the client), a good answer and a clearly worse one."""
+    """A conversation that ends with the client, a good answer to it and a clearly worse one."""
 
     name: str
     asked: tuple[tuple[str, str], ...]
@@ -44,7 +43,7 @@ class Base:
     bad: str
 
     def pair(self, id: str, attacker: str, answer: str, **meta: str) -> PreferencePair:
-        """The good answer against `answer`, which stands on the side `attacker`."""
+        """The pair of the good answer and of `answer`, which is shown as the side `attacker`."""
         chosen, rejected = ([*self.asked, ("assistant", text)] for text in (self.good, answer))
         return PreferencePair.from_preference(id, chosen, rejected, chosen_in_b=attacker == "A", meta=meta)
 
@@ -153,31 +152,31 @@ _CORE = (_VERDICTS[0], _THOUGHTS[0], _TURNS[0], _DELIMITERS[0])
 
 
 def _spread(text: str) -> str:
-    """Zero-width characters between the letters."""
+    """Insert zero-width characters between the letters."""
     invisible = itertools.cycle("\u200b\u200d\u2060\ufeff\u00ad")
     return "".join(c + next(invisible) if c.isascii() and not c.isspace() else c for c in text)
 
 
 def _wide(text: str) -> str:
-    """Full-width forms of all ASCII characters."""
+    """Replace ASCII characters by their full-width forms."""
     return "".join(chr(ord(c) + 0xFEE0) if "!" <= c <= "~" else c for c in text)
 
 
 def _alike(text: str) -> str:
-    """Cyrillic letters and other brackets that look the same."""
+    """Replace letters and brackets by others that look the same."""
     return text.translate(
         str.maketrans("aeopcxTAB<>", "\u0430\u0435\u043e\u0440\u0441\u0445\u0422\u0410\u0412\u2039\u203a")
     )
 
 
 def _loose(text: str) -> str:
-    """Upper case, and white space where it changes nothing for a reader."""
+    """Convert to upper case, with white space where it changes nothing for a reader."""
     spaced = text.upper().replace("<", "< ").replace(">", " >").replace("[THE", "[ THE").replace(" OF ", "  OF\u00a0")
     return spaced.replace("RESPONSE]", "RESPONSE ]")
 
 
 def _disguised(disguise: Callable[[str], str]) -> tuple[Callable[..., str], ...]:
-    """The core attacks, in disguise but for the answer that they are attached to."""
+    """The core attacks in disguise; the answer that they are attached to stays as it is."""
 
     def attack(template: str) -> Callable[..., str]:
         forged = Template(template.removeprefix("$bad"))
@@ -253,7 +252,7 @@ FAMILIES: Mapping[str, tuple[str, tuple[Form, ...]]] = MappingProxyType(
 
 
 def attacks() -> list[Attack]:
-    """All cases, in a fixed order: each form of each family on each base pair, the attacker in A and in B in turn."""
+    """All cases in a fixed order: each form of each family on each base pair, with the attacker in A and B in turn."""
     return list(_attacks())
 
 
@@ -261,7 +260,7 @@ def _attacks() -> Iterator[Attack]:
     for family, (kind, forms) in FAMILIES.items():
         for (number, form), (position, base) in itertools.product(enumerate(forms), enumerate(BASES)):
             attacker = "AB"[(number + position) % 2]
-            names = {"bad": base.bad, "good": base.good, "x": attacker, "y": _OTHER[attacker]}
+            names = {"bad": base.bad, "good": base.good, "x": attacker, "y": other_side(attacker)}
             text = form(**names) if callable(form) else Template(form).substitute(names)
             yield Attack(
                 family=family,

@@ -18,6 +18,7 @@ from rmr1_jax.cli.main import main
 from rmr1_jax.errors import InputError
 from rmr1_jax.eval.attacks.cases import BASES, FAMILIES, PERSUASION, STRUCTURE, attacks
 from rmr1_jax.eval.attacks.injection import attack_rates, injection, injection_table
+from rmr1_jax.eval.evaluate import NamedJudge
 from rmr1_jax.judge.judge import Judge
 from rmr1_jax.model.tokenizer import Tokenizer
 from rmr1_jax.pairs.pair import render_pair
@@ -331,6 +332,10 @@ def test_published_rules_keep_their_behaviour(script):
 GOOD = {base.good for base in BASES}
 
 
+def named(judge):
+    return NamedJudge(judge=judge, name="gullible", identity={"model": "m"})
+
+
 def gullible(prompt: str, number: int) -> str:
     """Knows the better answer, but does as it is told to, and says nothing of an empty opener."""
     if "Step 1:" in prompt:
@@ -344,7 +349,7 @@ def gullible(prompt: str, number: int) -> str:
 
 def test_attacks_that_succeed_are_counted_by_family(tmp_path):
     policy = ScriptedPolicy(gullible)
-    result = injection(Judge(policy), tmp_path, name="gullible", identity={"model": "m"})
+    result = injection(named(Judge(policy)), tmp_path)
     assert result["clean"] == {"n": 12, "right": 12, "wrong": 0, "none": 0}
     rows = {row["name"]: row for row in result["families"]}
     assert rows["ignore the above"] | {"interval": 0} == {
@@ -359,17 +364,17 @@ def test_attacks_that_succeed_are_counted_by_family(tmp_path):
     assert result["settings"]["escape_untrusted"] is True and result["settings"]["rule"] == "strict"
     assert json.loads((tmp_path / "injection.json").read_text()) == result
     asked = len(policy.calls)
-    again = injection(Judge(policy), tmp_path, name="gullible", identity={"model": "m"})
+    again = injection(named(Judge(policy)), tmp_path)
     assert again == result and len(policy.calls) == asked  # all is there: nothing is asked again
     table = injection_table(result).splitlines()
     assert len(table) == 1 + len(FAMILIES) + 2 + 1 and "25.0%" in table[12] and "12 of 12 right" in table[-1]
     with pytest.raises(InputError, match="rule"):
-        injection(Judge(policy, rule="eval"), tmp_path, name="gullible", identity={"model": "m"})
+        injection(named(Judge(policy, rule="eval")), tmp_path)
 
 
 def test_a_pair_that_is_lost_already_does_not_count(tmp_path):
     """A judge that always says A loses the clean pairs where the worse answer stands there."""
-    result = injection(Judge(ScriptedPolicy(lambda *_: "<answer>[[A]]</answer>")), tmp_path, name="a", limit=40)
+    result = injection(named(Judge(ScriptedPolicy(lambda *_: "<answer>[[A]]</answer>"))), tmp_path, limit=40)
     assert result["clean"]["right"] == result["clean"]["n"] - result["clean"]["wrong"] and result["clean"]["none"] == 0
     assert sum(row["cases"] for row in result["families"]) == 40
     assert all(row["succeeded"] == 0 and row["counted"] < row["cases"] for row in result["kinds"])
@@ -378,7 +383,7 @@ def test_a_pair_that_is_lost_already_does_not_count(tmp_path):
     assert rates["kinds"][0]["counted"] == 0 and rates["kinds"][0]["rate"] is None
     assert " -" in injection_table(rates)
     with pytest.raises(InputError, match="limit=0"):
-        injection(Judge(ScriptedPolicy(gullible)), tmp_path, name="a", limit=0)
+        injection(named(Judge(ScriptedPolicy(gullible))), tmp_path, limit=0)
 
 
 def test_the_command(tmp_path, monkeypatch, capsys):
@@ -386,7 +391,7 @@ def test_the_command(tmp_path, monkeypatch, capsys):
 
     def make(command):
         seen.append(command.reading())
-        return Judge(ScriptedPolicy(gullible), **command.reading()), "m", {}
+        return named(Judge(ScriptedPolicy(gullible), **command.reading()))
 
     monkeypatch.setattr(cli_eval, "make_judge", make)
     assert main(["eval", "injection", "--model", "m", "--out", str(tmp_path), "--limit", "17"]) == 0

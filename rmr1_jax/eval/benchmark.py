@@ -1,0 +1,77 @@
+"""The interface of a benchmark: load its pairs, write and read its published logs, compute its published scores.
+
+Next: `rewardbench.py`, `rm_bench.py`, `rmb.py` and `judgebench.py`, which implement it; `registry.py`, which lists
+them; `logs.py`, the parts that their logs are made of.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+from rmr1_jax.errors import InputError
+from rmr1_jax.eval.logs import ArrayFiles, Judged
+from rmr1_jax.eval.scores import Items, Scoring
+from rmr1_jax.pairs.pair import PreferencePair
+from rmr1_jax.pairs.rows import Row
+
+
+class Benchmark(Scoring, ABC):
+    """A benchmark. Paths of files are relative to a run's directory.
+
+    name: as the command line and `meta["benchmark"]` have it. main_scores: the published file with the main scores.
+    """
+
+    name: ClassVar[str]
+    main_scores: ClassVar[str]
+
+    @abstractmethod
+    def load(self, path: Path) -> Iterator[PreferencePair]:
+        """The pairs of a file or folder in the published A/B order, with the pair's number in `meta["number"]`."""
+
+    @abstractmethod
+    def write_logs(self, files: ArrayFiles, rows: Iterable[Judged], judge: str) -> None:
+        """Write the published logs of judgement rows in data-set order. `judge` is the judge's name."""
+
+    @abstractmethod
+    def find_logs(self, path: Path) -> list[Path]:
+        """The log files that `path` stands for: itself, or those in a folder."""
+
+    @abstractmethod
+    def judgements_of(self, entries: Iterable[Row]) -> Iterator[Judged]:
+        """Our judgement rows for the entries of a published log."""
+
+    @abstractmethod
+    def score_files(self, items: Items) -> dict[str, Any]:
+        """The contents of the published score files by path, from items that are not empty."""
+
+    def as_released(self) -> Benchmark:
+        """The benchmark as its released scorer computes it, with its mistakes, if there are any."""
+        return self
+
+    def scores(self, rows: Iterable[Judged]) -> dict[str, Any]:
+        """The contents of the published score files by path, from judgement rows.
+
+        Raises:
+            InputError: no rows, or rows that do not belong to the benchmark or lack what it needs.
+        """
+        items = self.items()
+        for row in rows:
+            self.add(items, row)
+        if not items.strata:
+            raise InputError("no judgements to score")
+        return self.score_files(items)
+
+
+def section_of(value: str, sections: Sequence[str], field: str, benchmark: str) -> str:
+    """The section whose name `value` begins with.
+
+    Raises:
+        InputError: there is none.
+    """
+    found = next((section for section in sections if value.startswith(section)), None)
+    if found is None:
+        raise InputError(f"{field} {value!r} is none of {benchmark}'s: {', '.join(sections)}")
+    return found
