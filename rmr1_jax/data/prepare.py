@@ -131,8 +131,8 @@ def _write_set(config: PrepareConfig, tokenizer: Tokenizer, partial: Path) -> di
     """Write all files of the set into the directory `partial`, and return its manifest."""
     prompt = None if config.prompt is None else get_prompt(config.prompt)
     rejects, dropped = partial / store.REJECTS, partial / "dropped"
-    reading = {"rejects": rejects if config.on_bad_row == "quarantine" else None}
-    rows = functools.partial(read_source, _locate_sources(config), prompt, seed=config.seed, **reading)
+    bad_rows = rejects if config.on_bad_row == "quarantine" else None
+    rows = functools.partial(read_source, _locate_sources(config), prompt, seed=config.seed, rejects=bad_rows)
     chosen = _choose(sum(1 for _ in rows()), config.limit, config.seed)
     report, statistics, drops = ReadReport(), writer.SetStatistics(), Counter()
     workers = min(config.workers or _cores(), -(-len(chosen) // CHUNK) or 1)

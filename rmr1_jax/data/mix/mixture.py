@@ -109,8 +109,8 @@ def mix(config: MixtureConfig) -> MixReport:
         for source, path in zip(config.sources, paths, strict=True):
             report = SourceReport(name=source.name, path=source.path, commit=commit_of(path))
             report.overlaps = {benchmark.name: {"exact": 0, "near": 0} for benchmark in benchmarks}
-            rejects = out / f"rejects-{source.name}.jsonl"
-            pairs = read_source(source, path, report, on_bad_row=config.on_bad_row, rejects=rejects, bar=bar)
+            rejects = out / f"rejects-{source.name}.jsonl" if config.on_bad_row == "quarantine" else None
+            pairs = read_source(source, path, report, rejects=rejects, bar=bar)
             entries += [(pair, report) for pair in pairs]
             reports.append(report)
     entries = _drop(_repeated(entries), entries)

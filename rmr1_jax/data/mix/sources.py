@@ -8,7 +8,6 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from pydantic import NonNegativeInt, PositiveInt
@@ -91,19 +90,13 @@ class SourceReport:
 
 
 def read_source(
-    source: SourceConfig,
-    path: Path,
-    report: SourceReport,
-    *,
-    on_bad_row: Literal["error", "quarantine"],
-    rejects: Path,
-    bar: tqdm,
+    source: SourceConfig, path: Path, report: SourceReport, *, rejects: Path | None, bar: tqdm
 ) -> list[PreferencePair]:
     """Read, filter and draw the pairs of a source, without those whose answers are the same; update `report`.
 
     Args:
-        path: where the source is on this machine. rejects: the file for bad rows, for on_bad_row="quarantine"; it is
-            removed if there were none. bar: is advanced by the rows read.
+        path: where the source is on this machine. rejects: the file for bad rows, removed if there were none; None: a
+            bad row is an error. bar: is advanced by the rows read.
     """
     report.format = source_format(path) if source.format == "auto" else source.format
     if report.format in BENCHMARKS:
@@ -112,10 +105,9 @@ def read_source(
             "cannot be measured by it: it belongs in overlap.benchmarks"
         )
     row_filter, read = _RowFilter(source, report, bar), ReadReport()
-    quarantine = rejects if on_bad_row == "quarantine" else None
-    pairs = list(read_pairs(path, report.format, select=row_filter, rejects=quarantine, report=read))
-    if quarantine and not read.rejected:
-        quarantine.unlink()
+    pairs = list(read_pairs(path, report.format, select=row_filter, rejects=rejects, report=read))
+    if rejects and not read.rejected:
+        rejects.unlink()
     report.read, report.rejected = read.read, read.rejected
     row_filter.check_names()
     drawn = _draw(source, pairs, report)

@@ -166,6 +166,6 @@ def test_the_command_reports_errors(tmp_path, capsys, monkeypatch):
         assert "401: wrong key: Bearer <key>" in capsys.readouterr().err
         monkeypatch.setenv("OPENAI_API_KEY", KEY)
         assert cli.main(["data", "chains", str(config), "budget_requests=2"]) == 0
-        assert "the budget is spent; the same command with a larger one goes on" in capsys.readouterr().out
+        assert "the budget is spent; to continue, run the same command with a larger one" in capsys.readouterr().out
         assert cli.main(["data", "chains", str(config)]) == 0
         assert "right at first" in capsys.readouterr().out
