@@ -1,5 +1,4 @@
-"""What is in tpu/: the doctor tells a well machine from an unwell one, the scripts do what they say, and the notebook
-runs."""
+"""The folder tpu/: the doctor finds what is wrong, the scripts do what they document, and the notebook runs."""
 
 import json
 import math
@@ -15,9 +14,9 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 TPU = ROOT / "tpu"
-RESTARTED = {42, *range(127, 256)}  # preempted; killed, or without its other hosts
+RESTARTED = {42, *range(127, 256)}  # preempted; killed, or another host was lost
 
-# Lists two hosts, and runs what is to be run on one of them here, with its name as HOST.
+# Lists two hosts, and runs commands for a host on this machine, with its name as HOST.
 FAKE_GCLOUD = """\
 #!/usr/bin/env bash
 echo "$*" >> "$CALLS"
@@ -34,7 +33,7 @@ def run(*words, env=None, **options) -> subprocess.CompletedProcess:
 
 
 def command_line(name: str, text: str, folder: Path) -> dict[str, str]:
-    """An environment in which the program `name` is this script."""
+    """Return an environment in which the program `name` is this script."""
     path = folder / "bin" / name
     path.parent.mkdir(exist_ok=True)
     path.write_text(text)
@@ -46,7 +45,7 @@ def command_line(name: str, text: str, folder: Path) -> dict[str, str]:
 
 
 def doctor(*words, env=None) -> tuple[int, dict[str, tuple[bool, str]]]:
-    """The exit code, and for each check whether it was well and what it said."""
+    """Return the exit code, and for each check whether it succeeded and its message."""
     done = run(sys.executable, TPU / "doctor.py", *words, env=env)
     lines = [re.fullmatch(r"(ok  |FAIL) (.{13}) +[\d.]+ s  (.*)", line).groups() for line in done.stdout.splitlines()]
     return done.returncode, {name.strip(): (state == "ok  ", said) for state, name, said in lines}
@@ -55,28 +54,28 @@ def doctor(*words, env=None) -> tuple[int, dict[str, tuple[bool, str]]]:
 CHECKS = ["versions", "start up", "platform", "devices", "output", "all hosts sum"]
 
 
-def test_doctor_of_a_well_machine(tmp_path):
+def test_doctor_on_a_machine_that_is_ready(tmp_path):
     flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
     code, found = doctor("--out", tmp_path / "new", "--platform", "cpu", "--chips", 4, "--hosts", 1, env=flags)
-    assert code == 0 and list(found) == CHECKS and all(well for well, _ in found.values())
+    assert code == 0 and list(found) == CHECKS and all(success for success, _ in found.values())
     assert "10 over 4 devices" in found["all hosts sum"][1]  # 1 + 2 + 3 + 4
     assert not list((tmp_path / "new").iterdir())
 
 
-def test_doctor_of_an_unwell_machine(tmp_path):
-    """JAX on the CPU where a TPU is expected, too few chips, and an output directory below what is a file."""
+def test_doctor_on_a_machine_that_is_not_ready(tmp_path):
+    """JAX runs on the CPU instead of a TPU, there are too few chips, and the output directory is below a file."""
     (tmp_path / "file").touch()
     code, found = doctor("--out", tmp_path / "file" / "runs", "--chips", 4)
     assert code == 1 and list(found) == CHECKS
-    assert {name for name, (well, _) in found.items() if well} <= {"versions", "start up", "all hosts sum"}
+    assert {name for name, (success, _) in found.items() if success} <= {"versions", "start up", "all hosts sum"}
     assert found["platform"][1].startswith("JAX runs on cpu, expected tpu")
     assert "expected 4 chips" in found["devices"][1] and "NotADirectoryError" in found["output"][1]
 
 
-def test_doctor_names_the_host_that_is_not_there(tmp_path):
-    told = {"RMR1_COORDINATOR": "localhost:1", "RMR1_PROCESSES": "2", "RMR1_PROCESS": "1"}
-    code, found = doctor("--out", tmp_path, "--platform", "cpu", "--timeout", 1, env=told)
-    assert code == 1 and list(found) == CHECKS[:2]  # a slice without its hosts answers nothing more
+def test_doctor_names_the_missing_host(tmp_path):
+    variables = {"RMR1_COORDINATOR": "localhost:1", "RMR1_PROCESSES": "2", "RMR1_PROCESS": "1"}
+    code, found = doctor("--out", tmp_path, "--platform", "cpu", "--timeout", 1, env=variables)
+    assert code == 1 and list(found) == CHECKS[:2]  # without all its hosts a slice does not respond
     assert not found["start up"][0] and "process 0" in found["start up"][1]
 
 
@@ -88,7 +87,7 @@ def test_scripts_are_bash(script):
     assert run("bash", "-n", script).stderr == ""
 
 
-def test_the_jobset_restarts_what_a_restart_mends():
+def test_the_jobset_restarts_by_exit_code():
     spec = yaml.safe_load((TPU / "gke_jobset.yaml").read_text())
     assert (spec["apiVersion"], spec["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
     [rule] = spec["spec"]["failurePolicy"]["rules"]
@@ -125,8 +124,8 @@ def test_the_sky_task():
 @pytest.mark.parametrize(
     "end", ["exit 0", "exit 1", "exit 2", "exit 42", "exit 134", "sleep 1; kill -USR1 $PPID; sleep 1"]
 )
-def test_slurm_requeues_what_a_restart_mends(tmp_path, end):
-    """The last one is Slurm itself, before the time limit."""
+def test_slurm_requeues_by_exit_code(tmp_path, end):
+    """The last case is the signal of Slurm before the time limit."""
     calls = tmp_path / "calls"
     env = command_line("srun", f'echo "$@" >> {calls}; {end}', tmp_path)
     command_line("scontrol", f'echo "scontrol $@" >> {calls}', tmp_path)
@@ -152,12 +151,12 @@ def test_a_command_on_all_hosts(tmp_path):
     assert run("bash", TPU / "run_all_hosts.sh", "slice").returncode == 2
 
 
-def test_the_host_that_failed_first_gives_the_exit_code(tmp_path):
+def test_the_exit_code_is_that_of_the_host_that_failed_first(tmp_path):
     assert all_hosts(tmp_path, "[ $HOST = two ] && exit 2; exit 134").returncode == 2
     assert all_hosts(tmp_path, "[ $HOST = two ] && exit 0; exit 134").returncode == 134
 
 
-def test_all_hosts_start_again_after_a_preemption_only(tmp_path):
+def test_all_hosts_restart_only_after_a_preemption(tmp_path):
     tried = tmp_path / "tried"
     again = {"RESTARTS": "2", "RESTART_DELAY": "0"}
     # Ends with 42 until each of the two hosts has started twice.
@@ -184,7 +183,7 @@ def test_a_slice_on_compute_engine(slice, machine, hosts):
 
 
 @pytest.mark.parametrize("slice", ["v5e:4x4", "v6e:2x1", "4x4"])
-def test_a_slice_that_is_not_there(slice):
+def test_an_unknown_slice(slice):
     done = run("bash", TPU / "gce_mig.sh", "create", "s", slice, "us-east5-b", env={"DRY_RUN": "1", "PROJECT": "p"})
     assert done.returncode == 2 and slice in done.stderr and not done.stdout
 
@@ -192,7 +191,7 @@ def test_a_slice_that_is_not_there(slice):
 # ---- the page and the notebook
 
 
-def test_the_page_names_what_is_there():
+def test_the_page_names_the_files_of_the_folder():
     text = (TPU / "README.md").read_text()
     names = set(re.findall(r"`(?:tpu/)?([\w.]+\.(?:sh|py|yaml|sbatch|ipynb)|Dockerfile)`", text))
     assert names == {path.name for path in TPU.iterdir() if path.is_file()} - {"README.md"}

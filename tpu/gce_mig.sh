@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# A TPU slice as a managed instance group of Compute Engine (v5p, v6e, tpu7x; v5e is in the Cloud TPU API):
+# Manages a TPU slice as a managed instance group of Compute Engine (v5p, v6e, tpu7x; v5e needs the Cloud TPU API):
 #
 #   tpu/gce_mig.sh create NAME v6e:4x4 us-east5-b       a workload policy, a template and a group, all called NAME
 #   tpu/gce_mig.sh list   NAME v6e:4x4 us-east5-b       PENDING, STAGING, RUNNING: capacity may take long
-#   tpu/gce_mig.sh delete NAME v6e:4x4 us-east5-b       all three; a group whose machines alone are deleted remakes them
+#   tpu/gce_mig.sh delete NAME v6e:4x4 us-east5-b       all three; a group recreates machines that are deleted alone
 #
 # MODEL=SPOT (default), FLEX_START (with DURATION, default 7d), STANDARD or RESERVATION_BOUND (with RESERVATION).
 # DRY_RUN=1 prints the commands of create and delete.
@@ -45,7 +45,7 @@ create() {
         --machine-type="$machine" --provisioning-model="$model" "${how[@]}" --maintenance-policy=TERMINATE \
         --image-project=ubuntu-os-accelerator-images --image-family="$family" --boot-disk-size=200GB \
         --scopes=cloud-platform
-    # All hosts or none; and a policy or a template of one region must be named in full.
+    # bulk: all hosts or none. A policy or a template of one region must be given by its full name.
     gcloud_run compute instance-groups managed create "$name" --project="$project" --zone="$zone" \
         --template="projects/$project/regions/$region/instanceTemplates/$name" --size=0 \
         --workload-policy="projects/$project/regions/$region/resourcePolicies/$name" \

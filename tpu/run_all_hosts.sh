@@ -1,16 +1,17 @@
 #!/usr/bin/env bash
-# One command on every host of a slice at once, each line with its host in front:
+# Runs a command on every host of a slice at once, and prefixes each line of output with its host:
 #
 #   tpu/run_all_hosts.sh NAME ZONE 'cd rmr1 && .venv/bin/rmr1 sft configs/sft_qwen2.5_7b.yaml out=/mnt/runs/sft_7b'
 #
 # NAME is the managed instance group of tpu/gce_mig.sh, or with TPU_API=1 a TPU of the Cloud TPU API (v5e).
-# Where the hosts do not find each other by themselves (tpu/doctor.py says so), EXPLICIT=1 tells them; not with TPU_API.
-# RESTARTS=N starts it again up to N times where it ended with 42 (preempted) or 127-255 (a host was lost).
+# If the hosts do not find each other (tpu/doctor.py reports that), EXPLICIT=1 sets RMR1_COORDINATOR and
+# the like; not with TPU_API.
+# RESTARTS=N restarts the command up to N times after exit code 42 (preempted) or 127-255 (a host was lost).
 #
-# The exit code is the smallest of the hosts' that is not 0: where one host fails for a reason of its own, the others
-# follow it with codes from 127 on. The command ends when this script does: run it on a machine that stays on.
+# The exit code is the smallest of the hosts' that is not 0: when one host fails for a reason of its own, the others
+# follow with codes from 127 on. The command ends when this script does: run it on a machine that stays on.
 set -euo pipefail
-[ $# -eq 3 ] || { sed -n '2,11s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2; exit 2; }
+[ $# -eq 3 ] || { sed -n '2,12s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2; exit 2; }
 name="$1" zone="$2" command="$3"
 
 hosts() {
@@ -32,14 +33,14 @@ on_host() {
 }
 
 once() {
-    local found host tell="" code result=0 pids=()
+    local found host variables="" code result=0 pids=()
     found=($(hosts))
     [ ${#found[@]} -gt 0 ] || { echo "error: $name in $zone has no hosts" >&2; return 2; }
     for host in "${found[@]}"; do
         if [ -n "${EXPLICIT:-}" ]; then
-            tell="export RMR1_COORDINATOR=${found[0]}:8482 RMR1_PROCESSES=${#found[@]} RMR1_PROCESS=${#pids[@]}; "
+            variables="export RMR1_COORDINATOR=${found[0]}:8482 RMR1_PROCESSES=${#found[@]} RMR1_PROCESS=${#pids[@]}; "
         fi
-        on_host "$host" "$tell$command" &
+        on_host "$host" "$variables$command" &
         pids+=($!)
     done
     for pid in "${pids[@]}"; do

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Makes .venv with the package for TPU in the checkout that this file is in; to be run on every host. The hosts' own
-# Python (3.10 on Ubuntu 22.04) is too old: uv brings one.
+# Creates .venv with the package for TPU in the checkout that contains this file. Run it on every host. The Python of the
+# hosts (3.10 on Ubuntu 22.04) is too old, so uv installs a newer one.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python3 -m pip --version >/dev/null 2>&1 || { sudo apt-get update -q && sudo apt-get install -qy python3-pip; }
