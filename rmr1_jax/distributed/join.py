@@ -147,22 +147,21 @@ def check_attendance(coordinator: str, count: int, index: int, timeout: float) -
     if index == 0:
         _collect_attendance(int(port), count, deadline, timeout)
         return
-    answer = ""
-    while answer[:3] not in (OK, FAILED):
-        left = deadline - time.monotonic()
-        if left <= 0:
-            raise RunError(
-                f"process 0, the coordinator at {coordinator}, did not appear within {timeout:g} s, reports process "
-                f"{index} of {count} on {socket.gethostname()}; start it, or check the address and the firewall"
-            )
+    while (left := deadline - time.monotonic()) > 0:
         # An OSError means that process 0 does not listen yet.
         with suppress(OSError), socket.create_connection((host, int(port)), timeout=left) as connection:
             connection.sendall(f"{count} {index} {socket.gethostname()}\n".encode())
             connection.settimeout(timeout + 5)  # the deadline of process 0 may be later than this one's
             answer = connection.makefile(errors="replace").read()
+            if answer == OK:
+                return
+            if answer.startswith(FAILED):
+                raise RunError(answer.removeprefix(FAILED))
         time.sleep(0.1)
-    if answer != OK:
-        raise RunError(answer.removeprefix(FAILED))
+    raise RunError(
+        f"process 0, the coordinator at {coordinator}, did not appear within {timeout:g} s, reports process {index} of "
+        f"{count} on {socket.gethostname()}; start it, or check the address and the firewall"
+    )
 
 
 def _collect_attendance(port: int, count: int, deadline: float, timeout: float) -> None:

@@ -32,16 +32,12 @@ def writing(path: Path, size: int | None = None, then: str = "make room or mend 
 def refusal(path: Path, why: str, size: int | None, then: str) -> str:
     """Return the message for a write that failed, with the bytes that were needed and those that are free."""
     wanted = "" if size is None else f"{size:,} bytes wanted, "
-    return f"{path} cannot be written: {why} ({wanted}{free_bytes(path)}); {then}"
-
-
-def free_bytes(path: Path) -> str:
-    """Describe the free space of the file system that `path` is on or would be on."""
     existing = next((p for p in (path, *path.absolute().parents) if p.exists()), Path("/"))
     try:
-        return f"{shutil.disk_usage(existing).free:,} bytes free"
+        free = f"{shutil.disk_usage(existing).free:,} bytes free"
     except OSError as e:
-        return f"free space unknown: {e.strerror}"
+        free = f"free space unknown: {e.strerror}"
+    return f"{path} cannot be written: {why} ({wanted}{free}); {then}"
 
 
 def write_whole(path: Path, text: str | Iterable[str]) -> None:

@@ -1,4 +1,4 @@
-"""Files that are appended to: rows of an earlier version can be continued."""
+"""Files that grow row by row: a run of an earlier version can be resumed."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Where data and models lie: local paths, hub ids, the cache of the hub without a network, and what is refused."""
+"""Locating data and models: local paths, hub ids, the hub cache without a network, and errors."""
 
 from pathlib import Path
 
@@ -17,8 +17,8 @@ ROW = '{"id": "1", "question": "q", "response_a": "a", "response_b": "b", "bette
 
 
 @pytest.fixture
-def asked(monkeypatch, tmp_path) -> list[dict]:
-    """What snapshot_download is asked for; it answers with a folder that holds data/pairs.jsonl."""
+def calls(monkeypatch, tmp_path) -> list[dict]:
+    """The arguments of the calls of snapshot_download, which returns a folder that holds data/pairs.jsonl."""
     seen = []
 
     def snapshot_download(repo, **given):
@@ -55,7 +55,7 @@ def cache(monkeypatch, tmp_path) -> Path:
         ("Skywork/Skywork-Reward-Preference-80K-v0.2", HubId("Skywork/Skywork-Reward-Preference-80K-v0.2", None, None)),
         ("o/n@v1", HubId("o/n", "v1", None)),
         (f"o/n@{COMMIT}/data/x-0.parquet", HubId("o/n", COMMIT, "data/x-0.parquet")),
-        ("o/n/data", None),  # without a revision: as likely a local path, misspelt
+        ("o/n/data", None),  # without a revision it may be a misspelt local path
         ("data/pairs.jsonl", None),
         ("name", None),
         ("../name", None),
@@ -69,7 +69,7 @@ def test_hub_ids(source, hub):
     assert parse_hub_id(source) == hub
 
 
-def test_a_local_path_stays_as_it_is_and_wins(tmp_path, monkeypatch, asked):
+def test_a_local_path_takes_precedence(tmp_path, monkeypatch, calls):
     monkeypatch.chdir(tmp_path)
     file = tmp_path / "o" / "n"
     file.parent.mkdir()
@@ -78,32 +78,32 @@ def test_a_local_path_stays_as_it_is_and_wins(tmp_path, monkeypatch, asked):
     assert commit_of(file) is None
     with pytest.raises(InputError, match="is a local path: revision='v1' is for hub ids"):
         locate("o/n", "v1")
-    assert not asked
+    assert not calls
 
 
-def test_what_the_hub_is_asked_for(asked):
+def test_downloads(calls):
     data = ["*.jsonl", "*.json", "*.parquet"]
     found = locate("o/n")
     assert found.name == COMMIT and commit_of(found) == COMMIT
     assert locate("o/n", "v1") == locate("o/n@v1") == locate("o/n@v1", "v1") == found
     assert locate("o/n@v1/data") == found / "data" and commit_of(found / "data" / "pairs.jsonl") == COMMIT
     assert locate("o/n", kind="model", patterns=MODEL_FILES) == found
-    assert [(ask["repo_type"], ask["revision"], ask["allow_patterns"]) for ask in asked] == [
+    assert [(ask["repo_type"], ask["revision"], ask["allow_patterns"]) for ask in calls] == [
         ("dataset", None, data),
         *[("dataset", "v1", data)] * 3,
         ("dataset", "v1", ["data", "data/*"]),
         ("model", None, list(MODEL_FILES)),
     ]
-    assert {ask["repo"] for ask in asked} == {"o/n"}
+    assert {ask["repo"] for ask in calls} == {"o/n"}
 
 
-def test_what_is_refused(asked, tmp_path):
+def test_wrong_sources(calls, tmp_path):
     for source in ("data/pairs.jsonl", "a/b/c", str(tmp_path / "none")):
         with pytest.raises(InputError, match="is neither a file or folder nor a hub id"):
             locate(source)
     with pytest.raises(InputError, match="names revision 'v1', and revision='v2' is given"):
         locate("o/n@v1", "v2")
-    assert not asked
+    assert not calls
     with pytest.raises(InputError, match=f"o/n has no 'data/other.jsonl' at {COMMIT}"):
         locate("o/n@v1/data/other.jsonl")
 
@@ -115,8 +115,8 @@ def test_a_model_is_a_directory(tmp_path):
             load(model)
 
 
-@pytest.mark.parametrize("error", [LocalEntryNotFoundError("it is not there"), RuntimeError("the proxy said no")])
-def test_whatever_the_hub_says_is_the_user_s_to_mend(monkeypatch, error):
+@pytest.mark.parametrize("error", [LocalEntryNotFoundError("it is not cached"), RuntimeError("the proxy said no")])
+def test_a_failed_download_is_an_input_error(monkeypatch, error):
     def refuse(*_, **__):
         raise error
 
@@ -130,7 +130,7 @@ def test_whatever_the_hub_says_is_the_user_s_to_mend(monkeypatch, error):
     assert str(error) in message and "hf download o/n --repo-type dataset" in message
 
 
-def test_without_a_network_the_cache_answers(cache):
+def test_the_cache_works_without_a_network(cache):
     for source, revision in (("o/n", None), ("o/n", "v1"), ("o/n@main", None), ("o/n", COMMIT)):
         assert locate(source, revision) == cache
     assert [pair.id for pair in read_pairs(locate("o/n"))] == ["1"]

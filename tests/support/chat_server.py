@@ -1,9 +1,9 @@
-"""An endpoint of the OpenAI chat protocol on 127.0.0.1 that does what a script says: answer, err, delay, drop.
+"""A server of the OpenAI chat protocol on 127.0.0.1 that follows a script: it answers, fails, delays or drops requests.
 
     with ChatServer(lambda request, number: Reply("hello") if number else Reply(status=503)) as server:
         ...  # base_url=server.url; the first request fails, the same one again is answered
 
-What it was asked and how it replied is in `server.log`.
+The requests and replies are in `server.log`.
 """
 
 import collections
@@ -16,14 +16,13 @@ import time
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-KEY = "sk-test-0123456789abcdef"  # what the server takes for a key; it must turn up nowhere
+KEY = "sk-test-0123456789abcdef"  # the key that the server accepts; it must appear in no output
 
 
 @dataclass(frozen=True)
 class Reply:
-    """What to do with one request. status: other than 200 answers with `text` as the error's message. delay: seconds
-    before it. raw: a body of any kind. drop: "before" closes the connection without a word, "middle" in the
-    middle of the body."""
+    """The reply to one request. status: other than 200 replies with `text` as the error's message. delay: in seconds.
+    raw: a body of any kind. drop: "before" closes the connection without a reply, "middle" inside the body."""
 
     text: str = ""
     status: int = 200
@@ -36,7 +35,7 @@ class Reply:
 
 
 class ChatServer:
-    """`script(request, number)` gives a Reply, or a text; number: how often the same messages were asked before.
+    """`script(request, number)` returns a Reply, or a text; number: how many requests had the same messages before.
 
     request: the JSON body (model, messages, temperature, ...). The script runs in the thread of its request. log: a
     tuple (request, number, reply) for each, in the order of arrival. most_at_once: requests in flight.
@@ -62,7 +61,7 @@ class ChatServer:
         if path != "/v1/chat/completions":
             return Reply(f"no such route {path}", status=404)
         if self._key is not None and authorization != f"Bearer {self._key}":
-            return Reply(f"wrong key: {authorization}", status=401)  # as some endpoints do, it repeats the key
+            return Reply(f"wrong key: {authorization}", status=401)  # some endpoints repeat the key
         request = json.loads(body)
         asked = hashlib.sha256(json.dumps(request["messages"]).encode()).digest()
         with self._lock:
@@ -85,7 +84,7 @@ class _Quiet(ThreadingHTTPServer):
     request_queue_size = 128
 
     def handle_error(self, request, client_address):
-        if not isinstance(sys.exception(), ConnectionError):  # a client that was killed
+        if not isinstance(sys.exception(), ConnectionError):  # the client was killed
             super().handle_error(request, client_address)
 
 
@@ -99,7 +98,7 @@ def _handler(server: ChatServer):
                 length = int(self.headers["Content-Length"])
                 body = self.rfile.read(length)
                 if len(body) < length:
-                    raise ConnectionError("the client was killed while it asked")
+                    raise ConnectionError("the client was killed inside its request")
                 reply = server.reply(self.path, self.headers.get("Authorization", ""), body)
                 time.sleep(reply.delay)
                 self._send(reply, json.loads(body))
@@ -110,7 +109,7 @@ def _handler(server: ChatServer):
 
         def _send(self, reply: Reply, request: dict) -> None:
             if reply.drop == "before":
-                return self._hang_up()
+                return self._close()
             answered = _answer(reply, request) if reply.status == 200 else _error(reply)
             content = (json.dumps(answered) if reply.raw is None else reply.raw).encode()
             self.send_response(reply.status)
@@ -121,9 +120,9 @@ def _handler(server: ChatServer):
             self.end_headers()
             self.wfile.write(content[: len(content) // 2] if reply.drop == "middle" else content)
             if reply.drop == "middle":
-                self._hang_up()
+                self._close()
 
-        def _hang_up(self) -> None:
+        def _close(self) -> None:
             self.close_connection = True
             self.wfile.flush()
             self.connection.shutdown(socket.SHUT_RDWR)
