@@ -83,11 +83,11 @@ def parse_json(raw: bytes) -> Any:
     try:
         return json.loads(raw.decode(), object_pairs_hook=unique)
     except UnicodeDecodeError as error:
-        raise ValueError(f"not a JSON file (not UTF-8 at byte {error.start})") from None
+        raise ValueError(f"not UTF-8 at byte {error.start}") from None
     except json.JSONDecodeError as error:
-        raise ValueError(f"not a JSON file ({error})") from None
+        raise ValueError(f"not JSON: {error}") from None
     except RecursionError:
-        raise ValueError("not a JSON file that can be read (nested too deep)") from None
+        raise ValueError("JSON that is nested too deep to be read") from None
 
 
 def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

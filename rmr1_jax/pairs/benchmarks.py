@@ -5,6 +5,8 @@ Next: `pairs/read.py`, which opens the files; `eval/`, which scores the judgemen
 
 from __future__ import annotations
 
+import itertools
+
 from rmr1_jax.pairs.order import Order
 from rmr1_jax.pairs.pair import ROLES, PreferencePair
 from rmr1_jax.pairs.rows import Row
@@ -39,18 +41,17 @@ def parse_rm_bench(row: Row, order: Order) -> list[PreferencePair]:
     name, question, domain = row.identifier("id"), row.text("prompt"), row.text("domain")
     chosen, rejected = _styles(row, "chosen"), _styles(row, "rejected")
     pairs = []
-    for file in range(STYLES):
-        for i in range(STYLES):
-            j = (i + file) % STYLES
-            meta = {"benchmark": "rm-bench", "item": name, "domain": domain, "file": file + 1}
-            pair = PreferencePair.from_preference(
-                f"{name}#{i}-{j}",
-                [("user", question), ("assistant", chosen[i])],
-                [("user", question), ("assistant", rejected[j])],
-                chosen_in_b=order.by_number(row.place.index + i * order.items),
-                meta={**meta, "chosen_style": i, "rejected_style": j, "index": row.place.index},
-            )
-            pairs.append(pair)
+    for file, i in itertools.product(range(STYLES), repeat=2):
+        j = (i + file) % STYLES
+        meta = {"benchmark": "rm-bench", "item": name, "domain": domain, "file": file + 1}
+        pair = PreferencePair.from_preference(
+            f"{name}#{i}-{j}",
+            [("user", question), ("assistant", chosen[i])],
+            [("user", question), ("assistant", rejected[j])],
+            chosen_in_b=order.by_number(row.place.index + i * order.items),
+            meta={**meta, "chosen_style": i, "rejected_style": j, "index": row.place.index},
+        )
+        pairs.append(pair)
     return pairs
 
 

@@ -1,10 +1,10 @@
 """Reads preference pairs from files: our own pairs, public preference sets and benchmarks, recognised by their fields.
 
-    pairs = read_pairs("pairs.jsonl")                       # a generator; memory does not grow with the file
+    pairs = read_pairs("pairs.jsonl")                                               # a generator
     report = ReadReport()
     pairs = read_pairs("pairs.jsonl", rejects="rejects.jsonl", report=report)       # bad rows are set aside
 
-Files are JSONL, JSON arrays or Parquet, whatever the format. Our own rows have `id` and one of
+Files of each format are JSONL, JSON arrays (held in memory whole) or Parquet. Our own rows have `id` and one of
 
     question, response_a, response_b [, better]             shown in this order; better is "A", "B" or null
     question, chosen, rejected                              shown in an order drawn from (seed, id)
@@ -92,12 +92,11 @@ def parse_pair(row: Row, order: Order) -> list[PreferencePair]:
         first, second = ([question, ("assistant", row.text(side))] for side in sides)
     else:
         first, second = (row.messages(side, ROLES, last="assistant") for side in sides)
-    used = {"id", "question", *sides}
+    meta = {key: value for key, value in row.value.items() if key not in ("id", "question", *sides)}
     if sides == ("chosen", "rejected"):
-        meta = {key: value for key, value in row.value.items() if key not in used}
         return [PreferencePair.from_preference(name, first, second, chosen_in_b=order.by_id(name), meta=meta)]
-    meta = {key: value for key, value in row.value.items() if key not in used | {"better"}}
     better = row.side("better")
+    meta.pop("better", None)
     return [PreferencePair(id=name, conversation_a=first, conversation_b=second, better=better, meta=meta)]
 
 

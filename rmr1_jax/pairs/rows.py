@@ -10,25 +10,17 @@ from __future__ import annotations
 
 import itertools
 import json
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Protocol, TypeVar
+from typing import IO, TypeVar
 
 from rmr1_jax.errors import InputError
 from rmr1_jax.files.hub import SUFFIXES
-from rmr1_jax.files.untrusted import own_file, unique, wrong_download
+from rmr1_jax.files.untrusted import own_file, parse_json, wrong_download
 
-
-class HasId(Protocol):
-    """An item with an id that no other item of its source has."""
-
-    id: str
-
-
-Item = TypeVar("Item", bound=HasId)
+Item = TypeVar("Item")  # has an `id`
 
 
 @dataclass(kw_only=True)
@@ -46,7 +38,7 @@ class ReadReport:
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """The place of a row: its number `index` from 0 in the source, and its `line` from 1 (None in Parquet)."""
+    """The place of a row: its number `index` from 0 in the source, and its `line` from 1 in JSONL."""
 
     file: str
     index: int
@@ -207,9 +199,6 @@ def check_rejects(rejects: str | Path | None, path: str | Path | Sequence[str | 
 # ---- files ----
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-_SPACE = " \t\n\r"  # JSON's white space
-_OPENING = re.compile(rf"[{_SPACE}]*\[[{_SPACE}]*(\][{_SPACE}]*)?")
-_SEPARATOR = re.compile(rf"[{_SPACE}]*([,\]])[{_SPACE}]*")
 
 
 def read_rows(path: str | Path | Sequence[str | Path]) -> Iterator[Row | BadRow]:
@@ -223,7 +212,7 @@ def read_rows(path: str | Path | Sequence[str | Path]) -> Iterator[Row | BadRow]
     count = itertools.count()
     for file in itertools.chain.from_iterable(map(source_files, _paths(path))):
         with _open(file, "rb") as opened:
-            head = opened.read(1024).removeprefix(_BYTE_ORDER_MARK).lstrip(_SPACE.encode())
+            head = opened.read(1024).removeprefix(_BYTE_ORDER_MARK).lstrip(b" \t\r\n")
         if what := wrong_download(file):
             raise InputError(f"{file}: {what}")
         if file.suffix == ".parquet":
@@ -267,47 +256,18 @@ def _jsonl(file: Path, count: Iterator[int]) -> Iterator[Row | BadRow]:
             place = Place(file=str(file), index=next(count), line=number)
             raw = line.decode(errors="backslashreplace").rstrip("\r\n")
             try:
-                value = json.loads(line.decode(), object_pairs_hook=unique)
-            except (ValueError, RecursionError) as error:
-                yield BadRow(place, None, _problem(error), raw)
-            else:
-                yield _object(value, place, raw)
+                yield _object(parse_json(line), place, raw)
+            except ValueError as error:
+                yield BadRow(place, None, str(error), raw)
 
 
 def _json_array(file: Path, count: Iterator[int]) -> Iterator[Row | BadRow]:
-    """Yield the elements of the array. They are decoded one by one, so that the line of each is known."""
-    content = file.read_bytes().removeprefix(_BYTE_ORDER_MARK)
     try:
-        text = content.decode()
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise InputError(f"{file}:{line}: {_problem(error)}") from error
-    decoder, separator = json.JSONDecoder(object_pairs_hook=unique), _OPENING.match(text)
-    line, counted = 1, 0
-    while not (separator[1] or "").startswith("]"):
-        start = separator.end()
-        line, counted = line + text.count("\n", counted, start), start
-        place = Place(file=str(file), index=next(count), line=line)
-        try:
-            value, end = decoder.raw_decode(text, start)
-        except (ValueError, RecursionError) as error:
-            trailing = text.startswith("]", start)  # one of the released RMB logs has such a comma
-            problem = "not JSON: there is a comma before the closing bracket" if trailing else _problem(error)
-            raise InputError(f"{file}:{getattr(error, 'lineno', line)}: {problem}") from error
-        yield _object(value, place, text[start:end])
-        separator = _SEPARATOR.match(text, end)
-        if separator is None:
-            raise InputError(f"{place}: not JSON: expected ',' or ']' after the element that begins here")
-    if separator.end() != len(text):
-        raise InputError(f"{file}: not JSON: there is text after the closing bracket")
-
-
-def _problem(error: ValueError | RecursionError) -> str:
-    if isinstance(error, UnicodeDecodeError):
-        return f"not UTF-8 (byte 0x{error.object[error.start]:02x})"
-    if isinstance(error, json.JSONDecodeError):
-        return f"not JSON: {error.msg}"
-    return f"JSON that cannot be read: {error}"  # nested too deep, a key twice, an integer of thousands of digits
+        values = parse_json(file.read_bytes().removeprefix(_BYTE_ORDER_MARK))
+    except ValueError as error:
+        raise InputError(f"{file}: {error}") from error
+    for value in values:
+        yield _object(value, Place(file=str(file), index=next(count)), json.dumps(value))
 
 
 def _object(value: object, place: Place, raw: str) -> Row | BadRow:

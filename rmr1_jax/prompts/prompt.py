@@ -135,10 +135,7 @@ def conversation_text(conversation: Sequence[tuple[str, str]], side: str) -> str
 
 def join_frame(frame: Sequence[str], parts: Sequence[str]) -> str:
     """Put the parts between the frame's texts, of which there is one more than there are parts."""
-    pieces = [frame[0]]
-    for part, text in zip(parts, frame[1:], strict=True):
-        pieces += [part, text]
-    return "".join(pieces)
+    return "".join(text + part for text, part in zip(frame, [*parts, ""], strict=True))
 
 
 def split_frame(frame: Sequence[str], text: str) -> tuple[str, ...] | None:

@@ -98,11 +98,8 @@ def _recover_texts(rows: Numbered, opening: str, delimiters: Sequence[str]) -> t
     _, shortest = min(rows, key=lambda row: len(row[1]))
     before = [shortest[:start] for start in _occurrences(shortest, opening)]
     after = [shortest[start + len(end_b) :] for start in _occurrences(shortest, end_b)]
-    between = []
-    for start in _occurrences(shortest, end_a):
-        end = shortest.find(start_b, start)
-        if end >= 0:
-            between.append(shortest[start + len(end_a) : end])
+    ends = [(start + len(end_a), shortest.find(start_b, start)) for start in _occurrences(shortest, end_a)]
+    between = [shortest[start:end] for start, end in ends if end >= 0]
     return (
         _common(before, rows, "before the delimiters", lambda text, own: text.startswith(own + opening)),
         _common(between, rows, "between the answers", lambda text, own: end_a + own + start_b in text),
