@@ -32,7 +32,7 @@ from rmr1_jax.errors import InputError
 
 C = TypeVar("C")
 
-RENAMED = {"harmless": "escape_untrusted"}  # keys in files of earlier versions, and their names today
+RENAMED = {"harmless": "escape_untrusted"}  # keys in files of earlier versions -> their current names
 
 
 @dataclass_transform(kw_only_default=True, frozen_default=True)
@@ -54,10 +54,11 @@ def config_dataclass(cls: type[C]) -> type[C]:
 
 
 def load_config(cls: type[C], path: str | Path, overrides: Sequence[str] = ()) -> C:
-    """Read `path` (YAML) as a `cls`, after `key.sub=value` overrides.
+    """Read a `cls` from the YAML file `path`, with overrides such as `key.sub=value`.
 
     Raises:
-        InputError: no such file, not YAML, an unknown key, a missing or ill-typed value; all of a kind at once.
+        InputError: the file cannot be read, is not YAML, or has unknown keys, or missing or wrong values. All unknown
+            keys, or all wrong values, are named at once.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -82,17 +83,17 @@ def build_config(cls: type[C], tree: Mapping[str, Any], *, source: str) -> C:
     unknown = list(_unknown_keys(cls, tree))
     if unknown:
         raise InputError(f"{source}: " + "; ".join(unknown))
-    # A section starts from what its own field declares (a recipe), which may differ from its class's defaults.
+    # A section starts from the default of its field (a recipe), which may differ from the defaults of its class.
     declared = {f.name: f.default for f in dataclasses.fields(cls)}
     sections = {k: dataclasses.asdict(v) for k, v in declared.items() if dataclasses.is_dataclass(v)}
     try:
-        return _adapter(cls).validate_python(_over(sections, tree))
+        return _adapter(cls).validate_python(_merge(sections, tree))
     except pydantic.ValidationError as e:
         raise InputError(f"{source}: " + "; ".join(_explain(error) for error in e.errors())) from e
 
 
 def current_names(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings under today's names, whichever version wrote them."""
+    """Return settings of any version under their current names."""
     return {RENAMED.get(key, key): value for key, value in tree.items()}
 
 
@@ -104,12 +105,12 @@ def check_least(config: Any, least: int, *names: str) -> None:  # goes as soon a
 
 
 def dump_config(config: Any) -> str:
-    """The resolved config as YAML; `build_config` reads it back."""
+    """Return the resolved config as YAML, which `load_config` reads back."""
     return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
 
 
 def config_differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
-    """Dotted keys whose values differ between two dumped configs -> (old, new)."""
+    """Compare two trees of settings. Returns dotted keys -> (old, new) of the values that differ."""
     found = {}
     for key in dict.fromkeys([*old, *new]):
         a, b = old.get(key), new.get(key)
@@ -140,33 +141,33 @@ def _override(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
         node: Any = tree
         *parents, last = key.split(".")
         for parent in parents:
-            node = node[_place(node, parent, item)] if isinstance(node, list) else node.setdefault(parent, {})
+            node = node[_index(node, parent, item)] if isinstance(node, list) else node.setdefault(parent, {})
             if not isinstance(node, dict | list):
                 raise InputError(f"override {item!r}: {parent} is a value, not a section")
         try:
-            node[_place(node, last, item)] = yaml.safe_load(value)
+            node[_index(node, last, item)] = yaml.safe_load(value)
         except yaml.YAMLError as e:
             raise InputError(f"override {item!r}: the value is not valid YAML; quote it if it is text") from e
     return tree
 
 
-def _place(node: dict | list, key: str, item: str) -> Any:
-    """The key of a section; of a list, a number from 0."""
+def _index(node: dict | list, key: str, item: str) -> Any:
+    """Return the key of a section, or the index into a list."""
     if isinstance(node, dict):
         return key
     if not key.isdecimal() or int(key) >= len(node):
-        raise InputError(f"override {item!r}: {key!r} is no place in a list of {len(node)}, counted from 0")
+        raise InputError(f"override {item!r}: {key!r} is not an index from 0 to {len(node) - 1}")
     return int(key)
 
 
-def _over(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """`given` over `defaults`, section by section."""
-    both = [k for k in given if isinstance(given[k], Mapping) and isinstance(defaults.get(k), Mapping)]
-    return {**defaults, **given, **{k: _over(defaults[k], given[k]) for k in both}}
+def _merge(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Merge `given` into `defaults`, section by section."""
+    sections = [k for k in given if isinstance(given[k], Mapping) and isinstance(defaults.get(k), Mapping)]
+    return {**defaults, **given, **{k: _merge(defaults[k], given[k]) for k in sections}}
 
 
 def _unknown_keys(hint: Any, tree: Any, prefix: str = ""):
-    if isinstance(tree, list):  # of sections: a field `tuple[Section, ...]`
+    if isinstance(tree, list):  # the values of a field `tuple[Section, ...]`
         for number, item in enumerate(tree):
             yield from _unknown_keys(next(iter(typing.get_args(hint)), None), item, f"{prefix}{number}.")
     cls = _dataclass_of(hint)
@@ -184,6 +185,6 @@ def _unknown_keys(hint: Any, tree: Any, prefix: str = ""):
 
 
 def _dataclass_of(hint: Any) -> Any:
-    """The dataclass in `X` or `X | None`."""
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    return next((x for x in options if dataclasses.is_dataclass(x)), None)
+    """Return the dataclass in a type `X` or `X | None`."""
+    members = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    return next((x for x in members if dataclasses.is_dataclass(x)), None)

@@ -62,11 +62,11 @@ def test_a_list_of_sections(write):
     assert changed.several == (Inner(kind="y"), Inner(rate=3.0, kind="y"))
     for place in ("2.rate", "x.rate", "-1.rate", "2"):
         message = error_of(load_config, Outer, path, [f"several.{place}=1"])
-        assert f"{place.split('.')[0]!r} is no place in a list of 2, counted from 0" in message
+        assert f"{place.split('.')[0]!r} is not an index from 0 to 1" in message
     assert "rate is a value, not a section" in error_of(load_config, Outer, path, ["several.1.rate.x=1"])
 
 
-def test_numbers_as_people_write_them(write):
+def test_numbers_in_scientific_notation(write):
     path = write("out: a\ninner:\n  rate: 1e-6\n")  # YAML 1.1 takes this for text
     assert load_config(Outer, path).inner.rate == 1e-6
     assert load_config(Outer, path, ["inner.rate=2E-5"]).inner.rate == 2e-5
@@ -133,7 +133,7 @@ def test_the_constructor_checks_and_converts():
         Inner(0.1)
 
 
-def test_our_own_checks_reach_the_user_as_they_are():
+def test_messages_of_post_init_are_shown_unchanged():
     wrong = {"out": "a", "optimizer": {"lr": 0}}
     assert error_of(build_config, SftConfig, wrong, source="run.yaml") == "run.yaml: optimizer.lr=0.0 must be above 0"
     wrong = {"out": "a", "rows_per_step": 6, "micro_rows": 4}
@@ -166,7 +166,7 @@ def test_choices(cls, wrong):
     assert f"{name}={value!r} must be" in error_of(cls, out="a", **wrong)
 
 
-def test_files_and_overrides_that_cannot_be_read(write, tmp_path):
+def test_unreadable_files_and_overrides(write, tmp_path):
     assert "cannot read the config" in error_of(load_config, Outer, tmp_path / "none.yaml")
     assert "is not valid YAML" in error_of(load_config, Outer, write("a: [1"))
     assert "holds a list; expected `key: value` lines" in error_of(load_config, Outer, write("- 1"))

@@ -1,7 +1,7 @@
 """The heartbeat: every process of a run shows the others that it is alive, and stops when one of them is lost.
 
-Without it the others would wait in the middle of a step: on some machines for ever, on others until JAX ends them with
-an error that does not name the lost process. The heartbeats are kept in the key-value store of JAX's coordination
+Without it the others would wait in the middle of a step: on some machines without end, on others until JAX ends them
+with an error that does not name the lost process. The heartbeats are kept in the key-value store of JAX's coordination
 service, in process 0. When process 0 itself is lost, JAX ends the others at once, with exit code 134 and its own error.
 Next: `preemption.py`.
 """

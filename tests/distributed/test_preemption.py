@@ -103,7 +103,7 @@ def test_the_process_ends_after_the_grace_period(hold, least, most):
             print("ready", flush=True)
             mutex, lock = ctypes.create_string_buffer(64), ctypes.CDLL(None).pthread_mutex_lock
             lock(mutex)
-            lock(mutex)  # stays in C for ever, and no signal ends it
+            lock(mutex)  # blocks in C without end, and no signal interrupts it
     """
     environ = os.environ | {"RMR1_GRACE_SECONDS": "1"}
     command = [sys.executable, "-c", textwrap.dedent(code)]
