@@ -39,7 +39,7 @@ def contents(page: str) -> list[dict]:
 # Scores.
 
 
-def test_scores_stand_above_the_published_rows_in_the_same_columns(tmp_path):
+def test_scores_are_above_the_published_rows_in_the_same_columns(tmp_path):
     scores, counts, orders, *_ = tables_of(page_of(make_evaluation(tmp_path / "mine")))
     assert scores[0] == ["Judge", "Score", "Chat", "Chat Hard", "Safety", "Reasoning"]
     dash = "\N{EN DASH}"
@@ -47,7 +47,7 @@ def test_scores_stand_above_the_published_rows_in_the_same_columns(tmp_path):
     assert scores[2] == ["Published"]
     assert ["RM-R1 Qwen-32B", "91.4", "95.3", "83.1", "91.9", "95.2"] in scores
     assert ["GPT-4o-0806", "86.7", dash, dash, dash, dash] in scores
-    found = "50.0%"  # of the two quotes of each trace, the one from A stands there
+    found = "50.0%"  # each trace has two quotations, and only that from A is in its answer
     assert counts[1] == ["mine", "40", "3", "2", "1", "626", "580", "1,171", "2,210", found]
     assert orders[1] == ["mine", "83.5%", "55.5%", "71.0%", "69.0%"]
     words = words_of(page_of(tmp_path / "mine"))
@@ -69,7 +69,7 @@ def test_lenses_notes_and_settings_are_shown(tmp_path):
     assert "chat 20 81.2" in words  # an interval that is not known is left out
 
 
-def test_an_evaluation_that_goes_on_and_one_of_scores_alone(tmp_path):
+def test_an_unfinished_evaluation_and_one_without_judgements(tmp_path):
     root = make_evaluation(tmp_path / "mine")
     (root / "summary.json").unlink()
     with (root / "judgements.jsonl").open("a") as file:
@@ -83,7 +83,7 @@ def test_an_evaluation_that_goes_on_and_one_of_scores_alone(tmp_path):
     assert 'id="judgements"' not in page and "70.0" in words_of(page)
 
 
-def test_every_evaluation_below_a_directory_is_taken(tmp_path):
+def test_every_evaluation_below_a_directory_is_shown(tmp_path):
     make_evaluation(tmp_path / "evals/one")
     make_evaluation(tmp_path / "evals/two", benchmark="rmb", scores={"BoN Helpfulness": 0.25})
     page = page_of(tmp_path / "evals")
@@ -125,7 +125,7 @@ def test_a_bad_judgement_is_named_by_line_and_field(tmp_path, change, message):
         page_of(root)
 
 
-def test_hostile_text_is_only_ever_data(tmp_path):
+def test_hostile_text_is_only_data(tmp_path):
     row = judgement(0, question=HOSTILE, response_a=HOSTILE, texts=[[trace("A", HOSTILE) + HOSTILE]], note=HOSTILE)
     row |= {"id": HOSTILE, "meta": {"benchmark": "rewardbench", "section": HOSTILE, "subset": "x", HOSTILE: HOSTILE}}
     changes = {"judge": HOSTILE, "notes": [HOSTILE], "settings": {HOSTILE: HOSTILE, "in": [HOSTILE]}}
@@ -199,7 +199,7 @@ def test_a_published_log_becomes_a_page(shared_data, tmp_path):
     assert main(["score", "rewardbench", "--logs", str(log), "--out", str(tmp_path / "qwen")]) == 0
     page = page_of(tmp_path / "qwen")
     counts = tables_of(page)[1]
-    assert counts[1][:2] == ["qwen", "114"] and counts[1][-1] == "97.5%"  # of 276 quotes, 269 stand where they say
+    assert counts[1][:2] == ["qwen", "114"] and counts[1][-1] == "97.5%"  # 269 of 276 quotations are in their answer
     assert sum(len(piece["rows"]) for piece in contents(page)) == 114
 
 
@@ -218,7 +218,7 @@ def open_first(browser) -> None:
     browser.wait_for("document.querySelector('.sample .sides')")
 
 
-def test_judgements_are_filtered_searched_and_turned_over(tmp_path):
+def test_judgements_are_filtered_searched_and_paged(tmp_path):
     rows = [judgement(i, {0: None, 5: "B"}.get(i % 10, "A")) for i in range(100)]
     rows[77] |= {"response_b": "A NEEDLE in there", "texts": [[trace("A") + "haystack"]]}
     make_evaluation(tmp_path / "mine", rows)
@@ -243,7 +243,7 @@ def test_judgements_are_filtered_searched_and_turned_over(tmp_path):
             browser.wait_for(f"{COUNT} === '1 of 100 judgements'")
             browser.evaluate(SEARCH.format(""))
             browser.wait_for(f"{COUNT} === '100 judgements'")
-        assert browser.complaints() == []
+        assert browser.errors() == []
         assert {url.split(":")[0] for url in browser.requests()} <= {"file", "about", "blob"}
 
 
@@ -264,7 +264,7 @@ def test_an_open_judgement_shows_its_parts_and_links_its_quotes(tmp_path):
         ]
         blocks = browser.evaluate("[...document.querySelectorAll('.block:not(.bare) h4')].map(h => h.textContent)")
         assert blocks == ["Type", "Rubric", "Why this rubric", "Evaluation", "Verdict"]
-        # The quotation from A is linked to its place, the one from B stands nowhere.
+        # The quotation from A is linked to its place; the one from B is not in answer B.
         assert browser.evaluate("document.querySelector('.side.A mark.stands').textContent") == "short words"
         assert browser.evaluate("document.querySelectorAll('.side.B mark.stands').length") == 0
         assert browser.evaluate("document.querySelector('mark.quote.B + .found').textContent") == "not found"
@@ -279,7 +279,7 @@ def test_an_open_judgement_shows_its_parts_and_links_its_quotes(tmp_path):
             assert min(json.loads(browser.evaluate(CONTRASTS))) >= 4.5
         browser.set_size(400, 800, mobile=True)
         assert browser.evaluate("document.documentElement.scrollWidth") <= 400
-        assert browser.complaints() == []
+        assert browser.errors() == []
 
 
 def test_votes_and_orders_are_switched_between(tmp_path):
@@ -302,7 +302,7 @@ def test_votes_and_orders_are_switched_between(tmp_path):
         side = "document.querySelector('.side.{} .words').textContent"
         assert browser.evaluate(side.format("A")) == "Some short words, number 0"
         browser.evaluate("document.querySelectorAll('.tabs button')[2].click()")
-        assert browser.evaluate(side.format("A")) == "Others"  # the answers stand as this text saw them
+        assert browser.evaluate(side.format("A")) == "Others"  # the answers are in the order that this text saw
         badges = "document.querySelector('.side.B h4').textContent"
         assert browser.evaluate(badges).startswith("Answer Bbetterjudge")
         assert "7 tokens" in browser.evaluate("document.querySelector('.sample .inside').textContent")
@@ -314,12 +314,12 @@ def test_votes_and_orders_are_switched_between(tmp_path):
             "[...document.querySelectorAll('.sample')[1].querySelectorAll('.side h4')].map(h => h.textContent).join()"
         )
         assert "score 2.500" in browser.evaluate(heads) and "score -0.1250" in browser.evaluate(heads)
-        assert browser.complaints() == []
+        assert browser.errors() == []
 
 
-def test_what_one_judge_got_right_and_another_did_not(tmp_path):
+def test_a_count_of_the_comparison_lists_its_judgements(tmp_path):
     rows = [judgement(i, "A" if i % 4 else "B") for i in range(60)]
-    rows.reverse()  # rows are matched by id, not by place
+    rows.reverse()  # rows are matched by id, not by position
     write_report([make_evaluation(tmp_path / "first"), make_evaluation(tmp_path / "second", rows)], tmp_path / "r.html")
     with chromium(tmp_path / "profile") as browser:
         browser.open(tmp_path / "r.html")
@@ -335,7 +335,7 @@ def test_what_one_judge_got_right_and_another_did_not(tmp_path):
         assert browser.evaluate("document.querySelector('.in-answer .words').textContent") == "<answer>[[B]]</answer>"
         browser.evaluate(CHOOSE.format("judge", "second"))
         assert browser.evaluate(COUNT) == "60 judgements"
-        assert browser.complaints() == []
+        assert browser.errors() == []
 
 
 def test_hostile_text_is_shown_as_text(tmp_path):
@@ -351,7 +351,7 @@ def test_hostile_text_is_shown_as_text(tmp_path):
         assert browser.evaluate("document.querySelector('.side.A mark.stands').textContent") == HOSTILE
         assert browser.evaluate("document.querySelectorAll('img, main b, main script').length") == 0
         assert browser.evaluate("document.title").startswith("rmr1 report")
-        assert browser.complaints() == []
+        assert browser.errors() == []
 
 
 @pytest.mark.slow
@@ -374,4 +374,4 @@ def test_three_thousand_judgements_keep_the_page_small(tmp_path):
         assert browser.evaluate("unpacked.size") <= 24
         seconds = "(performance.timing.loadEventEnd - performance.timing.navigationStart) / 1000"
         print(f"3,000 judgements listed after {browser.evaluate(seconds)} s")
-        assert browser.complaints() == []
+        assert browser.errors() == []

@@ -11,7 +11,7 @@ from run_directories import write_lines
 from rmr1_jax.report.judgements import pack, shown_judgements
 
 
-def test_offsets_count_as_a_script_counts(tmp_path):
+def test_offsets_are_in_utf16_code_units(tmp_path):
     answer = "🙂🙂 Some short words here"
     file = write_lines(tmp_path / "judgements.jsonl", [judgement(0, response_a=answer)])
     (row,) = shown_judgements(file, [])
@@ -21,14 +21,14 @@ def test_offsets_count_as_a_script_counts(tmp_path):
     assert row["quotes"] == ["found", "not found"]
 
 
-def test_quotes_of_the_second_order_are_looked_for_in_the_answers_as_it_saw_them(tmp_path):
+def test_quotes_of_the_second_order_are_located_in_the_exchanged_answers(tmp_path):
     row = judgement(0, texts=[[trace("A")], [trace("B", said="Others")]], verdicts=[["A"], ["A"]])
     (read,) = shown_judgements(write_lines(tmp_path / "judgements.jsonl", [row]), [])
     assert read["quotes"] == ["found", "not found"] * 2
     assert read["facets"]["orders"] == "agree" and read["facets"]["quotes"] == "some not found"
 
 
-def test_of_conversations_what_both_begin_with_is_the_question(tmp_path):
+def test_the_question_of_two_conversations_is_their_common_beginning(tmp_path):
     turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}]
     asked = [*turns, {"role": "user", "content": "And?"}]
     sides = {side: [*asked, {"role": "assistant", "content": side}] for side in "ab"}
@@ -44,7 +44,7 @@ def test_of_conversations_what_both_begin_with_is_the_question(tmp_path):
 # The data of the page.
 
 
-def test_every_judgement_is_in_the_page_and_shared_texts_stand_once(tmp_path):
+def test_every_judgement_is_packed_and_shared_texts_are_stored_once(tmp_path):
     words = [" ".join(f"{i * j * 7919 % 99991:x}" for j in range(400)) for i in range(40)]
     rows = [judgement(i, question=words[i % 40], response_a=f"{i} " + words[-i % 40]) for i in range(400)]
     first, second = (
@@ -60,7 +60,7 @@ def test_every_judgement_is_in_the_page_and_shared_texts_stand_once(tmp_path):
         assert row["at"] == [judge, number] and name == f"q{number}" and words[number % 40].startswith(brief)
         assert unpacked[piece]["texts"][row["question"]] == words[number % 40]
         assert index["filters"]["outcome"][facets[0]] == "right"
-    # The second judge's texts are the first one's: they stand once in a piece.
+    # Both judges have the same texts, which are stored once in a piece.
     assert all(len(set(piece["texts"])) == len(piece["texts"]) for piece in unpacked)
     assert pack([first, second[:100]]) == (index, pieces)  # the same bytes
 

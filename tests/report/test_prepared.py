@@ -50,7 +50,7 @@ class Text(HTMLParser):
         self.words.append(data)
 
 
-def test_the_page_says_it_all_and_loads_nothing(prepared, tmp_path):
+def test_the_page_shows_all_numbers_and_loads_nothing(prepared, tmp_path):
     out = write_report([prepared], tmp_path / "report.html")
     page = out.read_text(encoding="utf-8")
     found = Text(page)

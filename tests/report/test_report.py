@@ -26,7 +26,7 @@ def test_a_directory_without_a_run_says_what_was_expected(tmp_path):
         write_report([], tmp_path / "report.html")
 
 
-def test_runs_and_evaluations_do_not_mix(tmp_path):
+def test_runs_and_evaluations_need_a_page_each(tmp_path):
     run, evaluation = make_run(tmp_path / "run"), make_evaluation(tmp_path / "evaluation")
     with pytest.raises(
         InputError, match=r"evaluation is an evaluation and run a training run; .* Make two: rmr1 report"
@@ -37,7 +37,7 @@ def test_runs_and_evaluations_do_not_mix(tmp_path):
     assert "run/eval: an evaluation, which has a page of its own" in words and "After GRPO" in words
 
 
-def test_half_a_surrogate_pair_does_not_stop_the_report(tmp_path):
+def test_a_lone_surrogate_does_not_stop_the_report(tmp_path):
     root = make_run(tmp_path / "run")
     (root / "results.json").write_text('{"note on \\ud800": "x \\udfff"}')
     assert "x \\udfff" in page_of(root)
@@ -46,4 +46,4 @@ def test_half_a_surrogate_pair_does_not_stop_the_report(tmp_path):
 def test_the_same_runs_give_the_same_bytes(tmp_path):
     root = make_run(tmp_path / "run")
     assert page_of(root) == page_of(root)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["report.html", "run"]  # nothing half-written is left
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["report.html", "run"]  # no partial file is left

@@ -28,8 +28,8 @@ def test_the_table_shows_stages_in_order_with_gains_over_where_each_began(tmp_pa
     gains = "gain over the untrained policy 72.7% +72.7 74.1% +74.1 71.3% +71.3 30.1% +30.1 100.0% +100.0 52.1 125.2"
     assert " ".join(rows[1][2:]) == gains
     assert "gain over SFT 86.0% +13.3 96.1% +22.0" in " ".join(rows[2])
-    assert "gain over SFT 72.1% \N{MINUS SIGN}0.6" in " ".join(rows[3])  # the control began where GRPO began
-    assert rows[3][-2:] == ["52.0", "\N{EN DASH}"]  # no seconds were given for it
+    assert "gain over SFT 72.1% \N{MINUS SIGN}0.6" in " ".join(rows[3])  # the control and GRPO both start from SFT
+    assert rows[3][-2:] == ["52.0", "\N{EN DASH}"]  # it has no seconds
 
 
 def test_notes_facts_and_unknown_keys_are_shown(tmp_path):
@@ -84,7 +84,7 @@ def test_a_trace_is_shown_with_its_parts_sides_and_badges(tmp_path):
     assert 'data-outcome="no verdict"' in silent and "Malformed: <eval> is not closed" in words_of(silent)
 
 
-def test_verdicts_stand_in_for_samples(tmp_path):
+def test_verdicts_are_shown_where_there_are_no_samples(tmp_path):
     rows = [{"id": 1, "winner": "A", "status": "ok", "votes": 1, "text": REASONING, "correct": True}]
     rows += [{"id": 2, "winner": None, "status": "too_long", "votes": 0, "text": "", "correct": None}]
     rows += [{"id": 3, "winner": "B", "status": "ok", "votes": 1, "text": CHAT}]
@@ -95,10 +95,10 @@ def test_verdicts_stand_in_for_samples(tmp_path):
         "no verdict",
         "not known",
     ]
-    assert 'data-kind="reasoning"' in page and "too_long" in page  # the kind is the trace's own where the row has none
+    assert 'data-kind="reasoning"' in page and "too_long" in page  # the trace gives the kind if the row has none
 
 
-def test_of_many_judgements_an_even_choice_is_shown(tmp_path):
+def test_the_shown_traces_are_spread_evenly_over_the_outcomes(tmp_path):
     rows = [sample(i, stage="grpo") for i in range(300)]
     rows[250:254] = [sample(i, stage="grpo", winner="B", correct=False) for i in range(250, 254)]
     root = make_run(tmp_path / "run", rows)
@@ -155,7 +155,7 @@ def test_the_page_is_complete_in_itself(tmp_path):
 # Metrics and the files of a run.
 
 
-def test_a_line_that_is_cut_short_is_a_note_and_any_other_bad_line_an_error(tmp_path):
+def test_an_incomplete_last_line_is_a_warning_and_any_other_bad_line_an_error(tmp_path):
     root = make_run(tmp_path / "run")
     file = root / "sft/metrics.jsonl"
     whole = file.read_text()
@@ -181,6 +181,16 @@ def test_a_step_that_is_written_again_counts_once_and_nulls_leave_a_gap(tmp_path
     data = json.loads(re.search(r'id="curves-data">(.*?)</script>', page, flags=re.S)[1])
     assert data[0]["lines"][0]["steps"] == [0, 1] and data[0]["lines"][0]["raw"] == [5.0, 4.0]
     assert "loss is null or not finite in 1 of 3 steps" in words_of(page)
+
+
+def test_metrics_of_throughput_come_last_and_are_folded_away(tmp_path):
+    rows = [{"step": i, "data_seconds": 0.1, "loss": 1.0, "accuracy": 0.5, "tokens": 7} for i in range(3)]
+    write_lines(tmp_path / "run/metrics.jsonl", rows)
+    page = page_of(tmp_path / "run")
+    shown, folded = page.split('<details class="more">')
+    title = r"<figcaption><span>([^<]*)"
+    assert re.findall(title, shown) == ["accuracy", "loss"]
+    assert re.findall(title, folded) == ["data seconds", "tokens"]
 
 
 def test_two_runs_share_their_panels_and_are_told_apart(tmp_path):
@@ -238,7 +248,7 @@ def test_the_page_works_in_a_browser(tmp_path):
             assert min(json.loads(browser.evaluate(CONTRASTS))) >= 4.5
         browser.set_size(400, 800, mobile=True)
         assert browser.evaluate("document.documentElement.scrollWidth") <= 400
-        assert browser.complaints() == []
+        assert browser.errors() == []
         assert {url.split(":")[0] for url in browser.requests()} <= {"file", "about"}
 
 

@@ -1,4 +1,4 @@
-"""A page in headless Chromium, for tests, driven over the browser's own debugging pipe: no driver need be installed."""
+"""A page in headless Chromium for tests, driven over the debugging pipe of the browser, so that no driver is needed."""
 
 import base64
 import fcntl
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-PATIENCE = 60  # seconds for one answer, on a machine that has much else to do
+TIMEOUT = 60  # seconds for one answer, on a busy machine
 
 # The contrast (WCAG 2) of every element that has text of its own with the nearest background behind it.
 CONTRASTS = """
@@ -66,7 +66,7 @@ class Browser:
 
     def receive(self) -> dict:
         while b"\0" not in self.buffer:
-            assert select.select([self.from_browser], [], [], PATIENCE)[0], f"no answer from Chromium for {PATIENCE} s"
+            assert select.select([self.from_browser], [], [], TIMEOUT)[0], f"no answer from Chromium for {TIMEOUT} s"
             piece = os.read(self.from_browser, 1 << 20)
             assert piece, "Chromium has ended"
             self.buffer += piece
@@ -79,20 +79,20 @@ class Browser:
             self.events.append(self.receive())
 
     def evaluate(self, expression: str):
-        """The value of a JavaScript expression; of a promise, what it comes to."""
+        """Returns the value of a JavaScript expression; a promise is awaited."""
         result = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in result, result
         return result["result"].get("value")
 
     def wait_for(self, expression: str) -> None:
-        """Waits until the expression is true, which a page that unpacks or searches takes its time for."""
-        end = time.monotonic() + PATIENCE
+        """Waits until the expression is true, because decompressing and searching take time."""
+        end = time.monotonic() + TIMEOUT
         while not self.evaluate(f"!!({expression})"):
-            assert time.monotonic() < end, f"not true within {PATIENCE} s: {expression}"
+            assert time.monotonic() < end, f"not true within {TIMEOUT} s: {expression}"
             time.sleep(0.02)
 
     def set_scheme(self, scheme: str) -> None:
-        """The colour scheme that the page is told its reader likes, "light" or "dark"."""
+        """Sets the colour scheme that the reader prefers, "light" or "dark"."""
         self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
 
     def set_size(self, width: int, height: int, *, mobile: bool = False) -> None:
@@ -101,7 +101,7 @@ class Browser:
     def screenshot(self, file: Path) -> None:
         file.write_bytes(base64.b64decode(self.call("Page.captureScreenshot")["data"]))
 
-    def complaints(self) -> list[dict]:
+    def errors(self) -> list[dict]:
         bad = ("Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Log.entryAdded")
         return [event for event in self.events if event.get("method") in bad]
 
@@ -112,7 +112,7 @@ class Browser:
 
 @contextmanager
 def chromium(profile: Path) -> Iterator[Browser]:
-    """A browser with an empty page; `profile` is a directory it may fill. Skips the test where there is no Chromium."""
+    """Starts a browser with an empty page and its profile in this directory. Skips the test if there is no Chromium."""
     program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if program is None:
         pytest.skip("no chromium on PATH")
@@ -123,7 +123,7 @@ def chromium(profile: Path) -> Iterator[Browser]:
     wiring = [(os.POSIX_SPAWN_DUP2, its_input, 3), (os.POSIX_SPAWN_DUP2, its_output, 4)]
     wiring += [(os.POSIX_SPAWN_DUP2, quiet, 1), (os.POSIX_SPAWN_DUP2, quiet, 2)]
     command = [program, *flags.split(), f"--user-data-dir={profile}"]
-    own = os.environ | {"HOME": str(profile)}  # where it leaves its crash reports
+    own = os.environ | {"HOME": str(profile)}  # for its crash reports
     process = os.posix_spawn(program, command, own, file_actions=wiring, setpgroup=0)
     for end in (its_input, its_output, quiet):
         os.close(end)
@@ -132,12 +132,12 @@ def chromium(profile: Path) -> Iterator[Browser]:
     finally:
         os.close(our_output)
         os.close(our_input)
-        os.killpg(process, signal.SIGKILL)  # it and its helpers, which are a group of their own
+        os.killpg(process, signal.SIGKILL)  # the browser and its child processes, which are a process group
         os.waitpid(process, 0)
 
 
 def _moved_up(end: int) -> int:
-    """The same file under a number above 9, so that handing it on as 3 or 4 overwrites no other."""
+    """Duplicates the descriptor to one above 9, so that passing it as 3 or 4 replaces no other."""
     moved = fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 10)
     os.close(end)
     return moved
