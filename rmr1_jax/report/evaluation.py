@@ -9,6 +9,7 @@ Read next: `judgements.py`, which reads the judgements; `templates/evaluation.ht
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
@@ -178,9 +179,7 @@ def _comparison(
 ) -> dict[str, Any]:
     """Compares two judges on the pairs that both judged. `right`: for each judge, whether it was right, by id."""
     shared = right[0].keys() & right[1].keys()
-    counts = {(a, b): 0 for a in (True, False) for b in (True, False)}
-    for name in shared:
-        counts[right[0][name], right[1][name]] += 1
+    counts = Counter((right[0][name], right[1][name]) for name in shared)
     facts = {}
     try:
         if shared:

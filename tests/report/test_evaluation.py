@@ -94,7 +94,7 @@ def test_every_evaluation_below_a_directory_is_shown(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", r"not a JSON file"),
+        ("{", r"not JSON"),
         ("[]", r"expected a JSON object, got list"),
         ('{"loss": 1}', r"field 'benchmark' is missing; not what `rmr1 eval` and `rmr1 score` write"),
     ],
