@@ -39,11 +39,7 @@ from rmr1_jax.prompts.trace import after_thinking
 from rmr1_jax.prompts.verdict import other_side
 
 ENDING = "\n<answer>[["
-
-
 CLOSE = "\n</think>\n"  # closes an open thought
-
-
 _BATCH = 64  # judgements that are computed and written at a time
 
 

@@ -14,8 +14,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from rmr1_jax.eval import logs
 from rmr1_jax.eval.benchmark import Benchmark, section_of
-from rmr1_jax.eval.logs import OURS, ArrayFiles, Judged, extras, log_files, with_meta, with_ours
+from rmr1_jax.eval.logs import OURS, ArrayFiles, Judged
 from rmr1_jax.eval.scores import Items, Place
 from rmr1_jax.judge.file import judgement_row
 from rmr1_jax.judge.judgement import Judgement, count_votes, settle
@@ -25,14 +26,8 @@ from rmr1_jax.prompts.trace import Trace, parse_trace
 from rmr1_jax.prompts.verdict import other_side
 
 LOG = "JudgeBench/dataset=judgebench,response_model={answers},judge_name=rmr1,judge_model={model}.jsonl"
-
-
 SOURCES = ("mmlu-pro", "livebench-reasoning", "livebench-math", "livecodebench")  # prefixes of a pair's `source`
-
-
 _BETTER = MappingProxyType({"A>B": "A", "B>A": "B"})
-
-
 _DECISION = MappingProxyType({"A": "A>B", "B": "B>A", None: None})
 
 
@@ -45,7 +40,7 @@ class JudgeBench(Benchmark):
         fields = {"pair_id", "label", "response_A", "response_B"}
         pairs = parse_rows(read_rows(path), lambda row: [_pair(row)] if fields & set(row.value) else [])
         for number, pair in enumerate(pairs):
-            yield with_meta(pair, number=number)
+            yield logs.with_meta(pair, number=number)
 
     def write_logs(self, files: ArrayFiles, rows: Iterable[Judged], judge: str) -> None:
         """Write one log for each model that wrote answers: the data's row and the decision in each order."""
@@ -60,10 +55,10 @@ class JudgeBench(Benchmark):
                 for order, (texts, verdicts) in enumerate(zip(row["texts"], row["verdicts"], strict=True))
             ]
             answers = meta["response_model"].replace("/", "_")
-            files.add(LOG.format(answers=answers, model=judge), {**entry, OURS: extras(row)})
+            files.add(LOG.format(answers=answers, model=judge), {**entry, OURS: logs.extras(row)})
 
     def find_logs(self, path: Path) -> list[Path]:
-        return log_files(
+        return logs.log_files(
             path, lambda file: ",judge_name=" in file.name, "dataset=judgebench,*,judge_name=*.jsonl", "*.jsonl"
         )
 
@@ -85,7 +80,7 @@ class JudgeBench(Benchmark):
                 texts=tuple(texts),
                 verdicts=tuple(verdicts),
             )
-            yield with_ours(entry, judgement_row(_pair(entry), judgement), entry.value.get(OURS))
+            yield logs.with_ours(entry, judgement_row(_pair(entry), judgement), entry.value.get(OURS))
 
     def place(self, row: Mapping[str, Any]) -> Place:
         return Place("all", row["id"], group=_section(str(row["meta"]["subset"])))

@@ -19,14 +19,8 @@ from rmr1_jax.judge.judgement import RULES, settle
 from rmr1_jax.prompts.verdict import other_side
 
 BUDGETS = (512, 1024, 2048, 4096, 8192)  # tokens, as the paper plots
-
-
 FORCED = "forced.jsonl"
-
-
 Cut = Callable[[str, int], str]  # (text, tokens) -> its first tokens
-
-
 Forced = Mapping[str, Mapping[str, list[list[str | None]]]]  # id -> budget -> verdicts by order and vote
 
 

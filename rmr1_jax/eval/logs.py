@@ -29,11 +29,7 @@ from rmr1_jax.prompts.trace import Trace, parse_trace
 from rmr1_jax.prompts.verdict import eval_verdict, other_side
 
 JUDGEMENTS = "judgements.jsonl"
-
-
 FLAG = "Is_Chosen_Answer_Shuffled_toPositionB"
-
-
 OURS = "rmr1"  # the key of the fields that our entries have beyond the published format
 
 
@@ -85,12 +81,8 @@ _META = {
     "rmb": {"category": str, "item": str},
 }
 
-
 EXTRAS = tuple(_Outcome.model_fields)
-
 Conversation = list[tuple[str, str]]  # (role, content)
-
-
 Judged = dict[str, Any]  # a row of judgements.jsonl
 
 

@@ -14,21 +14,9 @@ from types import MappingProxyType
 from typing import Any
 
 from rmr1_jax.errors import InputError
+from rmr1_jax.eval import logs
 from rmr1_jax.eval.benchmark import Benchmark
-from rmr1_jax.eval.logs import (
-    FLAG,
-    OURS,
-    ArrayFiles,
-    Judged,
-    Published,
-    as_messages,
-    conversations,
-    extras,
-    judged,
-    log_files,
-    shown_text,
-    with_meta,
-)
+from rmr1_jax.eval.logs import FLAG, OURS, ArrayFiles, Judged
 from rmr1_jax.eval.scores import Items, Place, Statistic, score
 from rmr1_jax.pairs.order import LegacyFlags
 from rmr1_jax.pairs.pair import PreferencePair
@@ -36,8 +24,6 @@ from rmr1_jax.pairs.read import read_pairs
 from rmr1_jax.pairs.rows import Row, source_files
 
 LOG = "reward_bench/log_result/logs.json"
-
-
 SUBSETS = "reward_bench/score_result/each_small_section_score.json"
 
 SECTIONS: Mapping[str, Mapping[str, int]] = MappingProxyType(
@@ -76,7 +62,6 @@ SECTIONS: Mapping[str, Mapping[str, int]] = MappingProxyType(
     }
 )
 
-
 _SECTION_OF = MappingProxyType({subset: name for name, subsets in SECTIONS.items() for subset in subsets})
 
 
@@ -89,24 +74,24 @@ class RewardBench(Benchmark):
         filtered = [file for file in source_files(path) if file.name.startswith("filtered")]
         pairs = read_pairs(filtered[0] if len(filtered) == 1 else path, self.name, flags=LegacyFlags(0))
         for number, pair in enumerate(pairs):
-            yield with_meta(pair, section=_section(str(pair.meta["subset"])), number=number)
+            yield logs.with_meta(pair, section=_section(str(pair.meta["subset"])), number=number)
 
     def write_logs(self, files: ArrayFiles, rows: Iterable[Judged], judge: str) -> None:
         for row in rows:
-            chosen, rejected = conversations(row)
-            entry = {"text_chosen": as_messages(chosen), "text_rejected": as_messages(rejected)}
-            entry |= {"results": int(row["correct"]), "answers": shown_text(row), FLAG: row["better"] == "B"}
+            chosen, rejected = logs.conversations(row)
+            entry = {"text_chosen": logs.as_messages(chosen), "text_rejected": logs.as_messages(rejected)}
+            entry |= {"results": int(row["correct"]), "answers": logs.shown_text(row), FLAG: row["better"] == "B"}
             meta = row["meta"]
-            files.add(LOG, {**entry, "subset": meta["subset"], "id": meta.get("id"), OURS: extras(row)})
+            files.add(LOG, {**entry, "subset": meta["subset"], "id": meta.get("id"), OURS: logs.extras(row)})
 
     def find_logs(self, path: Path) -> list[Path]:
-        return log_files(path, lambda file: file.name == "logs.json", "logs.json")
+        return logs.log_files(path, lambda file: file.name == "logs.json", "logs.json")
 
     def judgements_of(self, entries: Iterable[Row]) -> Iterator[Judged]:
         for entry in entries:
             subset, number = entry.text("subset"), entry.identifier("id")
             meta = {"benchmark": self.name, "subset": subset, "id": entry.value["id"], "section": _section(subset)}
-            yield judged(entry, f"{subset}/{number}", Published.of(entry), meta)
+            yield logs.judged(entry, f"{subset}/{number}", logs.Published.of(entry), meta)
 
     def place(self, row: Mapping[str, Any]) -> Place:
         subset = row["meta"]["subset"]

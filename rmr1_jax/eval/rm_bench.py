@@ -19,20 +19,9 @@ from typing import Any
 import numpy as np
 
 from rmr1_jax.errors import InputError
+from rmr1_jax.eval import logs
 from rmr1_jax.eval.benchmark import Benchmark, section_of
-from rmr1_jax.eval.logs import (
-    FLAG,
-    OURS,
-    ArrayFiles,
-    Judged,
-    Published,
-    conversations,
-    extras,
-    judged,
-    log_files,
-    shown_text,
-    with_meta,
-)
+from rmr1_jax.eval.logs import FLAG, OURS, ArrayFiles, Judged
 from rmr1_jax.eval.scores import Items, Place, Statistic, equal_sections
 from rmr1_jax.pairs.benchmarks import STYLES
 from rmr1_jax.pairs.order import LegacyFlags
@@ -41,16 +30,9 @@ from rmr1_jax.pairs.read import read_pairs
 from rmr1_jax.pairs.rows import Row, describe
 
 LOG = "RM-Bench/total_dataset_{file}_{model}.json"
-
-
 _LOG_NAME = re.compile(r"total_dataset_([123])_.*\.json")
-
-
 DOMAINS = ("chat", "math", "code", "safety")
-
-
 _CELLS = [(i, j) for i in range(STYLES) for j in range(STYLES)]  # (chosen style, rejected style); bit i * STYLES + j
-
 
 # Hard is where the rejected answer has the more elaborate style.
 DIFFICULTIES = {
@@ -69,7 +51,7 @@ class RmBench(Benchmark):
 
     def load(self, path: Path) -> Iterator[PreferencePair]:
         for number, pair in enumerate(read_pairs(path, self.name, flags=LegacyFlags(0))):
-            yield with_meta(pair, section=_domain(str(pair.meta["domain"])), number=number)
+            yield logs.with_meta(pair, section=_domain(str(pair.meta["domain"])), number=number)
 
     def write_logs(self, files: ArrayFiles, rows: Iterable[Judged], judge: str) -> None:
         """Write three logs. An item that lacks a pair is left out."""
@@ -85,7 +67,7 @@ class RmBench(Benchmark):
                     files.add(LOG.format(file=file + 1, model=judge), _entry(styles))
 
     def find_logs(self, path: Path) -> list[Path]:
-        return log_files(path, lambda file: bool(_LOG_NAME.fullmatch(file.name)), "total_dataset_{1,2,3}_*.json")
+        return logs.log_files(path, lambda file: bool(_LOG_NAME.fullmatch(file.name)), "total_dataset_{1,2,3}_*.json")
 
     def judgements_of(self, entries: Iterable[Row]) -> Iterator[Judged]:
         """One row for each chosen style. The number in the file's name tells the rejected styles."""
@@ -185,7 +167,7 @@ def _without_file_2(bits: int) -> int:
 def _entry(rows: list[Judged]) -> dict[str, Any]:
     """An item in one file: its three chosen styles, each with the rejected answer it was compared with."""
     meta = rows[0]["meta"]
-    sides = [conversations(row) for row in rows]
+    sides = [logs.conversations(row) for row in rows]
     return {
         "id": meta["item"],
         "prompt": sides[0][0][0][1],
@@ -193,9 +175,9 @@ def _entry(rows: list[Judged]) -> dict[str, Any]:
         "rejected": [rejected[-1][1] for _, rejected in sides],
         "domain": meta["domain"],
         "result": [int(row["correct"]) for row in rows],
-        "output": [shown_text(row) for row in rows],
+        "output": [logs.shown_text(row) for row in rows],
         FLAG: [row["better"] == "B" for row in rows],
-        OURS: [extras(row) for row in rows],
+        OURS: [logs.extras(row) for row in rows],
     }
 
 
@@ -214,7 +196,7 @@ def _judged_styles(entry: Row, file: int) -> Iterator[Judged]:
         chosen, rejected, text = (
             entry.checked_text(fields[name][i], f"{name}[{i}]") for name in ("chosen", "rejected", "output")
         )
-        published = Published(
+        published = logs.Published(
             chosen=[("user", question), ("assistant", chosen)],
             rejected=[("user", question), ("assistant", rejected)],
             text=text,
@@ -222,7 +204,7 @@ def _judged_styles(entry: Row, file: int) -> Iterator[Judged]:
             in_b=fields[FLAG][i],
             ours=ours[i],
         )
-        yield judged(entry, f"{item}#{i}-{j}", published, {**meta, "chosen_style": i, "rejected_style": j})
+        yield logs.judged(entry, f"{item}#{i}-{j}", published, {**meta, "chosen_style": i, "rejected_style": j})
 
 
 def _domain(name: str) -> str:

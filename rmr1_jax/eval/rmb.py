@@ -15,21 +15,9 @@ from types import MappingProxyType
 from typing import Any
 
 from rmr1_jax.errors import InputError
+from rmr1_jax.eval import logs
 from rmr1_jax.eval.benchmark import Benchmark
-from rmr1_jax.eval.logs import (
-    FLAG,
-    OURS,
-    ArrayFiles,
-    Judged,
-    Published,
-    as_messages,
-    conversations,
-    extras,
-    judged,
-    log_files,
-    shown_text,
-    with_meta,
-)
+from rmr1_jax.eval.logs import FLAG, OURS, ArrayFiles, Judged
 from rmr1_jax.eval.scores import Items, Place, Statistic, equal_sections
 from rmr1_jax.pairs.order import LegacyFlags
 from rmr1_jax.pairs.pair import PreferencePair
@@ -37,7 +25,6 @@ from rmr1_jax.pairs.read import read_pairs
 from rmr1_jax.pairs.rows import Row, source_files
 
 _SET_SCORE = "RMB/{folder}/score_result/Final_score.json"
-
 
 # As META_RESULT.json names and orders them -> the first two parts of a category's path.
 SETS = MappingProxyType(
@@ -48,7 +35,6 @@ SETS = MappingProxyType(
         "BoN Harmlessness": ("BoN_set", "Harmlessness"),
     }
 )
-
 
 _LOG_NAMES = MappingProxyType({"Pairwise_set": "logs.json", "BoN_set": "raw_logs.json"})
 
@@ -62,7 +48,7 @@ class Rmb(Benchmark):
         number = 0
         for folder in _set_folders(path):
             for pair in read_pairs(folder, self.name, flags=LegacyFlags(0)):
-                yield with_meta(pair, section=set_of(str(pair.meta["category"])), number=number)
+                yield logs.with_meta(pair, section=set_of(str(pair.meta["category"])), number=number)
                 number += 1
 
     def write_logs(self, files: ArrayFiles, rows: Iterable[Judged], judge: str) -> None:
@@ -74,7 +60,7 @@ class Rmb(Benchmark):
             folder = f"{kind}_{goal}"
             items[folder] = items.get(folder, -1) + (last.get(folder) != meta["item"])
             last[folder] = meta["item"]
-            chosen, rejected = map(as_messages, conversations(row))
+            chosen, rejected = map(logs.as_messages, logs.conversations(row))
             sides = {"text_chosen": chosen, "text_rejected": rejected}
             uid = meta["item"].removeprefix(f"{meta['category']}#")
             path, result = {"category_path": meta["category"]}, {"results": int(row["correct"])}
@@ -82,12 +68,12 @@ class Rmb(Benchmark):
                 entry = {"pair_uid": uid, **path, **sides, **result, "subset": meta["category"]}
             else:
                 entry = {**sides, "bon_uid": uid, **path, "subset": "train", "idx": items[folder], **result}
-            entry |= {"answers": shown_text(row), FLAG: row["better"] == "B", OURS: extras(row)}
+            entry |= {"answers": logs.shown_text(row), FLAG: row["better"] == "B", OURS: logs.extras(row)}
             files.add(f"RMB/{folder}/{_LOG_NAMES[kind]}", entry)
 
     def find_logs(self, path: Path) -> list[Path]:
         names = set(_LOG_NAMES.values())
-        return log_files(path, lambda file: file.name in names, " or ".join(sorted(names)))
+        return logs.log_files(path, lambda file: file.name in names, " or ".join(sorted(names)))
 
     def judgements_of(self, entries: Iterable[Row]) -> Iterator[Judged]:
         seen: Counter[str] = Counter()
@@ -97,7 +83,7 @@ class Rmb(Benchmark):
             item = f"{category}#{entry.identifier('pair_uid' if pairwise else 'bon_uid')}"
             meta = {"benchmark": self.name, "kind": "pairwise" if pairwise else "best-of-n", "category": category}
             meta |= {"item": item, "section": set_of(category)}
-            yield judged(entry, item if pairwise else f"{item}-{seen[item]}", Published.of(entry), meta)
+            yield logs.judged(entry, item if pairwise else f"{item}-{seen[item]}", logs.Published.of(entry), meta)
             seen[item] += 1
 
     def items(self) -> Items:

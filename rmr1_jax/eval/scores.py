@@ -20,8 +20,6 @@ import numpy as np
 from rmr1_jax.errors import InputError
 
 Z95 = 1.959963984540054  # the normal distribution's 97.5% point
-
-
 RESAMPLES = 10_000
 
 

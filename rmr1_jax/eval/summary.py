@@ -30,8 +30,6 @@ from rmr1_jax.files.write import write_whole
 from rmr1_jax.judge.judgement import RULES
 
 ANSWER_EDGES = (500, 1000, 2000, 4000, 8000)  # characters, both answers together
-
-
 TRACE_EDGES = (256, 512, 1024, 2048, 4096)  # tokens of a text
 
 
@@ -207,11 +205,7 @@ def _bins(subject: str, edges: tuple[int, ...], unit: str) -> tuple[str, ...]:
 
 
 ANSWER_BINS = _bins("answers", ANSWER_EDGES, "characters")
-
-
 TRACE_BINS = _bins("trace", TRACE_EDGES, "tokens")
-
-
 LONGER, SHORTER = "better answer is the longer one", "better answer is the shorter one"
 
 

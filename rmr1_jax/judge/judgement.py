@@ -24,20 +24,10 @@ from rmr1_jax.prompts.trace import Trace, parse_trace
 from rmr1_jax.prompts.verdict import eval_verdict, other_side, strict_verdict
 
 Item = TypeVar("Item")
-
-
 RULES = MappingProxyType({"strict": strict_verdict, "eval": eval_verdict})
-
-
 Side = Literal["A", "B"]
-
-
 Verdict = Literal["A", "B", None]  # None: neither answer is named
-
-
 Status = Literal["ok", "tie", "invalid", "too_long"]
-
-
 STATUSES: tuple[Status, ...] = get_args(Status)
 
 
