@@ -73,14 +73,6 @@ class _JudgementRow(_Outcome):
     meta: _Meta
 
 
-# What `meta` must hold for a benchmark to count the row.
-_META = {
-    "rewardbench": {"subset": str},
-    "judgebench": {"subset": str},
-    "rm-bench": {"item": str, "domain": str, "chosen_style": int, "rejected_style": int},
-    "rmb": {"category": str, "item": str},
-}
-
 EXTRAS = tuple(_Outcome.model_fields)
 Conversation = list[tuple[str, str]]  # (role, content)
 Judged = dict[str, Any]  # a row of judgements.jsonl
@@ -111,11 +103,13 @@ def read_judgements(path: Path, warnings: list[str] | None = None, *, verdicts: 
     """
     for row in whole_rows(path, warnings):
         row.identifier("id")
-        if not verdicts:
-            _check(row, _JudgementRow, row.value)
-            _check_pair(row)
-        else:
-            _check(row, _VerdictRow, row.value)
+        _check(row, _VerdictRow if verdicts else _JudgementRow, row.value)
+        if not verdicts and "question" in row.value:
+            for name in ("question", "response_a", "response_b"):
+                row.text(name)
+        elif not verdicts:
+            for name in ("conversation_a", "conversation_b"):
+                row.messages(name, ROLES, last="assistant")
         yield dict(row.value)
 
 
@@ -143,20 +137,6 @@ def _check(row: Row, form: type[pydantic.BaseModel], fields: Mapping[str, Any], 
             raise row.bad(prefix + name, "is missing") from None
         expected = error["msg"].replace("Input should be", "expected")
         raise row.bad(prefix + name, f"is {describe(error['input'])}, {expected}") from None
-
-
-def _check_pair(row: Row) -> None:
-    meta = row.value["meta"]
-    for name, kind in _META.get(meta["benchmark"], {}).items():
-        if type(meta.get(name)) is not kind:
-            expected = "a text" if kind is str else "a whole number"
-            raise row.bad(f"meta.{name}", f"is {describe(meta.get(name))}, expected {expected}")
-    if "question" in row.value:
-        for name in ("question", "response_a", "response_b"):
-            row.text(name)
-    else:
-        for name in ("conversation_a", "conversation_b"):
-            row.messages(name, ROLES, last="assistant")
 
 
 def conversations(row: Judged) -> tuple[Conversation, Conversation]:

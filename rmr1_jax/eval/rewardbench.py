@@ -94,29 +94,35 @@ class RewardBench(Benchmark):
             yield logs.judged(entry, f"{subset}/{number}", logs.Published.of(entry), meta)
 
     def place(self, row: Mapping[str, Any]) -> Place:
-        subset = row["meta"]["subset"]
+        subset = str(row["meta"]["subset"])
         _section(subset)
         return Place(subset, row["id"])
 
     def statistics(self, items: Items) -> list[Statistic]:
         sections = []
-        for name, weights in SECTIONS.items():
-            present = {subset: weight for subset, weight in weights.items() if subset in items.strata}
-            if present:
-                sections.append(Statistic(name, present))
-        headline: dict[str, float] = {}
-        for section in sections:
-            total = sum(section.weights.values())
-            headline |= {subset: weight / total for subset, weight in section.weights.items()}
+        for name, weights in _present(items).items():
+            total = sum(weights.values())
+            sections.append(Statistic(name, {subset: weight / total for subset, weight in weights.items()}))
+        headline = {subset: weight for section in sections for subset, weight in section.weights.items()}
         return [Statistic("headline", headline), *sections]
 
     def score_files(self, items: Items) -> dict[str, Any]:
         """A subset or section without a judgement is left out of the means."""
-        main = {section.name: score(items.strata_of(section)) for section in self.statistics(items)[1:]}
+        # With the weights as integers, as published: the last digits depend on it.
+        main = {name: score(items.strata_of(Statistic(name, own))) for name, own in _present(items).items()}
         right, n = items.pairs(*items.strata)
         main |= {"avg_Result_each_section": sum(main.values()) / len(main), "absoluate_Result": right / n}
         counts = {subset: items.pairs(subset) for subset in sorted(items.strata)}
         return {self.main_scores: main, SUBSETS: {subset: right / n for subset, (right, n) in counts.items()}}
+
+
+def _present(items: Items) -> dict[str, dict[str, float]]:
+    """The weights of the subsets that hold a judgement, by section."""
+    found = {
+        name: {subset: weight for subset, weight in weights.items() if subset in items.strata}
+        for name, weights in SECTIONS.items()
+    }
+    return {name: weights for name, weights in found.items() if weights}
 
 
 def _section(subset: str) -> str:

@@ -91,7 +91,8 @@ class Rmb(Benchmark):
 
     def place(self, row: Mapping[str, Any]) -> Place:
         meta = row["meta"]
-        return Place(set_of(meta["category"]), str(meta["item"]), cell=None, group=meta["category"])
+        category = str(meta["category"])
+        return Place(set_of(category), str(meta["item"]), cell=None, group=category)
 
     def statistics(self, items: Items) -> list[Statistic]:
         return equal_sections(name for name in SETS if name in items.strata)

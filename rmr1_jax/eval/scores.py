@@ -19,7 +19,6 @@ import numpy as np
 
 from rmr1_jax.errors import InputError
 
-Z95 = 1.959963984540054  # the normal distribution's 97.5% point
 RESAMPLES = 10_000
 
 
@@ -61,14 +60,14 @@ def bootstrap_interval(
     return float(low), float(high)
 
 
-def wilson_interval(right: int, n: int, z: float = Z95) -> tuple[float, float]:
-    """Wilson's score interval of the share right / n; (NaN, NaN) for n = 0. z = 1.96 gives 95%."""
+def wilson_interval(right: int, n: int) -> tuple[float, float]:
+    """Wilson's 95% score interval of the share right / n; (NaN, NaN) for n = 0."""
+    from scipy.stats import binomtest  # takes half a second to import
+
     if not n:
         return math.nan, math.nan
-    share, spread = right / n, z * z / n
-    middle = (share + spread / 2) / (1 + spread)
-    half = z * math.sqrt(share * (1 - share) / n + spread / (4 * n)) / (1 + spread)
-    return max(0.0, middle - half), min(1.0, middle + half)
+    interval = binomtest(right, n).proportion_ci(method="wilson")
+    return float(interval.low), float(interval.high)
 
 
 def mcnemar(only_a: int, only_b: int) -> float:
@@ -76,7 +75,7 @@ def mcnemar(only_a: int, only_b: int) -> float:
 
     Binomial with probability 1/2 over the pairs on which the two differ; 1 if they differ on none.
     """
-    from scipy.stats import binomtest  # takes half a second to import
+    from scipy.stats import binomtest
 
     return float(binomtest(only_a, only_a + only_b, 0.5).pvalue) if only_a + only_b else 1.0
 

@@ -21,7 +21,7 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from tqdm import tqdm
 
@@ -34,11 +34,7 @@ from rmr1_jax.pairs.pair import PreferencePair
 SYNC_SECONDS = 1.0  # rows survive the process as soon as they are written, and the machine after at most this time
 
 
-class Outcome(NamedTuple):
-    """What is kept in memory of a written row. correct: None where the better answer is not known."""
-
-    status: str
-    correct: bool | None
+Outcome = tuple[str, bool | None]  # (status, whether the winner is right; None if that is not known)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,9 +52,10 @@ class Summary:
     @classmethod
     def of(cls, outcomes: Iterable[Outcome]) -> Summary:
         """Count outcomes."""
-        outcomes = list(outcomes)
-        counts = Counter(outcome.status for outcome in outcomes)
-        known = [outcome.correct for outcome in outcomes if outcome.correct is not None]
+        counts, known = Counter[str](), []
+        for status, correct in outcomes:
+            counts[status] += 1
+            known += [] if correct is None else [correct]
         return cls(**{status: counts[status] for status in STATUSES}, known=len(known), correct=sum(known))
 
     @property
@@ -164,7 +161,7 @@ def judge_file(
                 if asked[number].id not in done:
                     row = output.row_of(asked[number], judgement)
                     synced = _append(output.path, row, synced)
-                    done[row["id"]] = _outcome(row)
+                    done[row["id"]] = row["status"], row.get("correct")
             append_rows(output.path, [])  # wait for the disk
         if done.keys() == seen.keys():
             put_in_order(output.path, lambda row: seen[row["id"]])
@@ -209,10 +206,6 @@ def _append(path: Path, row: Mapping[str, Any], synced: float) -> float:
     return now if sync else synced
 
 
-def _outcome(row: Mapping[str, Any]) -> Outcome:
-    return Outcome(row["status"], row.get("correct"))
-
-
 def _read_outcomes(output: Output, settings: Mapping[str, Any]) -> dict[str, Outcome]:
     """The outcomes of the rows that are in the file already, by id."""
     done: dict[str, Outcome] = {}
@@ -222,7 +215,7 @@ def _read_outcomes(output: Output, settings: Mapping[str, Any]) -> dict[str, Out
             raise ValueError(f"id {row['id']!r} for the second time")
         if row["status"] not in STATUSES:
             raise ValueError(f"status {row['status']!r}")
-        done[row["id"]] = _outcome(row)
+        done[row["id"]] = row["status"], row.get("correct")
 
     resume_rows(output.path, settings, parse, command=output.command)
     return done

@@ -1,6 +1,5 @@
 """Evaluations from end to end: real samples, the full counts, kills, and scores from logs alone."""
 
-import dataclasses
 import json
 import random
 import re
@@ -142,8 +141,9 @@ def test_another_judge_or_benchmark_does_not_continue_a_run(sample, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("benchmark", SAMPLES)
 def test_the_command_evaluates_a_small_model(benchmark, sample, tiny_policy, tmp_path, capsys):
-    config = dataclasses.replace(tiny_policy.config, max_position_embeddings=16384)
-    dataclasses.replace(tiny_policy, config=config).save(tmp_path / "model")
+    tiny_policy.save(tmp_path / "model")
+    config = json.loads((tmp_path / "model/config.json").read_text())
+    (tmp_path / "model/config.json").write_text(json.dumps(config | {"max_position_embeddings": 16384}))
     save_prompt(world_prompt(), tmp_path / "prompt.yaml")
     out = tmp_path / "out"
     command = ["eval", benchmark, "--model", str(tmp_path / "model"), "--data", str(sample(benchmark))]
