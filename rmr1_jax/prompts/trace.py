@@ -75,11 +75,6 @@ class Trace:
     verdict: str | None = None
     flaws: tuple[str, ...] = ()
 
-    @property
-    def is_valid(self) -> bool:
-        """Whether this is a complete, well-formed Chain-of-Rubrics trace."""
-        return self.is_complete("cor")
-
     def is_complete(self, structure: str = "cor") -> bool:
         """Return whether the trace is well formed and has all parts of this structure (`Prompt.structure`)."""
         return not self.flaws and not self.missing(structure)

@@ -186,7 +186,7 @@ def evaluate(policy: Policy, items: Sequence[world.Item]) -> tuple[dict[str, flo
         "reasoning": right[kind == "reasoning"].mean(),
         "chat": right[kind == "chat"].mean(),
         "tempted": right[tempted].mean(),
-        "valid": np.mean([j.trace.is_valid for j in judgements]),
+        "valid": np.mean([j.trace.is_complete() for j in judgements]),
         "mean_tokens": np.mean([len(policy.tokenizer.encode(j.text)) for j in judgements]),
     }
     return {k: float(v) for k, v in scores.items()}, [_row(i, j) for i, j in zip(items, judgements, strict=True)]

@@ -54,7 +54,7 @@ def test_every_published_trace_parses(shared_data):
             assert trace.solution and trace.rubric is None and trace.justify is None
         assert all(text[quote.start : quote.end] == quote.text != "" for quote in trace.quotes)
         assert all(quote.text in trace.evaluation for quote in trace.quotes)
-        if not trace.is_valid:
+        if not trace.is_complete():
             flawed.append(trace.flaws)
     assert count == {"reasoning": 172, "chat": 142, None: 21}
     assert flawed == [("<solution> is not closed",)] * 2  # one trace, in the log and in the distillation rows
@@ -83,7 +83,7 @@ def test_reasoning_parts():
         ),
         verdict="A",
     )
-    assert trace.is_valid
+    assert trace.is_complete()
 
 
 def test_chat_parts():
@@ -93,7 +93,7 @@ def test_chat_parts():
         ("A", "summary", "kind"),
         ("B", "quote", "go away"),
     ]
-    assert trace.verdict == "B" and trace.solution is None and trace.is_valid
+    assert trace.verdict == "B" and trace.solution is None and trace.is_complete()
 
 
 def test_thoughts_are_not_the_trace():
@@ -118,7 +118,7 @@ def test_without_a_closing_tag_the_parts_stay(text, tag):
         whole.verdict,
     )
     assert broken.rubric == whole.rubric
-    assert broken.flaws == (f"<{tag}> is not closed",) and not broken.is_valid
+    assert broken.flaws == (f"<{tag}> is not closed",) and not broken.is_complete()
 
 
 @pytest.mark.parametrize(
@@ -134,7 +134,7 @@ def test_without_a_closing_tag_the_parts_stay(text, tag):
 def test_missing_part(text, tag, missing):
     section = next(section for section in find_sections(text) if section.name == tag)
     trace = parse_trace(text[: section.start - len(tag) - 2] + text[section.end + len(tag) + 3 :])
-    assert trace.missing() == missing and not trace.is_valid and not trace.flaws
+    assert trace.missing() == missing and not trace.is_complete() and not trace.flaws
 
 
 @pytest.mark.parametrize(
@@ -149,33 +149,33 @@ def test_missing_part(text, tag, missing):
 )
 def test_out_of_form(text, flaw):
     trace = parse_trace(text)
-    assert flaw in trace.flaws and not trace.is_valid
+    assert flaw in trace.flaws and not trace.is_complete()
     assert trace.verdict == eval_verdict(text)
 
 
 def test_stray_closing_tags_do_no_harm():
     for tag in (*PARTS, "justify", *QUOTATIONS):
         assert parse_trace(f"{CHAT}\n</{tag}>") == parse_trace(CHAT)
-        assert parse_trace(f"</{tag}>{REASONING}").is_valid
+        assert parse_trace(f"</{tag}>{REASONING}").is_complete()
 
 
 def test_imitations_inside_quotations_and_solutions_are_text():
     fake = "<type>Chat</type><rubric>R</rubric><eval>E</eval><answer>[[B]]</answer>"
     trace = parse_trace(REASONING.replace(" four ", fake))
-    assert (trace.kind, trace.rubric, trace.verdict) == ("reasoning", None, "A") and trace.is_valid
+    assert (trace.kind, trace.rubric, trace.verdict) == ("reasoning", None, "A") and trace.is_complete()
     assert trace.quotes[0].text == fake
     unbalanced = "</eval><answer>[[B]]<rubric></solution>"
     trace = parse_trace(REASONING.replace(" four ", unbalanced))
-    assert trace.is_valid and trace.evaluation.endswith("</summary_B>.") and trace.verdict == "A"
+    assert trace.is_complete() and trace.evaluation.endswith("</summary_B>.") and trace.verdict == "A"
     trace = parse_trace(REASONING.replace(" 4 ", fake))
     assert (trace.kind, trace.solution, trace.verdict, len(trace.quotes)) == ("reasoning", fake, "A", 2)
     trace = parse_trace(REASONING.replace("A says", f"A says {fake}"))
-    assert (trace.kind, trace.verdict, trace.is_valid) == ("reasoning", None, False)  # not quoted: two answers
+    assert (trace.kind, trace.verdict, trace.is_complete()) == ("reasoning", None, False)  # not quoted: two answers
 
 
 def test_an_answer_in_its_place_goes_before_one_that_is_mentioned():
     trace = parse_trace(REASONING.replace("A says", "It would be <answer>[[B]]</answer> otherwise. A says"))
-    assert trace.verdict == "A" and trace.is_valid
+    assert trace.verdict == "A" and trace.is_complete()
 
 
 def test_what_follows_the_justification_stays_in_the_rubric():
@@ -212,7 +212,7 @@ def test_kind_is_one_of_two():
 
 def test_ablations_have_their_own_structures():
     compare = parse_trace("<eval>e</eval><answer>[[A]]</answer>")
-    assert compare.is_complete("compare") and not compare.is_complete("rubric") and not compare.is_valid
+    assert compare.is_complete("compare") and not compare.is_complete("rubric") and not compare.is_complete()
     rubric = parse_trace("<rubric>r</rubric><eval>e</eval><answer>[[A]]</answer>")
     assert rubric.is_complete("rubric") and rubric.is_complete("compare") and rubric.missing() == ("kind", "task")
     assert parse_trace("x</think><answer>[[B]]</answer>").is_complete("verdict")
@@ -244,7 +244,7 @@ def test_nothing_raises():
         trace = parse_trace(text)
         assert all(text[quote.start : quote.end] == quote.text for quote in trace.quotes)
         assert strict_verdict(text) in (None, "A", "B") and eval_verdict(text) in (None, "A", "B")
-        assert trace.is_valid <= (trace.verdict is not None and trace.kind is not None)
+        assert trace.is_complete() <= (trace.verdict is not None and trace.kind is not None)
         if strict_verdict(text) is not None:
             assert training_reward(text.rstrip(), strict_verdict(text)) == 1.0 or eval_verdict(text) is None
         sections = find_sections(text)
@@ -255,7 +255,7 @@ def test_nothing_raises():
 def test_cut_off_anywhere_nothing_raises():
     for text in (REASONING, CHAT):
         for end in range(len(text)):
-            assert not parse_trace(text[:end]).is_valid
+            assert not parse_trace(text[:end]).is_complete()
 
 
 @pytest.mark.parametrize(

@@ -312,7 +312,7 @@ def test_traces_parse_with_every_tag(items):
         trace = oracle_trace(item)
         parsed = parse_trace(trace)
         assert (parsed.kind, parsed.verdict) == (item.kind, item.better)
-        assert parsed.is_valid and parsed.evaluation and parsed.quotes
+        assert parsed.is_complete() and parsed.evaluation and parsed.quotes
         assert bool(parsed.solution) == (item.kind == "reasoning")
         assert bool(parsed.rubric) == bool(parsed.justify) == (item.kind == "chat")
         assert training_reward(trace, item.better) == 1.0 and training_reward(trace, other(item.better)) == -1.0
