@@ -165,6 +165,7 @@ def test_commands_named_in_the_text_exist(name, capsys):
                 cli.main([*words[:depth], "--help"])
             assert left.value.code == 0, code
             help_text = capsys.readouterr().out
+            assert f"usage: rmr1 {' '.join(words[:depth])} " in help_text, code
             assert all(option in help_text for option in re.findall(r"--[a-z-]+", code)), code
 
 
