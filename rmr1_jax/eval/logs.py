@@ -22,11 +22,11 @@ import pydantic
 from rmr1_jax.errors import InputError
 from rmr1_jax.files.write import writing
 from rmr1_jax.judge.file import judgement_row
-from rmr1_jax.judge.judgement import Judgement, Side, Status, Verdict, count_votes
+from rmr1_jax.judge.judgement import Judgement, Status, count_votes
 from rmr1_jax.pairs.pair import ROLES, PreferencePair
 from rmr1_jax.pairs.rows import BadRow, Row, describe, read_rows, source_files
 from rmr1_jax.prompts.trace import Trace, parse_trace
-from rmr1_jax.prompts.verdict import eval_verdict, other_side
+from rmr1_jax.prompts.verdict import Side, Verdict, eval_verdict, other_side
 
 JUDGEMENTS = "judgements.jsonl"
 FLAG = "Is_Chosen_Answer_Shuffled_toPositionB"

@@ -21,12 +21,10 @@ from rmr1_jax.config import config_dataclass
 from rmr1_jax.errors import InputError
 from rmr1_jax.pairs.pair import PreferencePair
 from rmr1_jax.prompts.trace import Trace, parse_trace
-from rmr1_jax.prompts.verdict import eval_verdict, other_side, strict_verdict
+from rmr1_jax.prompts.verdict import Side, Verdict, eval_verdict, other_side, strict_verdict
 
 Item = TypeVar("Item")
 RULES = MappingProxyType({"strict": strict_verdict, "eval": eval_verdict})
-Side = Literal["A", "B"]
-Verdict = Literal["A", "B", None]  # None: neither answer is named
 Status = Literal["ok", "tie", "invalid", "too_long"]
 STATUSES: tuple[Status, ...] = get_args(Status)
 
@@ -203,7 +201,7 @@ def read_verdicts(texts: Sequence[Sequence[str]], rule: str) -> list[list[Verdic
 def settle(verdicts: Sequence[Sequence[Verdict]]) -> tuple[Verdict, Status]:
     """(winner, status) from verdicts by order and vote, all in the letters of the first order; see `Voting`."""
     counts = [Counter(v for v in order if v) for order in verdicts]
-    winners = {"A" if c["A"] > c["B"] else "B" for c in counts if c["A"] != c["B"]}
+    winners: set[Side] = {"A" if c["A"] > c["B"] else "B" for c in counts if c["A"] != c["B"]}
     if len(winners) == 1:
         return winners.pop(), "ok"
     return None, "tie" if any(counts) else "invalid"

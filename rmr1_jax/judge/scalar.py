@@ -35,6 +35,7 @@ from rmr1_jax.model.qwen import Params, ScalarQwen, Transformer, split, with_par
 from rmr1_jax.model.tokenizer import Tokenizer
 from rmr1_jax.pairs.pair import Message, PreferencePair
 from rmr1_jax.policy import DTYPES, MODEL_FILES
+from rmr1_jax.prompts.verdict import Verdict
 
 SHORTEST = 64  # tokens of the shortest batch
 
@@ -195,6 +196,6 @@ class ScalarJudge(AnyJudge):
 
 
 def _judgement(a: float, b: float) -> Judgement:
-    winner = None if a == b else "A" if a > b else "B"
+    winner: Verdict = None if a == b else "A" if a > b else "B"
     votes = count_votes([winner] if winner else [])
     return Judgement(winner=winner, status="ok" if winner else "tie", votes=votes, scores=(a, b))

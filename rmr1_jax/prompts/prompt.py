@@ -183,7 +183,7 @@ def load_prompt(path: str | Path) -> Prompt:
     found = load_config(_PromptFile, path)
     single_turn = _frame_of(found.single_turn, SINGLE_PARTS, f"{path}: single_turn")
     multi_turn = _frame_of(found.multi_turn, MULTI_PARTS, f"{path}: multi_turn")
-    return Prompt(name=found.name, system=found.system, single_turn=single_turn, multi_turn=multi_turn, note=found.note)
+    return Prompt(**{**vars(found), "single_turn": single_turn, "multi_turn": multi_turn})
 
 
 def save_prompt(prompt: Prompt, path: str | Path) -> None:
@@ -192,15 +192,12 @@ def save_prompt(prompt: Prompt, path: str | Path) -> None:
     Raises:
         InputError: the file cannot be written, or a frame holds a placeholder, which would be read back as a part.
     """
-    fields = {
-        "name": prompt.name,
-        "note": prompt.note,
-        "system": prompt.system,
-        "single_turn": join_frame(prompt.single_turn, SINGLE_PARTS),
-        "multi_turn": join_frame(prompt.multi_turn, MULTI_PARTS),
-    }
-    for key, placeholders in (("single_turn", SINGLE_PARTS), ("multi_turn", MULTI_PARTS)):
-        _frame_of(fields[key], placeholders, f"prompt {prompt.name!r}: {key}")
+    single_turn = join_frame(prompt.single_turn, SINGLE_PARTS)
+    multi_turn = join_frame(prompt.multi_turn, MULTI_PARTS)
+    _frame_of(single_turn, SINGLE_PARTS, f"prompt {prompt.name!r}: single_turn")
+    _frame_of(multi_turn, MULTI_PARTS, f"prompt {prompt.name!r}: multi_turn")
+    fields = {"name": prompt.name, "note": prompt.note, "system": prompt.system}
+    fields |= {"single_turn": single_turn, "multi_turn": multi_turn}
     written = yaml.dump(fields, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1_000_000)
     try:
         Path(path).write_text(written, encoding="utf-8", newline="\n")

@@ -15,32 +15,35 @@ Next: `judge/judgement.py` and `train/rollout.py`, which call these functions.
 from __future__ import annotations
 
 import re
+from typing import Literal, get_args
 
 from rmr1_jax.errors import InputError
 from rmr1_jax.prompts.trace import after_thinking, parse_trace
+
+Side = Literal["A", "B"]  # the answer that the judge is shown first, and the other one
+Verdict = Literal["A", "B", None]  # None: neither answer is named
 
 # One in twelve traces of a published 32B judge closes a tag too many after its answer; the verdict is still clear.
 _FINAL_ANSWER = re.compile(r"<answer>\[\[([AB])\]\]</answer>(?:\s*</(?:type|rubric|solution|eval|answer)>)*\Z")
 _ANY_ANSWER = re.compile(r"<answer>\s*\[\[([AB])\]\]")
 
-SIDES = ("A", "B")  # the letters of the two answers, in the order in which the judge sees them
 
+def other_side(side: Verdict) -> Verdict:
+    """Return the letter of the other answer: "B" for "A", "A" for "B", None for None.
 
-def other_side(side: str | None) -> str | None:
-    """The letter of the other answer: "B" for "A", "A" for "B"; None (no verdict) stays None.
-
-    A verdict on a pair whose answers were exchanged is translated back by this function.
+    It translates a verdict on a pair whose answers were exchanged.
     """
-    return {"A": "B", "B": "A", None: None}[side]
+    exchanged: dict[Verdict, Verdict] = {"A": "B", "B": "A", None: None}
+    return exchanged[side]
 
 
-def training_reward(text: str, right: str, last_chars: int = 80) -> float:
+def training_reward(text: str, right: Side, last_chars: int = 80) -> float:
     """Return 1.0 if the end of `text` gives the verdict `right` ("A" or "B") and not the other one, else -1.0.
 
     `last_chars` is the length of the end in characters, 80 in the published rule (arXiv 2505.02387 and its code).
     Raises InputError where `right` is another value or `last_chars` is not positive.
     """
-    if right not in SIDES:
+    if right not in get_args(Side):
         raise InputError(f"right={right!r}: the better answer is named 'A' or 'B'")
     if last_chars < 1:
         raise InputError(f"last_chars={last_chars}: expected at least 1; the published rule has 80")
@@ -57,7 +60,7 @@ def format_reward(text: str, structure: str = "cor") -> float:
     return float(parse_trace(text).is_complete(structure))
 
 
-def eval_verdict(text: str) -> str | None:
+def eval_verdict(text: str) -> Verdict:
     """Return "A" or "B" if only that one of `[[A]]`, `[[B]]` occurs in the text, else None: the published rule."""
     has_a, has_b = "[[A]]" in text, "[[B]]" in text
     if has_a == has_b:
@@ -65,7 +68,7 @@ def eval_verdict(text: str) -> str | None:
     return "A" if has_a else "B"
 
 
-def strict_verdict(text: str) -> str | None:
+def strict_verdict(text: str) -> Verdict:
     """Return the verdict that `text` ends with, "A" or "B"; None where it is open to doubt.
 
     Only the text after the last `</think>` counts. It must end, apart from white space and stray closing tags of a
@@ -76,4 +79,6 @@ def strict_verdict(text: str) -> str | None:
     final = _FINAL_ANSWER.match(judgement, max(start, 0))
     if final is None or judgement[:start].rstrip().endswith("</answer>"):  # no answer there, or two
         return None
-    return final[1] if set(_ANY_ANSWER.findall(judgement)) == {final[1]} else None
+    if set(_ANY_ANSWER.findall(judgement)) != {final[1]}:
+        return None
+    return "A" if final[1] == "A" else "B"
