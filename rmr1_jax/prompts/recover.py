@@ -77,7 +77,7 @@ def _system_and_user(row: Sequence[Mapping[str, str]] | Mapping, number: int) ->
 
 
 def _is_multi_turn(user: str, number: int) -> bool:
-    # The frame's own delimiter comes first; the other kind can only stand in a text of the client or of a chatbot.
+    # The frame's own delimiter comes first; the other kind can only occur in a text of the client or of a chatbot.
     question, conversation = user.find(QUESTION), user.find(CONVERSATIONS[0])
     if question < 0 and conversation < 0:
         raise InputError(f"row {number}: the user turn holds neither {QUESTION!r} nor {CONVERSATIONS[0]!r}")

@@ -209,12 +209,12 @@ def _flaws(sections: list[Section], first: dict[str, Section]) -> tuple[str, ...
     for name in (*present, *(["justify"] if "justify" in first else [])):
         same = [section for section in sections if section.name == name and section.inside == first[name].inside]
         if len(same) > 1:
-            flaws.append(f"<{name}> stands {len(same)} times")
+            flaws.append(f"<{name}> occurs {len(same)} times")
         if not first[name].closed:
             flaws.append(f"<{name}> is not closed")
         if name in PARTS and first[name].inside is not None:
-            flaws.append(f"<{name}> stands inside <{first[name].inside}>")
+            flaws.append(f"<{name}> is inside <{first[name].inside}>")
     for name, following in pairwise(present):
         if first[name].start > first[following].start:
-            flaws.append(f"<{following}> stands before <{name}>")
+            flaws.append(f"<{following}> is before <{name}>")
     return tuple(flaws)

@@ -5,8 +5,8 @@ can fool each of them. The strict rule is ours, and the judge uses it.
 
 | rule | reads | names X where |
 |---|---|---|
-| `training_reward` | the last 80 characters | `<answer>[[X]]</answer>` stands there, and not the other one |
-| `eval_verdict` | the whole text | `[[X]]` stands in it, and not the other one |
+| `training_reward` | the last 80 characters | `<answer>[[X]]</answer>` occurs there, and not the other one |
+| `eval_verdict` | the whole text | `[[X]]` occurs in it, and not the other one |
 | `strict_verdict` | what follows the last `</think>` | it ends with `<answer>[[X]]</answer>`, no answer has the other |
 
 Next: `judge/judgement.py` and `train/rollout.py`, which call these functions.

@@ -118,8 +118,8 @@ def damaged_file(rng: random.Random, name: str, folder: Path) -> tuple[Path, int
     return path, place if kind == "row" and form == "jsonl" else None
 
 
-def rows_in(path: Path) -> int | None:
-    """How many rows the file has by another reading of it; None where that cannot be told."""
+def rows_in(path: Path) -> int:
+    """Count the rows of the file by a second, independent reading."""
     if path.suffix == ".parquet":
         return pq.ParquetFile(path).metadata.num_rows
     content = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
@@ -187,7 +187,7 @@ def test_damaged_rows(name, tmp_path):
     assert min(outcomes.count(outcome) for outcome in ("kept", "rejected", "refused")) >= 5, outcomes
 
 
-def test_a_key_that_stands_twice_is_a_bad_row(tmp_path):
+def test_a_repeated_key_is_a_bad_row(tmp_path):
     """One of its values would be lost without a word."""
     path = tmp_path / "rows.jsonl"
     row = json.dumps(FORMATS["answers"](0))
@@ -314,7 +314,7 @@ def test_damaged_judgebench_rows(tmp_path):
     assert outcomes.count("loaded") >= 5 and outcomes.count("refused") >= 30
 
 
-def test_damaged_files_that_are_gone_on_with(tmp_path):
+def test_damaged_files_that_a_run_continues(tmp_path):
     """Rows that a killed run appended, and their settings: taken up, or refused with the place; never overwritten."""
     rows = [{"id": f"p{k}", "status": "ok", "correct": True, "text": "é"} for k in range(ROWS)]
     settings = {"model": "m", "votes": 1, "deep": {"x": [1, 2]}}

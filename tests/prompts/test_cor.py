@@ -255,7 +255,7 @@ def test_a_row_is_of_the_kind_whose_delimiter_comes_first():
     assert (recovered.single_turn, recovered.multi_turn) == (prompt.single_turn, prompt.multi_turn)
 
 
-def test_recovery_takes_rows_as_they_stand_in_the_file():
+def test_recovery_takes_published_rows_as_dicts():
     prompt = prompt_for_tests()
     row = {"context_messages": prompt.render("q", "a", "b"), "winner": "model_a"}
     assert recover_prompt([row]).single_turn == prompt.single_turn

@@ -140,10 +140,10 @@ def test_missing_part(text, tag, missing):
 @pytest.mark.parametrize(
     ("text", "flaw"),
     [
-        (REASONING.replace("<type>Reasoning</type>", "") + "<type>Reasoning</type>", "<solution> stands before <type>"),
-        (REASONING + "<eval>again</eval>", "<eval> stands 2 times"),
-        (REASONING.replace("\n</eval>", "").replace("</answer>", "</answer></eval>"), "<answer> stands inside <eval>"),
-        (REASONING + "<answer>[[A]]</answer>", "<answer> stands 2 times"),
+        (REASONING.replace("<type>Reasoning</type>", "") + "<type>Reasoning</type>", "<solution> is before <type>"),
+        (REASONING + "<eval>again</eval>", "<eval> occurs 2 times"),
+        (REASONING.replace("\n</eval>", "").replace("</answer>", "</answer></eval>"), "<answer> is inside <eval>"),
+        (REASONING + "<answer>[[A]]</answer>", "<answer> occurs 2 times"),
         (CHAT.replace("</justify>", ""), "<justify> is not closed"),
     ],
 )
@@ -153,7 +153,7 @@ def test_out_of_form(text, flaw):
     assert trace.verdict == eval_verdict(text)
 
 
-def test_stray_closing_tags_do_no_harm():
+def test_stray_closing_tags_are_ignored():
     for tag in (*PARTS, "justify", *QUOTATIONS):
         assert parse_trace(f"{CHAT}\n</{tag}>") == parse_trace(CHAT)
         assert parse_trace(f"</{tag}>{REASONING}").is_complete()

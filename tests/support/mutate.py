@@ -1,4 +1,4 @@
-"""Seeded damage to files: to their bytes, and to what a JSON text says. Shared by the fuzz tests."""
+"""Seeded damage to files, to their bytes and to their JSON values. Shared by the fuzz tests."""
 
 import copy
 import json
@@ -12,7 +12,7 @@ ELSE = (b"", b"\x00" * 64, LFS, b"<!DOCTYPE html><html></html>", b"PK\x03\x04" +
 
 
 def mutate_bytes(rng: random.Random, data: bytes) -> bytes:
-    """Flipped bits, a cut, a piece lost, doubled or overwritten, or something else altogether."""
+    """Damage bytes: flipped bits, a cut, a piece lost, doubled or overwritten, or something else altogether."""
     kind = rng.choice(["flip", "flip", "flip", "cut", "lose", "double", "noise", "insert", "else"])
     at, length = rng.randrange(len(data) + 1), rng.choice([1, 1, 3, 16, 200])
     if kind == "flip":
@@ -34,7 +34,7 @@ def mutate_bytes(rng: random.Random, data: bytes) -> bytes:
 
 
 def mutate_value(rng: random.Random, value: object, odd: tuple = ()) -> object:
-    """The JSON value with one place in it replaced, removed, added to, moved or doubled. odd: more things to put in."""
+    """Replace, remove, add, move or double one place in a copy of the JSON value. odd: more values to put in."""
     value = copy.deepcopy(value)
     holders = [(holder, key) for holder, key in _places(value)]
     if not holders:
@@ -65,7 +65,7 @@ def mutate_value(rng: random.Random, value: object, odd: tuple = ()) -> object:
 
 
 def mutate_json(rng: random.Random, value: object, odd: tuple = ()) -> bytes:
-    """A JSON text with one to three such places; at times with a key that stands twice, or nested without an end."""
+    """Make a JSON text with one to three such changes, sometimes with a repeated key or nested very deep."""
     for _ in range(rng.choice([1, 1, 1, 2, 3])):
         value = mutate_value(rng, value, odd)
     text = json.dumps(value)
@@ -79,7 +79,7 @@ def mutate_json(rng: random.Random, value: object, odd: tuple = ()) -> bytes:
 
 
 def _places(value: object):
-    """Every (holder, key) in a JSON value."""
+    """Yield every (holder, key) in a JSON value."""
     if isinstance(value, dict | list):
         for key in value if isinstance(value, dict) else range(len(value)):
             yield value, key
