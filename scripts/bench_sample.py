@@ -179,7 +179,7 @@ class Steps(Shape):
         bank = Bank(*engine.shapes.sizes[0])
         for number in range(self.slots):
             bank.admit(number, np.zeros(self.prompt_length[1], np.int32), number, 1)
-        bank.seat(1)
+        bank.fill(1)
         with jax.set_mesh(mesh):
             model = with_params(Qwen(config), init_params(Qwen(config), jax.random.key(0), mesh=mesh))
             weights = sampling_weights(model)

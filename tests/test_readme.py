@@ -51,7 +51,8 @@ def folder(tiny_policy, tmp_path, monkeypatch) -> Path:
         config = json.loads(Path(name, "config.json").read_text())
         # A judge's texts have half of the positions by default.
         Path(name, "config.json").write_text(json.dumps(config | {"max_position_embeddings": 256}))
-    save_prompt(world.world_prompt(), "rm-r1.yaml")
+    for name in ("rm-r1.yaml", "runs/quickstart/prompt.yaml"):
+        save_prompt(world.world_prompt(), name)
     with Path("pairs.jsonl").open("w") as file:
         for item in world.make_items(2, split="dev"):
             row = {k: getattr(item, k) for k in ("id", "question", "response_a", "response_b", "better")}

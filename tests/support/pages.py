@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = ("README.md", "rmr1_jax/*/README.md", "configs/README.md", "scripts/README.md", "tests/README.md")
 PAGES = {p.relative_to(ROOT).as_posix(): p.read_text("utf-8") for n in (*NAMES, "tpu/README.md") for p in ROOT.glob(n)}
-REDIRECTIONS = (">", ">>", "<")
+REDIRECTIONS = (">", ">>", "<", "<<")
 SEPARATORS = ("&&", "||", "|", ";", "&", *REDIRECTIONS)
 
 
@@ -56,6 +56,7 @@ def commands(line: str) -> Iterator[list[str]]:
 
 def shell_commands(page: str) -> list[list[str]]:
     """Every simple command in the shell blocks of a page, and every inline `bash ...`."""
-    lines = [line for b in blocks(page, "bash", "sh") for line in b.replace("\\\n", " ").splitlines()]
+    scripts = [re.sub(r"(<<'?(\w+)'?\n).*?^\2$", r"\1", b, flags=re.M | re.S) for b in blocks(page, "bash", "sh")]
+    lines = [line for script in scripts for line in script.replace("\\\n", " ").splitlines()]  # without here-documents
     lines += [code for code in inline_code(page) if code.startswith("bash ")]
     return [words for line in lines for words in commands(line)]
