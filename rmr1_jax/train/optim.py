@@ -152,6 +152,17 @@ def compile_update(
     return jax.jit(step, donate_argnums=0, out_shardings=(layout, None))
 
 
+def global_norm(grads: Any) -> jax.Array:
+    """The L2 norm of all gradients together, float32.
+
+    The sum over the parameters is in the order of their own names, as it was before blocks had parts: which part of a
+    block holds a parameter changes no bit of the norm.
+    """
+    leaves = jax.tree.leaves_with_path(grads)
+    ordered = sorted(leaves, key=lambda leaf: (str(leaf[0][:1]), str(leaf[0][-1:])))
+    return optax.tree.norm([grad for _, grad in ordered])
+
+
 def update(
     state: TrainState,
     micro_batches: dict[str, jax.Array],
