@@ -1,0 +1,69 @@
+"""The tree of arrays in a checkpoint: restored by name, also where an earlier version stored it in another layout."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from rmr1_jax.errors import InputError
+from rmr1_jax.model.qwen import Params
+
+
+def restored(checkpointer: ocp.Checkpointer, path: Path, like: Any, restore_args: Callable[[Any], Any]) -> Any:
+    """Restore the tree in `path` with the structure, shapes, dtypes and shardings of `like`.
+
+    Args:
+        restore_args: makes Orbax's arguments for a tree as it is stored.
+
+    Raises:
+        InputError: the stored arrays have other names or shapes; the message has them, which Orbax's does not.
+    """
+    stored = _shapes(ocp.PyTreeCheckpointer().metadata(path).item_metadata.tree)
+    flat = _map_params(_flat_layers, like)
+    is_flat = _shapes(flat).keys() <= stored.keys()
+    wanted = flat if is_flat else like
+    wrong = [
+        f"{k}: is {stored.get(k)}, expected {shape}" for k, shape in _shapes(wanted).items() if stored.get(k) != shape
+    ]
+    if wrong:
+        named = "; ".join(wrong[:3]) + (f", and {len(wrong) - 3} more" if len(wrong) > 3 else "")
+        raise InputError(f"{path} is of another model: {named}; give the model that the run began with")
+    tree = checkpointer.restore(path, args=restore_args(wanted))
+    return _map_params(_nested_layers, like, tree) if is_flat else tree
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    """The shape of each array by its dotted name."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(k, simple=True, separator="."): tuple(x.shape) for k, x in leaves}
+
+
+def _map_params(function: Callable[..., Params], *states: Any) -> Any:
+    """Apply `function` to each tree of parameters (the weights, and Adam's two moments) of states of one structure. All
+    other arrays are those of the last state."""
+
+    def is_params(x: Any) -> bool:
+        return isinstance(x, dict) and isinstance(x.get("layers"), dict)
+
+    return jax.tree.map(lambda *x: function(*x) if is_params(x[0]) else x[-1], *states, is_leaf=is_params)
+
+
+def _flat_layers(params: Params) -> Params:
+    """The layout of the first version: a layer's parameters in one dict, not in the dicts of its parts."""
+    layers = {}
+    for name, part in params["layers"].items():
+        layers |= part if isinstance(part, dict) else {name: part}
+    return params | {"layers": layers}
+
+
+def _nested_layers(like: Params, flat: Params) -> Params:
+    """The parameters of `_flat_layers` in the layout of `like`."""
+    layers = {
+        name: {key: flat["layers"][key] for key in part} if isinstance(part, dict) else flat["layers"][name]
+        for name, part in like["layers"].items()
+    }
+    return flat | {"layers": layers}
