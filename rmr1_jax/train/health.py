@@ -1,7 +1,7 @@
-"""Numbers gone wrong: an update that is not finite is never saved, and a policy that collapses is said to.
+"""Health of a run: updates that are not finite are never saved, and signs of a collapsed policy are reported.
 
-`optim.update` leaves the weights as they were where the loss or the gradient is not finite; here it is decided what
-becomes of the run, and what somebody who looks for the cause will want to know is written down.
+`optim.update` leaves the weights as they were if the loss or the gradient is not finite. Here the run is stopped or the
+update skipped, and what helps to find the cause is written to a file.
 """
 
 from __future__ import annotations
@@ -18,12 +18,11 @@ import jax.numpy as jnp
 from rmr1_jax.distributed.exchange import first
 from rmr1_jax.errors import RunError
 from rmr1_jax.files.write import write_whole
-from rmr1_jax.train.config import OnNonfinite
+from rmr1_jax.train.config import GrpoConfig, SftConfig
 from rmr1_jax.train.metrics import say
 from rmr1_jax.train.optim import TrainState
 
-PATIENCE = 5  # steps in a row that look like a collapse before it is said
-
+PATIENCE = 5  # successive steps that look like a collapse before it is reported
 
 SIGNS: dict[str, tuple[str, Callable[[float], bool]]] = {
     "every reward is -1": ("reward", lambda x: x <= -1),
@@ -38,46 +37,46 @@ def check_finite(
     step: int,
     what: str,
     *,
-    directory: Path,
     state: TrainState,
-    batch: Callable[[], Any],
-    then: OnNonfinite,
+    describe: Callable[[], Any],
+    config: SftConfig | GrpoConfig,
 ) -> bool:
-    """Whether an update was applied. One that was not leaves `directory/nonfinite_step_N.json`, with its numbers, the
-    norms of the weights and moments, and its batch.
+    """Whether an update was applied. One that was not leaves `nonfinite_step_N.json` in the run directory, with its
+    metrics, the norms of the weights and moments, and a description of its batch.
 
     Args:
-        metrics: `loss` and `grad_norm`. state: after the update, which is the one before it where that is not finite.
-        batch: called for the ids and lengths of what was trained on, only then.
+        metrics: `loss` and `grad_norm` at least. what: names the batch. state: after the update (the one before it, if
+            that was not finite). describe: called for the ids and lengths in the batch, only if needed.
 
     Raises:
-        RunError: it was not and `then` is stop; names the step, the batch and the file.
+        RunError: it was not, and `config.on_nonfinite` is "stop"; names the step, the batch and the file.
     """
     wrong = {k: metrics[k] for k in ("grad_norm", "loss") if not math.isfinite(metrics[k])}
     if not wrong:
         return True
-    path = directory / f"nonfinite_step_{step}.json"
-    facts = {"step": step, "of": what, "metrics": _json(metrics), "norms": _norms(state), "batch": batch()}
+    path = Path(config.out) / f"nonfinite_step_{step}.json"
+    finite = {k: _for_json(v) for k, v in metrics.items()}
+    facts = {"step": step, "of": what, "metrics": finite, "norms": _norms(state), "batch": describe()}
     if first():
         write_whole(path, json.dumps(facts, indent=1) + "\n")
-    said = f"step {step}: {', '.join(f'{k} is {v}' for k, v in wrong.items())} on {what}."
-    if then == "stop":
+    message = f"step {step}: {', '.join(f'{k} is {v}' for k, v in wrong.items())} on {what}."
+    if config.on_nonfinite == "stop":
         raise RunError(
-            f"{said} Nothing of this step was kept and the last checkpoint stands; see {path}. Lower the learning "
-            "rate, look at these rows, or set on_nonfinite=skip"
+            f"{message} Nothing of this step was saved and the last checkpoint is valid; see {path}. Lower the "
+            "learning rate, look at these rows, or set on_nonfinite=skip"
         )
-    say(f"{said} The update is skipped; see {path}")
+    say(f"{message} The update is skipped; see {path}")
     return False
 
 
 class CollapseWatch:
-    """Says once, in a line, that a sign of collapse has been there for `PATIENCE` steps in a row."""
+    """Prints one warning when a sign of collapse has lasted for `PATIENCE` steps in a row."""
 
     def __init__(self):
         self._steps = dict.fromkeys(SIGNS, 0)
 
     def look(self, metrics: Mapping[str, Any], step: int) -> None:
-        """metrics: of a step; those that it lacks are no sign."""
+        """Look at the metrics of a step. A metric that is missing is no sign."""
         for name, (key, is_so) in SIGNS.items():
             value = metrics.get(key)
             self._steps[name] = self._steps[name] + 1 if value is not None and is_so(value) else 0
@@ -86,19 +85,12 @@ class CollapseWatch:
 
 
 def _norms(state: TrainState) -> dict[str, Any]:
-    """The norm of every weight and moment; what is not finite there was so before the update."""
-    norms = jax.device_get(
-        jax.tree.map(lambda x: jnp.linalg.norm(jnp.asarray(x, jnp.float32).ravel()), state._asdict())
-    )
-    return {
-        jax.tree_util.keystr(k, simple=True, separator="."): _finite(v) for k, v in jax.tree.leaves_with_path(norms)
-    }
+    """The norm of every weight and moment by its dotted name. What is not finite here was so before the update."""
+    norms = jax.tree.map(lambda x: jnp.linalg.norm(jnp.asarray(x, jnp.float32).ravel()), state._asdict())
+    leaves = jax.tree.leaves_with_path(jax.device_get(norms))
+    return {jax.tree_util.keystr(path, simple=True, separator="."): _for_json(norm) for path, norm in leaves}
 
 
-def _json(metrics: Mapping[str, float]) -> dict[str, Any]:
-    return {k: _finite(v) for k, v in metrics.items()}
-
-
-def _finite(value: Any) -> float | str:
-    """JSON has no NaN."""
+def _for_json(value: Any) -> float | str:
+    """A float, or its name if it is not finite: JSON has no NaN."""
     return float(value) if math.isfinite(value) else str(float(value))

@@ -1,52 +1,41 @@
 """Every loss of both stages: cross-entropy, advantages, KL estimators, the policy loss.
 
-One convention holds everywhere. A batch is packed rows: `tokens`, `segment_ids` (0 = padding) and `weights`, all
-[B, T]. Whatever concerns a token is stored at that token's place: `logp[b, t]` is log p(tokens[b, t] | those before),
-computed from `hidden[b, t - 1]`. A loss is the plain sum over t of `weights[b, t]` times the token's term, so how
+One convention holds everywhere. A batch consists of packed rows: `tokens`, `segment_ids` (0 is padding) and `weights`,
+all [B, T]. A value that concerns a token has that token's index: `logp[b, t]` is log p(tokens[b, t] | those before),
+computed from `hidden[b, t - 1]`. A loss is the plain sum over t of `weights[b, t]` times the token's term. So how
 tokens are averaged is decided once, on the host, by `aggregation_weights`, and micro-batches add up to the mini-batch
-exactly, however they were packed. A token of weight 0 is not trained and counts nowhere: neither in a sequence's ratio
-nor in a metric. Read next: `logprobs.py`, where the log-probabilities come from; `sft.py` and `grpo.py`, which call
-these.
+exactly, however they were packed. A token of weight 0 is not trained and counts nowhere, neither in a sequence's ratio
+nor in a metric. Next: `logprobs.py`, where the log-probabilities come from.
 """
+
+from __future__ import annotations
 
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Annotated, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array, lax
+from jax import lax
+from jaxtyping import Array, Float, Int, Real
+from pydantic import Field, FiniteFloat, PositiveFloat
 
+from rmr1_jax.config import config_dataclass
 from rmr1_jax.errors import InputError
 
 KLKind = Literal["k1", "k2", "k3"]
-
-
-RatioKind = Literal["token", "sequence"]
-
-
-SurrogateKind = Literal["clip", "cispo"]
-
-
 AggregationKind = Literal["sequence", "micro_batch", "token", "constant"]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 LOG_RATIO_LIMIT = 20.0  # exp(20) is still far from overflow; the reference trainer's value
-
-
 K3_LIMIT = 10.0
 
 
-def _check_choice(name: str, value: Any, choices: Any) -> None:
-    allowed = get_args(choices)
-    if value not in allowed:
-        raise InputError(f"{name}={value!r} is not known; give one of {', '.join(allowed)}")
-
-
-def sft_loss(logp: Array, weights: Array) -> Array:
-    """Cross-entropy: -sum(weights * logp), a float32 scalar. logp, weights [B, T] float32.
+def sft_loss(logp: Float[Array, "B T"], weights: Float[Array, "B T"]) -> Float[Array, ""]:
+    """Cross-entropy: -sum(weights * logp).
 
     With weights of 1 / (trained tokens in the mini-batch) it is the mean over tokens, and micro-batches add up to it.
     """
@@ -56,11 +45,13 @@ def sft_loss(logp: Array, weights: Array) -> Array:
 # ---- rewards to token weights, on the host
 
 
-def group_advantages(rewards: np.ndarray, *, normalize_std: bool = True, eps: float = 1e-6) -> np.ndarray:
+def group_advantages(
+    rewards: Real[np.ndarray, "..."], *, normalize_std: bool = True, eps: float = 1e-6
+) -> Float[np.ndarray, "P R"]:
     """GRPO's advantages (arXiv 2402.03300): (r - mean) / (std + eps) within each group, std unbiased.
 
-    rewards [P, R] -> [P, R] float32. A group of one (R = 1) has mean 0 and std 1. `normalize_std=False` is Dr.GRPO's
-    r - mean (arXiv 2503.20783). Raises InputError for another rank or a reward that is not finite.
+    rewards: [P, R]; the result is float32. A group of one (R = 1) has mean 0 and std 1. `normalize_std=False` is the
+    r - mean of Dr.GRPO (arXiv 2503.20783). Raises InputError for another rank or a reward that is not finite.
     """
     rewards = np.asarray(rewards, np.float64)
     if rewards.ndim != 2:
@@ -79,23 +70,24 @@ def group_advantages(rewards: np.ndarray, *, normalize_std: bool = True, eps: fl
 
 
 def aggregation_weights(
-    response_lengths: np.ndarray,
+    response_lengths: Int[np.ndarray, " S"],
     kind: AggregationKind,
     *,
-    micro_batch_of: np.ndarray | None = None,
+    micro_batch_of: Int[np.ndarray, " S"] | None = None,
     max_length: int | None = None,
-) -> np.ndarray:
+) -> Float[np.ndarray, " S"]:
     """The weight of each trained token of each sequence of a mini-batch, so that loss = sum of weight * term.
 
-    response_lengths [S] trained tokens per sequence -> [S] float32. Kinds:
+    response_lengths: trained tokens of each sequence. The result is float32. Kinds:
     - "sequence": the mean over each sequence, then over sequences (the paper).
     - "micro_batch": the mean over the tokens of a micro-batch, then over micro-batches (the released trainer);
       needs `micro_batch_of` [S], the micro-batch each sequence is in.
     - "token": the mean over all tokens of the mini-batch (DAPO).
     - "constant": the sum over S * `max_length` (Dr.GRPO), the one kind whose weights need not sum to 1.
-    A sequence of length 0 is one that is not trained: it gets 0 and counts in no mean (in "constant" it counts in S).
+    A sequence of length 0 is not trained: it gets 0 and counts in no mean (in "constant" it counts in S).
     """
-    _check_choice("aggregation", kind, AggregationKind)
+    if kind not in get_args(AggregationKind):
+        raise InputError(f"aggregation={kind!r} is not known; give one of {', '.join(get_args(AggregationKind))}")
     lengths = np.asarray(response_lengths, np.float64)
     trained = lengths > 0
     weights = np.zeros(lengths.shape)
@@ -121,14 +113,13 @@ def aggregation_weights(
 # ---- the policy loss
 
 
-def kl_estimate(logp: Array, ref_logp: Array, kind: KLKind) -> Array:
+def kl_estimate(logp: Float[Array, "*B"], ref_logp: Float[Array, "*B"], kind: KLKind) -> Float[Array, "*B"]:
     """Schulman's per-token estimators of KL(policy || reference) from tokens of the policy; same shape, float32.
 
     With d = ref_logp - logp clamped to +-20: k1 = -d, k2 = d^2 / 2, k3 = exp(d) - d - 1 clamped to +-10. As a loss
     term, on policy and in expectation, the gradient of k1 is zero, that of k2 is the gradient of
     KL(policy || reference), and that of k3 is the gradient of KL(reference || policy).
     """
-    _check_choice("kl_kind", kind, KLKind)
     d = jnp.clip(ref_logp - logp, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
     if kind == "k1":
         return -d
@@ -137,9 +128,9 @@ def kl_estimate(logp: Array, ref_logp: Array, kind: KLKind) -> Array:
     return jnp.clip(jnp.expm1(d) - d, -K3_LIMIT, K3_LIMIT)  # expm1: d is tiny early in training
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@config_dataclass
 class PolicyLossConfig:
-    """Which policy loss. The defaults are RM-R1's; the other published ones are these changes to them:
+    """The policy loss. The defaults are RM-R1's; the other published losses are these changes to them:
 
     - DAPO (arXiv 2503.14476): clip_high=0.28, aggregation "token", kl_coef=0.
     - Dr.GRPO (arXiv 2503.20783): normalize_std=False in the advantages, aggregation "constant", kl_coef=0.
@@ -148,95 +139,93 @@ class PolicyLossConfig:
     - Truncated importance sampling: importance_cap=2.0, against a sampler whose numbers differ from the trainer's.
     """
 
-    clip_low: float = 0.2  # the ratio is clipped to [1 - clip_low, 1 + clip_high]
-    clip_high: float = 0.2
-    ratio: RatioKind = "token"
-    surrogate: SurrogateKind = "clip"
-    kl_coef: float = 1e-3
+    clip_low: NonNegative = 0.2  # the ratio is clipped to [1 - clip_low, 1 + clip_high]
+    clip_high: NonNegative = 0.2
+    ratio: Literal["token", "sequence"] = "token"
+    surrogate: Literal["clip", "cispo"] = "clip"
+    kl_coef: NonNegative = 1e-3
     kl_kind: KLKind = "k3"
-    entropy_coef: float = 0.0
-    importance_cap: float | None = None
-
-    def __post_init__(self) -> None:
-        _check_choice("ratio", self.ratio, RatioKind)
-        _check_choice("surrogate", self.surrogate, SurrogateKind)
-        _check_choice("kl_kind", self.kl_kind, KLKind)
-        for name in ("clip_low", "clip_high", "kl_coef"):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
-                raise InputError(f"{name}={getattr(self, name)} must be a finite number of at least 0")
-        if not math.isfinite(self.entropy_coef):
-            raise InputError(f"entropy_coef={self.entropy_coef} must be finite")
-        if self.importance_cap is not None and not self.importance_cap > 0:
-            raise InputError(f"importance_cap={self.importance_cap} must be above 0, or null for no correction")
+    entropy_coef: FiniteFloat = 0.0
+    importance_cap: PositiveFloat | None = None  # None: no correction
 
 
-# A policy loss: `policy_loss` below, or a researcher's own function of the same keyword arguments and results.
-PolicyLoss = Callable[..., tuple[Array, dict[str, Array]]]
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LossInputs:
+    """What a policy loss may read of a micro-batch of packed rows, in nats. Only `logp` and `entropy` carry a gradient.
+
+    logp: of the policy that is trained. old_logp: of the same weights before the first update of this rollout batch.
+    advantages, weights: each token's. segment_ids: 1..max_segments within a row, 0 is padding. ref_logp: of the frozen
+    reference. sampler_logp: as the sampler recorded it. entropy: of the policy's distribution.
+    """
+
+    logp: Float[Array, "B T"]
+    old_logp: Float[Array, "B T"]
+    advantages: Float[Array, "B T"]
+    weights: Float[Array, "B T"]
+    segment_ids: Int[Array, "B T"]
+    ref_logp: Float[Array, "B T"] | None = None
+    sampler_logp: Float[Array, "B T"] | None = None
+    entropy: Float[Array, "B T"] | None = None
+    max_segments: int
 
 
-def policy_loss(
-    config: PolicyLossConfig,
-    *,
-    logp: Array,
-    old_logp: Array,
-    advantages: Array,
-    weights: Array,
-    segment_ids: Array,
-    ref_logp: Array | None = None,
-    sampler_logp: Array | None = None,
-    entropy: Array | None = None,
-    max_segments: int,
-) -> tuple[Array, dict[str, Array]]:
+# A policy loss: `policy_loss` below, or a function of one's own with the same arguments and results.
+PolicyLoss = Callable[[PolicyLossConfig, LossInputs], tuple[Array, dict[str, Array]]]
+
+
+def policy_loss(config: PolicyLossConfig, inputs: LossInputs) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """sum of weights * (surrogate + kl_coef * KL - entropy_coef * entropy), and sums for the metrics.
 
-    All arrays [B, T], float32 but for segment_ids (integer, 1..max_segments within a row, 0 = padding). `logp` is the
-    policy being trained, `old_logp` the same weights before the first update of this rollout batch, `ref_logp` the
-    frozen reference, `sampler_logp` what the sampler recorded. Only `logp` and `entropy` carry a gradient. Values at
-    tokens of weight 0 are ignored, even where not finite. With ratio="sequence" a sequence is the trained tokens of
-    one segment, its ratio exp(mean log-ratio), in the stop-gradient form GSPO-token: where weight and advantage are
-    constant within a sequence (as ours are) its gradient is GSPO's; an importance weight scales its own token's
-    gradient. A segment id above max_segments then gives NaN.
+    Values at tokens of weight 0 are ignored, even if they are not finite. With ratio="sequence" a sequence is the
+    trained tokens of one segment, its ratio exp(mean log-ratio), in the stop-gradient form GSPO-token: where weight and
+    advantage are constant within a sequence (as ours are) its gradient is GSPO's; an importance weight scales its own
+    token's gradient. A segment id above max_segments then gives NaN.
 
-    Returns (loss, metrics), float32 scalars. The metrics are sums over trained tokens, for `add_metrics` to join and
-    `mean_metrics` to divide: tokens, ratio_mean, ratio_max, clip_fraction (tokens whose surrogate the clip changed);
-    where their input is given, kl, entropy, and the sampler's importance ratio after the cap: importance_mean,
-    importance_max, importance_capped (only with a cap). Raises InputError where an option's input is missing.
+    Returns:
+        (loss, metrics), float32 scalars. The metrics are sums over trained tokens, for `add_metrics` to join and
+        `mean_metrics` to divide: tokens, ratio_mean, ratio_max, clip_fraction (tokens whose surrogate the clip
+        changed); where their input is given, kl, entropy, and the sampler's importance ratio after the cap:
+        importance_mean, importance_max, importance_capped (only with a cap).
+
+    Raises:
+        InputError: the input that an option needs is missing.
     """
-    _check_inputs(config, ref_logp=ref_logp, sampler_logp=sampler_logp, entropy=entropy)
-    trained = weights > 0
+    _check_inputs(config, inputs)
+    trained = inputs.weights > 0
 
     def only_trained(x: Array) -> Array:
         return jnp.where(trained, x, 0.0)
 
-    logp, old_logp, advantages = only_trained(logp), only_trained(lax.stop_gradient(old_logp)), only_trained(advantages)
-    ratio = _ratio(config, logp, old_logp, trained, segment_ids, max_segments)
+    logp, advantages = only_trained(inputs.logp), only_trained(inputs.advantages)
+    old_logp = only_trained(lax.stop_gradient(inputs.old_logp))
+    ratio = _ratio(config, logp, old_logp, trained, inputs.segment_ids, inputs.max_segments)
     terms, clipped = _surrogate(config, ratio, logp, advantages)
     metrics = {"tokens": trained, "clip_fraction": trained & clipped}
     metrics["ratio_mean"] = metrics["ratio_max"] = only_trained(ratio)
-    if sampler_logp is not None:
-        importance, capped = _importance(config, old_logp, only_trained(lax.stop_gradient(sampler_logp)))
+    if inputs.sampler_logp is not None:
+        importance, capped = _importance(config, old_logp, only_trained(lax.stop_gradient(inputs.sampler_logp)))
         metrics["importance_mean"] = metrics["importance_max"] = only_trained(importance)
         if config.importance_cap is not None:
             metrics["importance_capped"] = trained & capped
             terms = terms * importance
-    if ref_logp is not None:
-        metrics["kl"] = kl_estimate(logp, only_trained(lax.stop_gradient(ref_logp)), config.kl_kind)
+    if inputs.ref_logp is not None:
+        metrics["kl"] = kl_estimate(logp, only_trained(lax.stop_gradient(inputs.ref_logp)), config.kl_kind)
         terms = terms + config.kl_coef * metrics["kl"]
-    if entropy is not None:
-        metrics["entropy"] = only_trained(entropy)
+    if inputs.entropy is not None:
+        metrics["entropy"] = only_trained(inputs.entropy)
         terms = terms - config.entropy_coef * metrics["entropy"]
-    return jnp.sum(weights * terms), lax.stop_gradient({k: _reduce(k, v) for k, v in metrics.items()})
+    return jnp.sum(inputs.weights * terms), lax.stop_gradient({k: _reduce(k, v) for k, v in metrics.items()})
 
 
-def _check_inputs(config: PolicyLossConfig, **given: Array | None) -> None:
+def _check_inputs(config: PolicyLossConfig, inputs: LossInputs) -> None:
     needs = {
         "ref_logp": (config.kl_coef != 0, f"kl_coef={config.kl_coef}"),
         "sampler_logp": (config.importance_cap is not None, f"importance_cap={config.importance_cap}"),
         "entropy": (config.entropy_coef != 0, f"entropy_coef={config.entropy_coef}"),
     }
     for name, (needed, why) in needs.items():
-        if needed and given[name] is None:
-            raise InputError(f"{why} needs {name}, and none was given; pass it, or turn the option off")
+        if needed and getattr(inputs, name) is None:
+            raise InputError(f"{why} needs {name}, which was not given; pass it, or turn the option off")
 
 
 def _ratio(
@@ -265,7 +254,7 @@ def _surrogate(config: PolicyLossConfig, ratio: Array, logp: Array, advantages: 
 
 
 def _importance(config: PolicyLossConfig, old_logp: Array, sampler_logp: Array) -> tuple[Array, Array]:
-    """How much likelier the trainer finds each token than the sampler did, up to the cap; and where the cap held."""
+    """Each token's probability under the trainer over that under the sampler, capped; and where the cap applied."""
     importance = jnp.exp(jnp.clip(old_logp - sampler_logp, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT))
     cap = math.inf if config.importance_cap is None else config.importance_cap
     return jnp.minimum(importance, cap), importance > cap

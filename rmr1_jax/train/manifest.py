@@ -1,7 +1,7 @@
-"""The manifest of a checkpoint: what it is of, and size and SHA-256 of every file in it, in `manifest.json`.
+"""The manifest of a checkpoint: facts about it, and the size and SHA-256 of every file in it, in `manifest.json`.
 
-Orbax restores a flipped bit without a word. The manifest is written last, so a directory that has none is not complete;
-it seals itself with a SHA-256 of its own text, so damage to it is found as well. Next: `checkpoint.py`.
+Orbax restores a flipped bit without an error. The manifest is written last, so a directory without one is not complete.
+It contains the SHA-256 of its own text, so that damage to it is found as well. Next: `checkpoint.py`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,7 @@ from typing import Any
 from rmr1_jax.files.write import hash_written, write_whole
 
 NAME = "manifest.json"
-
-
-THREADS = 4  # hashing releases the interpreter's lock; more would take the step's cores
+THREADS = 4  # hashing releases the GIL; more threads would slow the training step down
 
 
 class Damage(ValueError):
@@ -27,17 +25,17 @@ class Damage(ValueError):
 
 
 def write_manifest(directory: Path, about: Mapping[str, Any]) -> None:
-    """Hash every file under `directory`, and write the manifest there. about: anything as JSON; kept beside."""
+    """Hash every file under `directory`, and write the manifest there. about: facts to keep, as JSON."""
     names = sorted(str(p.relative_to(directory)) for p in directory.rglob("*") if p.is_file() and p.name != NAME)
     files = dict(zip(names, _each(hash_written, [directory / name for name in names]), strict=True))
     write_whole(directory / NAME, _sealed({"about": dict(about), "files": files}))
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
-    """{"about", "files"} of a checkpoint.
+    """Read the manifest of a checkpoint, {"about", "files"}.
 
     Raises:
-        Damage: there is no manifest, or it is not as it was written.
+        Damage: the manifest is missing or not as it was written.
     """
     try:
         text = (directory / NAME).read_text(encoding="utf-8")
@@ -54,13 +52,13 @@ def read_manifest(directory: Path) -> dict[str, Any]:
 
 
 def check_files(directory: Path, files: Mapping[str, Any], names: Iterable[str] | None = None) -> list[str]:
-    """What is wrong with the files (all, or those of `names`): one line each, with what was expected and found."""
+    """Compare the files (all, or those in `names`) with the manifest. Returns one line for each that differs."""
     names = list(files if names is None else names)
     return [line for line in _each(lambda name: _difference(directory / name, name, files[name]), names) if line]
 
 
 def verify(directory: Path) -> dict[str, Any]:
-    """Read everything and compare; returns the manifest.
+    """Read every file, compare it with the manifest, and return the manifest.
 
     Raises:
         Damage: names every file that is not as it was written.
@@ -72,17 +70,18 @@ def verify(directory: Path) -> dict[str, Any]:
 
 
 def _sealed(manifest: Mapping[str, Any]) -> str:
-    """The one text of a manifest: nothing in it may differ without being found."""
+    """The text of a manifest, with its own SHA-256: any change to it is found."""
     text = json.dumps({**manifest, "sha256": ""}, indent=1)
     return json.dumps({**manifest, "sha256": hashlib.sha256(text.encode()).hexdigest()}, indent=1) + "\n"
 
 
-def _each(function, items: list) -> list:
+def _each(function: Callable[..., Any], items: list) -> list:
     with ThreadPoolExecutor(THREADS) as pool:
         return list(pool.map(function, items))
 
 
 def _difference(path: Path, name: str, expected: Mapping[str, Any]) -> str | None:
+    """How a file differs from its entry in the manifest."""
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size

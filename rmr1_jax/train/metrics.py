@@ -1,5 +1,7 @@
-"""metrics.jsonl: one JSON object a step, always. A resumed run continues the file as if it had never stopped. And the
-progress bar over it. Of several processes the first alone writes and shows."""
+"""Metrics: `metrics.jsonl` with one JSON object a step, the progress bar, and throughput and MFU by formula.
+
+A continued run continues the file as if it had never stopped. Of several processes only the first writes and prints.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +11,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
@@ -21,8 +24,8 @@ from rmr1_jax.model.config import QwenConfig
 
 
 class MetricsLog:
-    """Appends to `directory/metrics.jsonl`; lines from `next_step` on are dropped first, for they will be written
-    again (they came after the checkpoint that the run resumes from)."""
+    """Appends to `directory/metrics.jsonl`. Lines from `next_step` on are removed first: they came after the checkpoint
+    that the run continues from, and will be written again."""
 
     def __init__(self, directory: Path, *, next_step: int):
         self.path = directory / "metrics.jsonl"
@@ -34,19 +37,19 @@ class MetricsLog:
         """Append one step. Numbers that are not finite are written as null: JSON has no NaN.
 
         Raises:
-            RunError: the file system refuses; a line that is half written is dropped when the run goes on.
+            RunError: the file cannot be written. A half-written line is removed when the run is continued.
         """
         if not first():
             return
         row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
         line = (json.dumps(row) + "\n").encode()
-        then = "the last checkpoint stands; mend it and run the same command again"
+        then = "the last checkpoint is valid; make the file writable and run the same command again"
         with writing(self.path, len(line), then), self.path.open("ab") as file:
             file.write(line)
 
 
 def progress(start: int, total: int, name: str) -> tqdm:
-    """A bar over the steps `start` to `total`; where nobody watches (a log file), a line every half minute."""
+    """A progress bar over the steps `start` to `total`. In a log file it prints a line every half minute."""
     every = 0.1 if sys.stderr.isatty() else 30.0
     steps = range(start, total)
     shown = {"desc": name, "unit": "step", "dynamic_ncols": True, "mininterval": every, "disable": not first()}
@@ -54,13 +57,18 @@ def progress(start: int, total: int, name: str) -> tqdm:
 
 
 def say(text: str) -> None:
-    """A line beside the bar."""
+    """Print a line without breaking the progress bar. Only the first process prints."""
     if first():
         tqdm.write(text)
 
 
+def as_floats(metrics: Mapping[str, jax.Array]) -> dict[str, float]:
+    """Device scalars as Python numbers; waits for them."""
+    return {k: float(v) for k, v in jax.device_get(dict(metrics)).items()}
+
+
 def read_metrics(directory: str | Path) -> list[dict]:
-    """Every step in a run directory's metrics.jsonl.
+    """Read every step of a run directory's metrics.jsonl.
 
     Raises:
         InputError: there is no such file.
@@ -72,19 +80,19 @@ def read_metrics(directory: str | Path) -> list[dict]:
 
 
 def _whole_lines(path: Path) -> list[str]:
-    """Lines that were written to their end; a killed run may leave half a line."""
+    """The complete lines: a killed run may leave half a line at the end."""
     return [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
 
 
 def layer_params(config: QwenConfig) -> int:
-    """Weights in the matrix products of a layer."""
+    """The number of weights in the matrix products of a layer."""
     heads = 2 * (config.num_heads + config.num_kv_heads) * config.head_dim
     return config.hidden_size * (heads + 3 * config.intermediate_size)
 
 
 def forward_flops(config: QwenConfig, lengths: Iterable[int]) -> float:
-    """Of the forward pass over sequences of `lengths` tokens: the weights' products, and causal attention within each
-    sequence."""
+    """FLOPs of the forward pass over sequences of `lengths` tokens: the products with weights, and causal attention
+    within each sequence."""
     lengths = np.asarray(list(lengths), np.float64)
     heads = config.num_heads * config.head_dim
     weights = config.num_layers * layer_params(config) + config.vocab_size * config.hidden_size
@@ -94,16 +102,16 @@ def forward_flops(config: QwenConfig, lengths: Iterable[int]) -> float:
 
 
 def train_flops(config: QwenConfig, lengths: Iterable[int]) -> float:
-    """Of a forward and a backward pass, which has two products for each one of the forward pass."""
+    """FLOPs of a forward and a backward pass, which has two products for each one of the forward pass."""
     return 3 * forward_flops(config, lengths)
 
 
 def throughput(tokens: int, seconds: float, mesh: Mesh) -> dict[str, float]:
-    """Metrics of a step over `mesh`: tokens a second, of all devices together and of one."""
+    """Tokens a second, of all devices of `mesh` together and of one."""
     return {"tokens_per_second": tokens / seconds, "tokens_per_second_per_device": tokens / seconds / mesh.size}
 
 
 def mfu(flops: float, seconds: float, mesh: Mesh) -> dict[str, float]:
-    """The metric `mfu`, model FLOPs over what `mesh` could have done in the time; nothing where its peak is unknown."""
+    """The metric `mfu`: model FLOPs over the peak FLOPs of `mesh` in that time. Empty if the peak is unknown."""
     chip = chip_of(mesh.devices.flat[0])
     return {"mfu": flops / (seconds * mesh.size * chip.flops)} if chip else {}

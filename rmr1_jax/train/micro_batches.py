@@ -1,94 +1,31 @@
-"""From examples and rollouts to the arrays of an optimizer step."""
+"""Micro-batches: the arrays of an optimizer step, from examples (SFT) or from scored samples (GRPO).
+
+`to_micro_batches` is SFT's. GRPO's `mini_batch` first lists the trajectories, then plans from their lengths alone which
+row holds which, and only then assembles the rows of this process. Next: `logprobs.py`, what a step computes of them.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from rmr1_jax.data.packing import Batch, assemble, pack
-from rmr1_jax.distributed.mesh import (
-    own_rows,
-    place_rows,
-)
-from rmr1_jax.train.losses import AggregationKind, aggregation_weights
+from rmr1_jax.distributed.mesh import own_rows, place_rows
+from rmr1_jax.sampler.sample import Sample
+from rmr1_jax.train.config import GrpoConfig
+from rmr1_jax.train.losses import aggregation_weights
 from rmr1_jax.train.rollout import Group
-
-if TYPE_CHECKING:
-    pass
-
-
-@dataclasses.dataclass(frozen=True)
-class Trajectory:
-    """One prompt + response as the trainer reads it: all arrays [T], all but the tokens 0 on the prompt."""
-
-    tokens: np.ndarray
-    weights: np.ndarray
-    advantages: np.ndarray
-    sampler_logp: np.ndarray
-
-
-def mini_batch(
-    groups: Sequence[Group],
-    *,
-    row_length: int,
-    micro_rows: int,
-    aggregation: AggregationKind,
-    max_new_tokens: int,
-    max_segments: int,
-    skip_unmixed: bool,
-    own: Sequence[int] | None = None,
-) -> tuple[dict[str, np.ndarray], int, list[int]]:
-    """One mini-batch's sequences, packed.
-
-    Args:
-        skip_unmixed: leave out sequences whose advantage is zero. Their policy term and its gradient are exactly zero,
-            so where the loss has no other term this saves their computation and changes nothing; they still count in
-            the averages (and so are kept where the average is over what is in a micro-batch).
-        own: the rows of each micro-batch that this process assembles, default all `micro_rows`.
-
-    Returns:
-        Arrays [A, own rows, T] (tokens, positions, segment_ids, weights, advantages, sampler_logp); how many of the A
-        micro-batches hold anything (at least 1); and the lengths of all sequences in them, whoever assembles them. A is
-        a power of two: few shapes, few compilations.
-    """
-    members = [(g, i) for g in groups for i in range(len(g.samples))]
-    responses = np.asarray([len(g.samples[i].token_ids) for g, i in members])
-    lengths = responses + [len(g.prompt.tokens) for g, _ in members]
-    keep_all = not skip_unmixed or aggregation == "micro_batch"
-    kept = [m for m, (g, i) in enumerate(members) if keep_all or g.advantages[i] != 0]
-    rows = pack(lengths, row_length, kept, max_items=max_segments)
-    count = max(1, -(-len(rows) // micro_rows))
-    room = 2 ** (count - 1).bit_length()
-    micro_of = np.full(len(members), -1)
-    for r, row in enumerate(rows):
-        micro_of[row] = r // micro_rows
-    weights = aggregation_weights(responses, aggregation, micro_batch_of=micro_of, max_length=max_new_tokens)
-    rows += [[]] * (room * micro_rows - len(rows))
-    own = range(micro_rows) if own is None else own
-    packed = [rows[a * micro_rows + b] for a in range(room) for b in own]
-    sequences = [[_sequence(*members[m], weights[m]) for m in row] for row in packed]
-    batch = assemble(sequences, row_length, ["weights", "advantages", "sampler_logp"])
-    batch = {k: v.reshape(room, len(own), row_length) for k, v in batch.items()}
-    return batch, count, lengths[kept].tolist()
-
-
-def _sequence(group: Group, i: int, weight: float) -> Trajectory:
-    sample, prompt = group.samples[i], group.prompt.tokens
-    tokens = np.concatenate([prompt, np.asarray(sample.token_ids, np.int32)])
-    trained = (np.arange(len(tokens)) >= len(prompt)).astype(np.float32)
-    sampler_logp = np.zeros(len(tokens), np.float32)
-    sampler_logp[len(prompt) :] = sample.sampled_logprobs
-    return Trajectory(tokens, trained * weight, trained * group.advantages[i], sampler_logp)
 
 
 def to_micro_batches(batch: Batch, micro_rows: int, mesh: Mesh) -> tuple[dict[str, jax.Array], dict[str, Any]]:
-    """[rows, T] -> [A, micro_rows, T] on the mesh, with the loss averaged over the trained tokens of the whole step;
-    and facts about the whole batch for the metrics."""
+    """The rows of a batch as arrays [A, micro_rows, T] on the mesh, with weights that average the loss over the trained
+    tokens of the whole step; and facts about the batch for the metrics."""
     rows = dict(batch.rows)
     rows["weights"] = rows.pop("trained") / max(1, batch.trained_tokens)
     own = len(own_rows(mesh, micro_rows))
@@ -97,3 +34,99 @@ def to_micro_batches(batch: Batch, micro_rows: int, mesh: Mesh) -> tuple[dict[st
     tokens = sum(batch.lengths)
     facts = {"tokens": tokens, "trained_tokens": batch.trained_tokens, "packed": tokens / positions}
     return place_rows(mesh, "ABT", micro, micro_rows), facts
+
+
+class MiniBatch(NamedTuple):
+    """The data of one GRPO update.
+
+    arrays: [A, B, T] each: tokens, positions, segment_ids int32; weights, advantages, sampler_logp float32. A is a
+    power of two: few shapes, few compilations. count: how many of the A micro-batches hold anything, at least 1.
+    lengths: the tokens of each sequence in them, of all processes.
+    """
+
+    arrays: dict[str, Any]
+    count: int
+    lengths: list[int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Trajectory:
+    """A prompt with one of its responses. The properties are arrays [T] float32, 0 on the prompt."""
+
+    prompt: np.ndarray
+    sample: Sample
+    advantage: np.float32
+    weight: np.float32 = np.float32(0.0)  # of each token of the response
+
+    def __len__(self) -> int:
+        return len(self.prompt) + self.response_length
+
+    @property
+    def response_length(self) -> int:
+        return len(self.sample.token_ids)
+
+    @functools.cached_property
+    def tokens(self) -> np.ndarray:
+        """[T] int32."""
+        return np.concatenate([self.prompt, np.asarray(self.sample.token_ids, np.int32)])
+
+    @property
+    def weights(self) -> np.ndarray:
+        return self._on_response(self.weight)
+
+    @property
+    def advantages(self) -> np.ndarray:
+        return self._on_response(self.advantage)
+
+    @property
+    def sampler_logp(self) -> np.ndarray:
+        return self._on_response(self.sample.sampled_logprobs)
+
+    def _on_response(self, value: Any) -> np.ndarray:
+        values = np.zeros(len(self), np.float32)
+        values[len(self.prompt) :] = value
+        return values
+
+
+def mini_batch(
+    groups: Sequence[Group], config: GrpoConfig, *, skip_unmixed: bool, own: Sequence[int] | None = None
+) -> MiniBatch:
+    """Pack the trajectories of one update.
+
+    Args:
+        skip_unmixed: leave out trajectories whose advantage is zero. Their policy term and its gradient are exactly
+            zero, so where the loss has no other term this saves their computation and changes nothing. They still count
+            in averages, and are kept where the average is over what is in a micro-batch.
+        own: the rows of each micro-batch that this process assembles; None: all `config.micro_rows`.
+    """
+    trajectories = [
+        Trajectory(g.prompt.tokens, *each) for g in groups for each in zip(g.samples, g.advantages, strict=True)
+    ]
+    rows, weights = _plan(trajectories, config, skip_unmixed)
+    count = max(1, -(-len(rows) // config.micro_rows))
+    room = 2 ** (count - 1).bit_length()
+    own = range(config.micro_rows) if own is None else own
+    places = [a * config.micro_rows + b for a in range(room) for b in own]
+    filled = [
+        [dataclasses.replace(trajectories[i], weight=weights[i]) for i in rows[place]] if place < len(rows) else []
+        for place in places
+    ]
+    arrays = assemble(filled, config.row_length, ["weights", "advantages", "sampler_logp"])
+    arrays = {k: v.reshape(room, len(own), config.row_length) for k, v in arrays.items()}
+    packed = sorted(i for row in rows for i in row)
+    return MiniBatch(arrays, count, [len(trajectories[i]) for i in packed])
+
+
+def _plan(
+    trajectories: Sequence[Trajectory], config: GrpoConfig, skip_unmixed: bool
+) -> tuple[list[list[int]], np.ndarray]:
+    """The numbers of the trajectories in each row, and the weight of each trajectory's tokens, [S] float32."""
+    responses = np.asarray([t.response_length for t in trajectories])
+    keep_all = not skip_unmixed or config.aggregation == "micro_batch"
+    kept = [i for i, t in enumerate(trajectories) if keep_all or t.advantage != 0]
+    rows = pack([len(t) for t in trajectories], config.row_length, kept, max_items=config.max_segments)
+    micro_of = np.full(len(trajectories), -1)
+    for r, row in enumerate(rows):
+        micro_of[row] = r // config.micro_rows
+    limit = config.sampling.max_new_tokens
+    return rows, aggregation_weights(responses, config.aggregation, micro_batch_of=micro_of, max_length=limit)

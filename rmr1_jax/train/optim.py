@@ -1,58 +1,50 @@
-"""Schedules, optimizers, and the one update both stages share: accumulate gradients, clip, apply.
+"""Schedules, the optimizer, and the update of both stages: accumulate gradients, clip, apply.
 
-Optax does the arithmetic of AdamW; this file says which AdamW, and sums micro-batches in a loop whose count is a value
-and not a shape, so that a GRPO step with fewer rows than the last one recompiles nothing.
+Optax does the arithmetic of AdamW. Micro-batches are summed in a loop whose count is a value and not a shape, so that a
+GRPO step with fewer rows than the last one recompiles nothing. Next: `micro_batches.py`, what an update reads.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int, PyTree, Shaped
+from pydantic import Field, PositiveFloat
 
-from rmr1_jax.errors import InputError
+from rmr1_jax.config import config_dataclass
 from rmr1_jax.train.losses import add_metrics
 
 Memory = Literal["device", "host"]
 
-
 MEMORY_KINDS = {"device": "device", "host": "pinned_host"}
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@config_dataclass
 class OptimConfig:
     """AdamW. The defaults are RM-R1's SFT stage (arXiv 2505.02387, its released scripts); weight decay, where set,
     applies to every weight, as in the reference trainer."""
 
-    lr: float = 5e-6
+    lr: PositiveFloat = 5e-6
     schedule: Literal["cosine", "constant"] = "cosine"
     final_ratio: float = 0.1  # the cosine ends at final_ratio x lr
-    warmup_ratio: float = 0.03  # of all updates
+    warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.03  # of all updates
     b1: float = 0.9
     b2: float = 0.95
     eps: float = 1e-8
     weight_decay: float = 0.0
-    clip: float = 1.0  # global gradient norm
-    # Of the first moment. The second stays float32: with b2 = 0.999 a step changes it by less than bfloat16 can hold.
+    clip: PositiveFloat = 1.0  # the largest global norm of a gradient; a large number turns clipping off
+    # Of the first moment. The second is float32: with b2 = 0.999 a step changes it by less than bfloat16 can hold.
     mu_dtype: Literal["float32", "bfloat16"] = "float32"
-    memory: Memory = "device"  # where the moments lie between updates
-
-    def __post_init__(self):
-        if not self.lr > 0:
-            raise InputError(f"optimizer.lr={self.lr} must be above 0")
-        if not 0 <= self.warmup_ratio < 1:
-            raise InputError(f"optimizer.warmup_ratio={self.warmup_ratio} must be in [0, 1)")
-        if not self.clip > 0:
-            raise InputError(f"optimizer.clip={self.clip} must be above 0 (a large number turns clipping off)")
+    memory: Memory = "device"  # where the moments are between updates
 
 
 def in_memory(tree: Any, memory: Memory) -> Any:
-    """Arrays or `ShapeDtypeStruct`s moved to, or described as in, the devices' memory or their host's."""
+    """Move arrays to device or host memory; `ShapeDtypeStruct`s get a sharding in that memory."""
     kind = MEMORY_KINDS[memory]
 
     def move(x):
@@ -65,11 +57,11 @@ def in_memory(tree: Any, memory: Memory) -> Any:
 
 
 class TrainState(NamedTuple):
-    """What an update reads and writes. params: float32 master weights. step: updates done, int32 scalar."""
+    """The state that an update reads and returns. params: float32 master weights. step: updates done, int32."""
 
     params: Any
     opt_state: Any
-    step: jax.Array
+    step: Int[Array, ""]
 
 
 # loss(params, micro_batch) -> (scalar, sums of metrics). Micro-batches' losses add up to the mini-batch's.
@@ -102,13 +94,13 @@ def make_optimizer(config: OptimConfig, total_steps: int) -> optax.GradientTrans
 
 
 def master_weights(params: Any, *, keep: bool) -> Any:
-    """The float32 weights that a run starts from, which its first update takes the place of. keep: leave `params` to
-    whoever holds them, and take a copy."""
+    """The float32 weights that a run starts from, which its first update donates. keep: copy them, because the caller
+    still needs `params`."""
     return jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=keep), params)
 
 
 def abstract_state(params: Any, optimizer: optax.GradientTransformation, memory: Memory = "device") -> TrainState:
-    """What `init_state` makes, as shapes, dtypes and shardings. params: arrays, or such descriptions."""
+    """The shapes, dtypes and shardings of `init_state`. params: arrays or `ShapeDtypeStruct`s with shardings."""
     mesh = jax.tree.leaves(params)[0].sharding.mesh
     whole = NamedSharding(mesh, PartitionSpec())
 
@@ -127,8 +119,8 @@ def abstract_state(params: Any, optimizer: optax.GradientTransformation, memory:
 
 
 def init_state(params: Any, optimizer: optax.GradientTransformation, memory: Memory = "device") -> TrainState:
-    """A fresh state; the moments are made in place, each laid out as its weight is."""
-    # Zeros have no operand to take a layout from: unsaid, XLA would keep all of them on every device.
+    """A fresh state, whose moments are made in place with the sharding of their weights."""
+    # Zeros have no operand to take a sharding from: by default XLA would replicate all of them.
     layout = jax.tree.map(lambda x: x.sharding, abstract_state(params, optimizer, memory))
     init = jax.jit(
         lambda weights: (optimizer.init(weights), jnp.int32(0)), out_shardings=(layout.opt_state, layout.step)
@@ -139,8 +131,12 @@ def init_state(params: Any, optimizer: optax.GradientTransformation, memory: Mem
 def compile_update(
     state: TrainState, *, loss: MicroLoss, optimizer: optax.GradientTransformation, clip: float
 ) -> Callable[[TrainState, dict[str, jax.Array], int], tuple[TrainState, dict[str, jax.Array]]]:
-    """`update` as a compiled program that takes the place of the state it is given and keeps that state's layout: where
-    the moments lie in the host's memory, they are on the device for the update alone. state: or its description."""
+    """Compile `update` for one layout of the state, which it donates. Moments in host memory are on the devices only
+    during the update.
+
+    Args:
+        state: arrays or their description (`abstract_state`).
+    """
     layout = jax.tree.map(lambda x: x.sharding, state)
     on_device = jax.tree.map(lambda s: s.with_memory_kind(MEMORY_KINDS["device"]), layout.opt_state)
 
@@ -152,11 +148,11 @@ def compile_update(
     return jax.jit(step, donate_argnums=0, out_shardings=(layout, None))
 
 
-def global_norm(grads: Any) -> jax.Array:
-    """The L2 norm of all gradients together, float32.
+def global_norm(grads: PyTree[Float[Array, "..."]]) -> Float[Array, ""]:
+    """The L2 norm of all gradients together.
 
-    The sum over the parameters is in the order of their own names, as it was before blocks had parts: which part of a
-    block holds a parameter changes no bit of the norm.
+    The parameters are added in the order of their own names, whichever part of a block holds them, so that the norm has
+    the bits that it had when a layer was one flat dict.
     """
     leaves = jax.tree.leaves_with_path(grads)
     ordered = sorted(leaves, key=lambda leaf: (str(leaf[0][:1]), str(leaf[0][-1:])))
@@ -165,19 +161,19 @@ def global_norm(grads: Any) -> jax.Array:
 
 def update(
     state: TrainState,
-    micro_batches: dict[str, jax.Array],
-    count: jax.Array,
+    micro_batches: dict[str, Shaped[Array, "A B T"]],
+    count: Int[Array, ""],
     *,
     loss: MicroLoss,
     optimizer: optax.GradientTransformation,
     clip: float,
-) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One optimizer step over the first `count` of A micro-batches (arrays [A, B, T]); a pure function to jit.
+) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
+    """One optimizer step over the first `count` of A micro-batches; a pure function to jit.
 
     Returns:
-        The next state, and the metrics: the losses' sums, `loss`, and `grad_norm` before clipping. Where the loss or
-        the norm is not finite the weights and moments are left as they were, so nothing broken can be saved; only the
-        step is counted.
+        The next state, and the metrics: the sums that `loss` returns, `loss`, and `grad_norm` before clipping. If the
+        loss or the norm is not finite, the weights and moments stay as they were, so that nothing broken can be saved;
+        only the step is counted.
     """
     value_and_grad = jax.value_and_grad(loss, has_aux=True)
 

@@ -7,6 +7,7 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from training import assert_same, small_grpo, small_sft
@@ -18,7 +19,8 @@ from rmr1_jax.train.checkpoint import Checkpointer, restore_params, steps_of
 from rmr1_jax.train.config import BestConfig
 from rmr1_jax.train.metrics import MetricsLog
 from rmr1_jax.train.optim import OptimConfig, TrainState
-from rmr1_jax.train.run_directory import kept_safe, same_data, start_run
+from rmr1_jax.train.run import open_run
+from rmr1_jax.train.run_directory import same_data, start_run
 
 
 def state_of(step: int, width: int = 4096, mesh=None) -> TrainState:
@@ -91,7 +93,7 @@ def test_when_a_checkpoint_is_due(tmp_path, monkeypatch):
 def test_a_metric_that_is_not_there_is_named(tmp_path):
     with Checkpointer(tmp_path, keep=1, best=BestConfig(metric="rewards")) as checkpoints:
         with pytest.raises(
-            InputError, match=r"best.metric='rewards' is no metric of this stage; known are loss, reward"
+            InputError, match=r"best.metric='rewards' is not a metric of this stage, which has loss, reward"
         ):
             checkpoints.save(state_of(1), {}, {"loss": 1.0, "reward": 2.0})
         checkpoints.save(state_of(2), {})  # at a place where there are none yet
@@ -133,7 +135,7 @@ def test_every_damaged_file_is_found_and_named(tmp_path):
     manifest.verify(directory)
 
 
-def test_the_newest_sound_checkpoint_is_used_and_the_damaged_one_replaced(tmp_path, capsys):
+def test_the_newest_undamaged_checkpoint_is_used_and_the_damaged_one_replaced(tmp_path, capsys):
     write(tmp_path, 1, 2, 3)
     root = tmp_path / "checkpoints"
     largest = max((p for p in files_of(root / "3") if p.name != manifest.NAME), key=lambda p: p.stat().st_size)
@@ -143,7 +145,7 @@ def test_the_newest_sound_checkpoint_is_used_and_the_damaged_one_replaced(tmp_pa
         state, cursor = checkpoints.restore(state_of(0))
         assert_same(state, state_of(1))
         said = capsys.readouterr().out
-        assert cursor == {"at": 1} and "checkpoint 2 is damaged" in said and "passed over" in said
+        assert cursor == {"at": 1} and "checkpoint 2 is damaged" in said and "; it is skipped" in said
         assert f"checkpoint 3 is damaged: {largest}: expected sha256 " in said and ", found " in said
         assert_same(restore_params(tmp_path, state.params), state_of(1).params)
         checkpoints.save(state_of(2), {"at": 2})
@@ -159,7 +161,7 @@ def test_a_checkpoint_in_the_place_of_another_is_found(tmp_path, capsys):
     shutil.rmtree(root / "2")
     shutil.copytree(root / "1", root / "2")
     assert Checkpointer(tmp_path, keep=2).restore(state_of(0))[1] == {"at": 1}
-    assert "/2/manifest.json: expected to be of step 2, found 1; passed over" in capsys.readouterr().out
+    assert "/2/manifest.json: expected to be of step 2, found 1; it is skipped" in capsys.readouterr().out
 
 
 def test_when_none_is_sound_nothing_is_begun_anew(tmp_path):
@@ -167,7 +169,7 @@ def test_when_none_is_sound_nothing_is_begun_anew(tmp_path):
     for step in (1, 2):
         (tmp_path / "checkpoints" / str(step) / manifest.NAME).unlink()
     with pytest.raises(
-        RunError, match=r"no sound checkpoint is left: checkpoint 2 is damaged: .*manifest.json: expected"
+        RunError, match=r"no undamaged checkpoint is left: checkpoint 2 is damaged: .*manifest.json: expected"
     ):
         Checkpointer(tmp_path, keep=2).restore(state_of(0))
     assert steps_of(tmp_path / "checkpoints") == [1, 2]
@@ -180,7 +182,7 @@ def test_an_older_one_goes_only_after_the_new_one_was_verified(tmp_path, monkeyp
         raise manifest.Damage("d/x: expected 4 bytes, found 3")
 
     monkeypatch.setattr(manifest, "verify", damage)
-    with pytest.raises(RunError, match=r"checkpoints/2 cannot be written: d/x: expected 4 bytes.*step 1 stands"):
+    with pytest.raises(RunError, match=r"checkpoints/2 cannot be written: d/x: expected 4 bytes.*step 1 remains"):
         write(tmp_path, 2, keep=1)
     assert steps_of(tmp_path / "checkpoints") == [1]
 
@@ -197,12 +199,12 @@ def test_a_failed_save_is_raised_at_the_next_step_and_again_at_the_end(tmp_path,
     monkeypatch.setattr(Checkpointer, "_complete", full)
     checkpoints = Checkpointer(tmp_path, keep=2)
     checkpoints.save(state_of(2), {})
-    checkpoints._under_way[2].exception()
+    checkpoints._pending[2].exception()
     with pytest.raises(RunError) as e:
         checkpoints.check()
     assert f"{tmp_path}/checkpoints/2 cannot be written" in str(e.value) and "No space left on device" in str(e.value)
     assert "49,192 bytes wanted, " in str(e.value)
-    assert "bytes free" in str(e.value) and "the checkpoint of step 1 stands" in str(e.value)
+    assert "bytes free" in str(e.value) and "the checkpoint of step 1 remains" in str(e.value)
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["1"]
     checkpoints.save(state_of(3), {})
     with pytest.raises(RunError, match="checkpoints/3 cannot be written"):
@@ -251,9 +253,9 @@ def test_places_that_cannot_be_written_to(tmp_path):
 
 def test_a_full_device_names_what_makes_less_do(tmp_path):
     message = r"out of device memory \(RESOURCE_EXHAUSTED: 9 GiB\)\. .*micro_rows.*remat"
-    with pytest.raises(RunError, match=message), kept_safe(small_sft(out=""), tmp_path):
+    with pytest.raises(RunError, match=message), open_run(small_sft(out=str(tmp_path)), "sft"):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 9 GiB")
-    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"), kept_safe(small_sft(out=""), tmp_path):
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"), open_run(small_sft(out=str(tmp_path)), "sft"):
         raise jax.errors.JaxRuntimeError("INTERNAL: something else")
 
 
@@ -266,9 +268,42 @@ def test_another_mesh_is_said(tmp_path, capsys):
     assert capsys.readouterr().out == ""
     restored, _ = Checkpointer(tmp_path, keep=1).restore(state_of(0, mesh=make_mesh(MeshConfig(fsdp=4, tensor=2))))
     assert_same(restored, state_of(1))
-    assert "checkpoint 1 is of a mesh of replica=1 x fsdp=1 x tensor=1 in 1 process; going on with a mesh of " in (
-        capsys.readouterr().out
-    )
+    said = capsys.readouterr().out
+    assert "checkpoint 1 was written on a mesh of replica=1 x fsdp=1 x tensor=1 in 1 process; " in said
+    assert "the run continues on a mesh of replica=1 x fsdp=4 x tensor=2 in 1 process" in said
+
+
+def test_a_checkpoint_whose_layers_are_one_flat_dict_is_restored(tmp_path):
+    """As the first version wrote them, weights and moments alike."""
+    names = ["attn_norm", "q", "q_bias", "gate", "mlp_norm"]
+    whole = state_of(0).step.sharding
+
+    def flat(start: int):
+        layers = {name: jnp.arange(2.0, device=whole) + start + i for i, name in enumerate(names)}
+        return {"embed": jnp.full(3, start, jnp.float32, device=whole), "layers": layers}
+
+    def nested(start: int):
+        w = flat(start)["layers"]
+        parts = {"attn": {k: w[k] for k in ("q", "q_bias")}, "mlp": {"gate": w["gate"]}}
+        return flat(start) | {"layers": parts | {k: w[k] for k in ("attn_norm", "mlp_norm")}}
+
+    def state(params):
+        moments = optax.ScaleByAdamState(jax.device_put(np.int32(7), whole), params(100), params(200))
+        return TrainState(params(0), (moments, optax.EmptyState()), jax.device_put(np.int32(7), whole))
+
+    with Checkpointer(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(state(flat), {"at": 7})
+    like = jax.tree.map(jnp.zeros_like, state(nested))
+    with Checkpointer(tmp_path, keep=1) as checkpoints:
+        restored, cursor = checkpoints.restore(like)
+        assert jax.tree.structure(restored) == jax.tree.structure(like) and cursor == {"at": 7}
+        assert_same(restored, state(nested))
+        assert_same(restore_params(tmp_path, like.params), nested(0))
+        checkpoints.save(restored._replace(step=restored.step + 1), {"at": 8})  # from here on in today's layout
+    assert_same(Checkpointer(tmp_path, keep=1).restore(like)[0].params, nested(0))
+    with pytest.raises(InputError, match=r"is of another model: params.layers.mlp.up: is None, expected \(2,\)"):
+        like.params["layers"]["mlp"]["up"] = like.params["layers"]["mlp"]["gate"]
+        restore_params(tmp_path, like.params)
 
 
 def test_another_model_is_named_by_its_leaves(tmp_path):
@@ -285,8 +320,11 @@ def test_changes_of_a_config_that_do_not_matter_are_said(tmp_path, capsys):
     changed = small_grpo(out=str(tmp_path), save_minutes=5.0, best=BestConfig(), mesh=MeshConfig(fsdp=2), remat="full")
     start_run(changed, tmp_path)
     said = capsys.readouterr().out.splitlines()
-    assert "changed, which changes no number: save_minutes was None, is 5.0; best was None, is {" in said[0]
-    assert said[1].startswith("changed, which changes the last bits of numbers only: ") and "mesh.fsdp was" in said[1]
+    assert "changed settings, which change no number: save_minutes was None, is 5.0; best was None, is {" in said[0]
+    assert (
+        said[1].startswith("changed settings, which change only the last bits of numbers: ")
+        and "mesh.fsdp was" in said[1]
+    )
     with pytest.raises(InputError, match=r"holds a run with another config .*optimizer.clip was 1.0, is 9.0"):
         start_run(small_grpo(out=str(tmp_path), optimizer=OptimConfig(lr=1e-2, clip=9.0)), tmp_path)
 

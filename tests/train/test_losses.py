@@ -13,6 +13,7 @@ from rmr1_jax.distributed.mesh import MeshConfig, activation_sharding, make_mesh
 from rmr1_jax.errors import InputError
 from rmr1_jax.train.logprobs import token_logprobs
 from rmr1_jax.train.losses import (
+    LossInputs,
     PolicyLossConfig,
     add_metrics,
     aggregation_weights,
@@ -129,7 +130,7 @@ def loss_and_grads(config, inputs):
     logp, entropy = inputs.pop("logp"), inputs.pop("entropy")
 
     def f(logp, entropy):
-        return policy_loss(config, logp=logp, entropy=entropy, max_segments=3, **inputs)
+        return policy_loss(config, LossInputs(logp=logp, entropy=entropy, max_segments=3, **inputs))
 
     return jax.value_and_grad(f, argnums=(0, 1), has_aux=True)(logp, entropy)
 
@@ -268,7 +269,7 @@ def test_policy_loss_refuses_what_it_cannot_do():
     needed = {"ref_logp": PolicyLossConfig(), "entropy": CONFIGS["entropy"], "sampler_logp": CONFIGS["importance"]}
     for name, config in needed.items():
         with pytest.raises(InputError, match=name):
-            policy_loss(config, **{k: v for k, v in inputs.items() if k != name})
+            policy_loss(config, LossInputs(**{k: v for k, v in inputs.items() if k != name}))
     for bad in (
         {"ratio": "word"},
         {"kl_kind": "k4"},

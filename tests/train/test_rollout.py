@@ -7,7 +7,8 @@ import pytest
 
 from rmr1_jax.errors import InputError
 from rmr1_jax.quickstart.world import make_items, oracle_trace
-from rmr1_jax.sampler.sample import Sample
+from rmr1_jax.sampler.sample import Sample, SamplingConfig
+from rmr1_jax.train.config import GrpoConfig
 from rmr1_jax.train.micro_batches import mini_batch
 from rmr1_jax.train.rollout import Group, RlPrompt, next_prompts, rollout_metrics, score
 
@@ -79,12 +80,14 @@ def test_a_reward_must_be_finite():
 # ---- packing
 
 GROUPS = [group(PROMPTS[0], (2, 1.0), (4, -1.0)), group(PROMPTS[1], (3, 0.0), (3, 0.0)), group(PROMPTS[2], (5, 0.5))]
-SIZES = {"row_length": 16, "micro_rows": 2, "max_new_tokens": 8, "max_segments": 9}
+SIZES = {"row_length": 16, "micro_rows": 2, "max_prompt_length": 8, "max_segments": 9}
+SAMPLING = SamplingConfig(max_new_tokens=8)
 
 
-def make(groups=GROUPS, *, aggregation="sequence", skip_unmixed=False, **sizes):
-    batch, count, lengths = mini_batch(groups, aggregation=aggregation, skip_unmixed=skip_unmixed, **SIZES | sizes)
-    if "own" not in sizes:
+def make(groups=GROUPS, *, skip_unmixed=False, own=None, **options):
+    config = GrpoConfig(out="", sampling=SAMPLING, **SIZES | options)
+    batch, count, lengths = mini_batch(groups, config, skip_unmixed=skip_unmixed, own=own)
+    if own is None:
         assert sum(lengths) == (batch["segment_ids"] > 0).sum()
     return batch, count
 

@@ -116,7 +116,7 @@ def test_a_loss_that_is_not_finite_stops_before_it_is_saved(policy, whole, tmp_p
         return micro, facts
 
     monkeypatch.setattr("rmr1_jax.train.sft.to_micro_batches", poisoned)
-    with pytest.raises(RunError, match=r"step 4: .*loss is (nan|inf) on batch 4 .* last checkpoint stands"):
+    with pytest.raises(RunError, match=r"step 4: .*loss is (nan|inf) on batch 4 .* last checkpoint is valid"):
         run("sft", dataclasses.replace(whole[0], out=str(tmp_path)), policy)
     assert len(read_metrics(tmp_path)) == 4 and not (tmp_path / "model").exists()
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["3"]

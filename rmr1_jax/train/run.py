@@ -1,0 +1,120 @@
+"""A run of a training stage: what `sft` and `grpo` do alike around the update of each step.
+
+A stage's loop is `for step in run.steps(...)`: make a batch, update, `run.record(...)`. Here are restoring, the
+progress bar, timing, the metrics file, saving when a checkpoint is due, and stopping after SIGTERM. Next: `sft.py`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import yaml
+
+from rmr1_jax.config import dump_config
+from rmr1_jax.distributed.preemption import Preempted, Preemption
+from rmr1_jax.errors import RunError
+from rmr1_jax.train.checkpoint import Checkpointer
+from rmr1_jax.train.metrics import MetricsLog, progress
+from rmr1_jax.train.optim import TrainState
+from rmr1_jax.train.run_directory import same_data
+
+LESS_MEMORY = (
+    "These settings reduce it: fewer micro_rows, a shorter row_length, remat=offload, optimizer.mu_dtype=bfloat16, "
+    "optimizer.memory=host, a larger mesh, and while sampling fewer sampling.slots; `rmr1 plan CONFIG` estimates it"
+)
+
+
+class Run:
+    """A stage's run in `directory`, made by `open_run`. All processes must call its methods together."""
+
+    def __init__(self, stage: str, directory: Path, checkpoints: Checkpointer, preemption: Preemption):
+        self.stage, self.directory = stage, directory
+        self.checkpoints, self.preemption = checkpoints, preemption
+        self._save_seconds = 0.0
+
+    def restore(self, state: TrainState, cursor: dict[str, Any]) -> tuple[TrainState, dict[str, Any]]:
+        """The state and cursor of the newest undamaged checkpoint, or those given where there is no checkpoint.
+
+        Raises:
+            InputError: the checkpoint is of another model or of other data. RunError: all checkpoints are damaged.
+        """
+        restored = self.checkpoints.restore(state)
+        return (restored[0], same_data(restored[1], cursor)) if restored else (state, cursor)
+
+    def steps(self, start: int, total: int) -> Iterator[int]:
+        """The numbers of the steps from `start` to `total`, with a progress bar and a fresh clock for each."""
+        self._log = MetricsLog(self.directory, next_step=start)
+        self._bar = progress(start, total, self.stage)
+        for step in self._bar:
+            self.checkpoints.check()
+            self._step, self._is_last = step, step + 1 == total
+            self._times: dict[str, float] = {}
+            self._mark = time.perf_counter()
+            yield step
+
+    def lap(self, name: str) -> float:
+        """Record the seconds since the step began or since the last lap as the metric `name`, and return them."""
+        now = time.perf_counter()
+        self._times[name], self._mark = now - self._mark, now
+        return self._times[name]
+
+    @property
+    def seconds(self) -> float:
+        """The seconds of the step up to its last lap."""
+        return sum(self._times.values())
+
+    def record(self, row: Mapping[str, Any], state: TrainState, cursor: Mapping[str, Any], **shown: str) -> None:
+        """Write the step's metrics, and save the state if a checkpoint is due.
+
+        Args:
+            row: the metrics of the step; its times are added. shown: what the progress bar displays.
+
+        Raises:
+            RunError: a file cannot be written. Preempted: after SIGTERM, when the state is saved.
+        """
+        times = self._times | {"seconds": self.seconds, "checkpoint_seconds": self._save_seconds}
+        row = {**row, **times}
+        self._log.write({"step": self._step, "stage": self.stage} | row)
+        self._bar.set_postfix(shown, refresh=False)
+        self._save_seconds, stopping = 0.0, self.preemption.reached()
+        if self.checkpoints.due(self._step + 1) or stopping or self._is_last:
+            self._save_seconds = self.checkpoints.save(state, cursor, row)
+        if stopping:
+            raise Preempted
+
+    @contextmanager
+    def saved_if_preempted(self, state: TrainState, cursor: Mapping[str, Any]) -> Iterator[None]:
+        """For a part of a step that changes neither: after SIGTERM in it, save them as they are and raise `Preempted`.
+        The continued run then repeats that part."""
+        try:
+            yield
+            if self.preemption.reached():
+                raise Preempted
+        except Preempted:
+            self.preemption.reached()  # collective: every process must agree before saving
+            self.checkpoints.save(state, cursor)
+            raise
+
+
+@contextmanager
+def open_run(config: Any, stage: str) -> Iterator[Run]:
+    """A run with the checkpoints that its config asks for, which ends cleanly after SIGTERM.
+
+    Raises:
+        RunError: the run does not fit in device memory; names the settings that change it.
+    """
+    policies = {"keep": config.keep, "every": config.save_every, "minutes": config.save_minutes, "best": config.best}
+    about = {"config": yaml.safe_load(dump_config(config))}
+    with Preemption() as preemption, Checkpointer(Path(config.out), **policies, about=about) as checkpoints:
+        preemption.hold = lambda: checkpoints.saving
+        try:
+            yield Run(stage, Path(config.out), checkpoints, preemption)
+        except jax.errors.JaxRuntimeError as e:
+            if "RESOURCE_EXHAUSTED" not in str(e):
+                raise
+            raise RunError(f"out of device memory ({' '.join(str(e).split())[:200]}). {LESS_MEMORY}") from e
