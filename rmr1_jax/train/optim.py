@@ -197,13 +197,3 @@ def update(
     new = (optax.apply_updates(state.params, updates), opt_state)
     kept = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, (state.params, state.opt_state))
     return TrainState(*kept, state.step + 1), metrics | {"grad_norm": norm}
-
-
-def global_norm(grads: Any) -> jax.Array:
-    """The L2 norm of all gradients together, a float32 scalar.
-
-    The leaves are summed in the order of (first name, last name), not of the tree: a checkpoint from before blocks had
-    parts then continues to the same bits.
-    """
-    leaves = jax.tree_util.tree_leaves_with_path(grads)
-    return optax.global_norm([leaf for _, leaf in sorted(leaves, key=lambda x: (str(x[0][:1]), str(x[0][-1:])))])
