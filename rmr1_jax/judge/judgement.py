@@ -1,4 +1,4 @@
-"""What a judge finds about a pair, and the interface of all judges. Needs no JAX.
+"""Judgements of pairs, and the interface of all judges. Needs no JAX.
 
 A judge is a policy of ours (`judge.py`), a model behind an endpoint (`endpoint.py`) or a scalar reward model
 (`scalar.py`). All derive from `AnyJudge`, so that `file.py` and the benchmarks take any of them.
@@ -50,7 +50,7 @@ class Judgement:
     votes: Mapping[str, int]
     note: str | None = None
     texts: tuple[tuple[str, ...], ...] = ()
-    verdicts: tuple[tuple[Verdict, ...], ...] = ()
+    verdicts: tuple[tuple[str | None, ...], ...] = ()
     tokens: tuple[tuple[int, ...], ...] = ()
     scores: tuple[float, float] | None = None
 
@@ -118,13 +118,7 @@ class AnyJudge(Protocol):
         """Everything that decides a verdict besides the weights and the pairs, as plain values."""
 
     def compare(
-        self,
-        question: str,
-        response_a: str,
-        response_b: str,
-        votes: int = 1,
-        both_orders: bool = False,
-        seed: int = 0,
+        self, question: str, response_a: str, response_b: str, votes: int = 1, both_orders: bool = False, seed: int = 0
     ) -> Judgement:
         """Decide which of two answers to a question is better; see `Voting` for the other arguments."""
         return self.compare_many([(question, response_a, response_b)], votes, both_orders, seed)[0]
@@ -192,13 +186,13 @@ def judgement_of(texts: Sequence[Sequence[Text]], rule: str) -> Judgement:
     )
 
 
-def read_verdicts(texts: Sequence[Sequence[str]], rule: str) -> list[list[Verdict]]:
+def read_verdicts(texts: Sequence[Sequence[str]], rule: str) -> list[list[str | None]]:
     """The verdict of each text, by order and vote, in the letters of the first order. `rule` is a key of `RULES`."""
     read = RULES[rule]
     return [[other_side(read(text)) if order else read(text) for text in own] for order, own in enumerate(texts)]
 
 
-def settle(verdicts: Sequence[Sequence[Verdict]]) -> tuple[Verdict, Status]:
+def settle(verdicts: Sequence[Sequence[str | None]]) -> tuple[Verdict, Status]:
     """(winner, status) from verdicts by order and vote, all in the letters of the first order; see `Voting`."""
     counts = [Counter(v for v in order if v) for order in verdicts]
     winners: set[Side] = {"A" if c["A"] > c["B"] else "B" for c in counts if c["A"] != c["B"]}
@@ -207,7 +201,7 @@ def settle(verdicts: Sequence[Sequence[Verdict]]) -> tuple[Verdict, Status]:
     return None, "tie" if any(counts) else "invalid"
 
 
-def count_votes(verdicts: Sequence[Verdict]) -> dict[str, int]:
+def count_votes(verdicts: Sequence[str | None]) -> dict[str, int]:
     """The counts of "A", "B" and "invalid"."""
     return {"A": verdicts.count("A"), "B": verdicts.count("B"), "invalid": verdicts.count(None)}
 

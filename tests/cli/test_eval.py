@@ -37,7 +37,7 @@ def summary_of(folder, out):
     return json.loads((folder / out / "summary.json").read_text())
 
 
-def test_a_policy_a_scalar_model_and_an_endpoint_stand_in_one_table(folder, monkeypatch, capsys):
+def test_eval_and_compare_with_a_policy_a_scalar_model_and_an_endpoint(folder, monkeypatch, capsys):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     prompt = ("--prompt", str(folder / "prompt.yaml"))
     limits = ("--max-new-tokens", "12", "--both-orders", "--forced-budgets")
@@ -72,7 +72,7 @@ def test_a_policy_a_scalar_model_and_an_endpoint_stand_in_one_table(folder, monk
     assert KEY not in "".join(f.read_text() for out in "abc" for f in (folder / out).rglob("*.json*"))
 
 
-def test_options_that_do_not_go_together(folder, capsys):
+def test_incompatible_options_are_refused(folder, capsys):
     assert evaluate(folder, "d", "--judge", "scalar", "--forced-budgets", model=folder / "scalar") == 2
     assert "not --judge scalar" in capsys.readouterr().err
     assert evaluate(folder, "d", "--judge", "scalar", "--votes", "3", model=folder / "scalar") == 2

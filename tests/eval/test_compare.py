@@ -1,4 +1,4 @@
-"""Two runs compared, against numbers worked out by hand and against SciPy."""
+"""Tests of the comparison of two runs, against numbers worked out by hand and against SciPy."""
 
 import json
 
@@ -42,7 +42,7 @@ def test_counts_agreement_and_mcnemar_by_hand(tmp_path):
     assert found["difference"] == pytest.approx(43.75)
 
 
-def test_the_difference_s_interval_is_scipy_s(tmp_path):
+def test_the_interval_of_the_difference_equals_scipy_s(tmp_path):
     """RM-Bench items of nine pairs in two domains: SciPy resamples the items' own differences."""
     rng = np.random.default_rng(0)
     sizes = {"chat": 30, "code": 50}
@@ -101,7 +101,7 @@ def test_runs_that_cannot_be_compared(tmp_path):
 
 
 def test_verdicts_of_rmr1_judge(tmp_path):
-    """They have no benchmark: the score is the accuracy."""
+    """Verdicts have no benchmark, so the score is the accuracy."""
     for name, outcomes in (("a", (1, 1, 0)), ("b", (1, 0, 0))):
         rows = [{"id": str(k), "winner": "A", "status": "ok", "correct": bool(x)} for k, x in enumerate(outcomes)]
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

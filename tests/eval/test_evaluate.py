@@ -1,4 +1,4 @@
-"""Evaluations from end to end: real samples, the full counts, kills, and scores from logs alone."""
+"""Tests of evaluations from end to end: samples, full counts, kills, and scores from logs alone."""
 
 import json
 import random
@@ -38,7 +38,7 @@ LOGS = {
 
 @pytest.fixture
 def sample(shared_data, tmp_path):
-    """Path of a benchmark's shared rows; for RMB without the logs that lie beside them."""
+    """The path of a benchmark's shared rows; for RMB without the logs beside them."""
 
     def sample_of(benchmark):
         source = shared_data / SAMPLES[benchmark]
@@ -105,7 +105,7 @@ def test_scores_are_computed_in_place_or_by_another_rule(sample, tmp_path):
     assert again == scores
 
 
-def test_a_look_judges_items_all_over_the_data_and_a_later_run_the_rest(sample, tmp_path):
+def test_a_limited_run_judges_items_all_over_the_data_and_a_later_run_the_rest(sample, tmp_path):
     whole = {name: list(load(name, sample(name))) for name in SAMPLES}
     for name, pairs in whole.items():
         few = list(load(name, sample(name), 7))
@@ -262,7 +262,7 @@ def test_the_full_counts(benchmark, pairs, items, tmp_path):
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_rows(tmp_path):
-    """Some hundred bytes a row for its id and outcome, and nothing of its texts, whose kilobytes make up the file."""
+    """A row takes some hundred bytes for its id and outcome, and nothing for its kilobytes of texts."""
     peaks, sizes = [], []
     for times, words in ((1, 10), (1, 100), (4, 10)):
         data = made_data("rewardbench", tmp_path / f"data{times}-{words}", times, words)

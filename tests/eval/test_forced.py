@@ -1,4 +1,4 @@
-"""Forced verdicts against the policy's own logits after the same tokens, and the curve that is made of them."""
+"""Tests of forced verdicts against the policy's own logits after the same tokens, and of the curve."""
 
 import json
 

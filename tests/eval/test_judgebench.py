@@ -1,4 +1,4 @@
-"""JudgeBench: both orders settled as published, the published log there and back, sources that are no such."""
+"""Tests of JudgeBench: both orders settled as published, the published log written and read, unknown sources."""
 
 import itertools
 import json
@@ -40,7 +40,7 @@ def data(tmp_path):
     return write_rows(tmp_path / "dataset=judgebench,response_model=gpt-4o-2024-05-13.jsonl", rows)
 
 
-def test_pairs_are_shown_as_they_stand(data):
+def test_pairs_are_shown_in_the_order_of_the_data(data):
     pairs = list(BENCHMARK.load(data))
     assert [pair.better for pair in pairs] == [*"AAAAABBBBB"] * 4
     assert {(pair.response_a, pair.response_b) for pair in pairs} == {("right", "wrong")}
@@ -81,7 +81,7 @@ def test_all_pairs_of_decisions_count_as_published(tmp_path):
     assert rows[1]["verdicts"] == [["A"], ["A"]] and rows[1]["texts"] == [["I say A>B"], ["I say B>A"]]
 
 
-def test_our_log_is_the_published_one_and_more_and_comes_back(data, tmp_path):
+def test_our_log_extends_the_published_one_and_is_read_back(data, tmp_path):
     out = tmp_path / "out"
     _, scores = run_benchmark("judgebench", ScriptedJudge(), data, out, name="m", both_orders=True)
     (log,) = BENCHMARK.find_logs(out / "JudgeBench")

@@ -1,4 +1,4 @@
-"""Logs: JSON arrays that grow element by element, our rows in the data's order, and entries that are no such."""
+"""Tests of logs: JSON arrays written element by element, conversion of entries and rows, and malformed ones."""
 
 import json
 
@@ -56,7 +56,7 @@ def test_arrays_are_laid_out_as_published(tmp_path):
     assert sorted(path.name for path in tmp_path.rglob("*.*")) == ["half.json", "logs.json"]
 
 
-def test_an_array_that_is_cut_leaves_the_older_one(tmp_path):
+def test_an_interrupted_array_leaves_the_older_one(tmp_path):
     (tmp_path / "logs.json").write_text("before")
     with pytest.raises(KeyboardInterrupt), ArrayFiles(tmp_path) as files:
         files.add("logs.json", {"a": 1})
@@ -126,7 +126,7 @@ def test_a_bad_row_of_ours_is_named(tmp_path, change, reason):
     assert str(caught.value).startswith(f"{path}:2:") and reason in str(caught.value)
 
 
-def test_the_text_that_is_shown_saw_the_first_order_and_names_the_winner():
+def test_the_shown_text_is_of_the_first_order_and_names_the_winner():
     texts = [["none", answer("A"), answer("B")], [answer("B")] * 3]
     row = {**JUDGED, "texts": texts, "verdicts": [[None, "A", "B"], ["A", "A", "A"]]}
     assert [shown_text({**row, "winner": winner}) for winner in ("A", "B", None)] == [answer("A"), answer("B"), "none"]

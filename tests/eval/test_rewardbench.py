@@ -1,4 +1,4 @@
-"""RewardBench: the released scores to the last digit, the published log, and what is told of rows that are no such."""
+"""Tests of RewardBench: the released scores to the last digit, the published log, and unknown subsets."""
 
 import json
 from collections import Counter
@@ -45,13 +45,13 @@ def test_the_released_scores_come_out_to_the_last_digit(shared_data, outcomes):
         assert json.dumps(content, indent=1) == (released / name).read_text(encoding="utf-8")
 
 
-def test_the_released_order_is_ours(outcomes):
+def test_our_order_is_the_released_one(outcomes):
     flags = LegacyFlags(0)
     assert len(outcomes) == 2985
     assert [row[FLAG] for row in outcomes] == [flags[k] for k in range(2985)]
 
 
-def test_the_weights_are_the_subsets_sizes_but_for_math(outcomes):
+def test_the_weights_are_the_sizes_of_the_subsets_except_for_math(outcomes):
     weights = {subset: weight for own in SECTIONS.values() for subset, weight in own.items()}
     assert weights == {**Counter(row["subset"] for row in outcomes), "math-prm": 984}
     assert weights["math-prm"] == sum(weight for subset, weight in weights.items() if subset.startswith("hep-"))
@@ -81,7 +81,7 @@ def test_pairs_know_their_section_and_place(shared_data):
     assert all(pair.meta["subset"] in SECTIONS[pair.meta["section"]] for pair in pairs)
 
 
-def test_of_the_hub_s_folder_the_filtered_split_is_taken(tmp_path):
+def test_the_filtered_split_of_the_hub_s_folder_is_read(tmp_path):
     for name, prompt in (("filtered-00000-of-00001", "q"), ("raw-00000-of-00001", "raw")):
         (tmp_path / "data").mkdir(exist_ok=True)
         pq.write_table(pa.Table.from_pylist([{**ROW, "prompt": prompt}]), tmp_path / f"data/{name}.parquet")
@@ -109,7 +109,7 @@ def test_every_result_of_a_published_log_follows_from_its_text(shared_data, name
     assert {row["kind"] for row in rows} <= {"chat", "reasoning", None}
 
 
-def test_our_log_is_the_published_one_and_more_and_comes_back_whole(shared_data, tmp_path):
+def test_our_log_extends_the_published_one_and_is_read_back_whole(shared_data, tmp_path):
     pairs = list(BENCHMARK.load(shared_data / "rewardbench/filtered_sample.jsonl"))
     judged = dict(ScriptedJudge().stream(pairs, Voting(votes=2, both_orders=True)))
     rows = [json.loads(json.dumps(judgement_row(pair, judged[k]))) for k, pair in enumerate(pairs)]

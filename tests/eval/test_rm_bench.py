@@ -1,4 +1,4 @@
-"""RM-Bench: the matrix by hand, with the released slip and without; the three files; what is missing is told."""
+"""Tests of RM-Bench: scores by hand, with the released scorer's mistake and without; three files; missing pairs."""
 
 import itertools
 import json
@@ -74,8 +74,8 @@ def test_both_scorers_by_hand():
     )
 
 
-def test_the_released_scorer_as_it_is_written():
-    """The nine cells spelled out as the released script does, file 2 being file 3 in it."""
+def test_scores_equal_those_of_the_released_script():
+    """The nine cells are spelled out as in the released script, which reads file 3 in place of file 2."""
     sizes = {"chat": 5, "math": 7, "code": 3, "safety-refuse": 4, "safety-response": 2}
     flags = LegacyFlags(3)
     draw = itertools.count()
@@ -104,7 +104,7 @@ def test_the_released_scorer_as_it_is_written():
         assert found["total_avg_acc"] == pytest.approx(sum(map(sum, parts.values())) / 12, abs=1e-14)
 
 
-def test_what_is_missing_is_told():
+def test_missing_judgements_are_named():
     made = [
         r for r in records({"code": CHAT}) if (r["chosen_style"], r["rejected_style"]) not in ((0, 1), (1, 2), (2, 0))
     ]

@@ -1,4 +1,4 @@
-"""RMB: best-of-N by hand, the mean of the four sets as released, the sets' own A/B orders, the published logs."""
+"""Tests of RMB: best-of-N by hand, the released mean of the four sets, their A/B orders, the published logs."""
 
 import json
 import shutil
@@ -28,7 +28,7 @@ def score(records):
 
 @pytest.fixture
 def data(shared_data, tmp_path):
-    """The two shared sets, without the logs that lie beside them."""
+    """The two shared sets without the logs beside them."""
     for name in ("BoN_set", "Pairwise_set"):
         shutil.copytree(shared_data / "rmb" / name, tmp_path / "data" / name)
     return tmp_path / "data"
@@ -87,13 +87,13 @@ def test_score_files_look_like_the_released_ones(shared_data):
         assert (list(ours[0]), list(ours[1])) == (list(overall), list(categories))
 
 
-def test_a_category_of_no_set_is_refused():
+def test_an_unknown_category_is_refused():
     assert set_of("BoN_set/Harmlessness/S10") == "BoN Harmlessness"
     with pytest.raises(InputError, match="category_path 'Best/Helpfulness' is none of RMB's: Pairwise_set/Helpfulness"):
         set_of("Best/Helpfulness")
 
 
-def test_each_set_has_its_own_order(data):
+def test_the_order_of_each_set_is_drawn_by_itself(data):
     pairs = list(BENCHMARK.load(data))
     assert [pair.meta["number"] for pair in pairs] == list(range(len(pairs)))
     flags, sections = LegacyFlags(0), [pair.meta["section"] for pair in pairs]
@@ -125,7 +125,7 @@ def test_every_result_of_the_published_logs_follows_from_its_text(shared_data, n
     assert len({row["id"] for row in rows}) == len(rows)
 
 
-def test_our_logs_are_the_published_ones_and_more_and_come_back_whole(shared_data, data, tmp_path):
+def test_our_logs_extend_the_published_ones_and_are_read_back_whole(shared_data, data, tmp_path):
     pairs = list(BENCHMARK.load(data))
     judged = dict(ScriptedJudge().stream(pairs, Voting()))
     rows = [json.loads(json.dumps(judgement_row(pair, judged[k]))) for k, pair in enumerate(pairs)]

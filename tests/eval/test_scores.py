@@ -1,4 +1,4 @@
-"""The statistics against SciPy's, or against numbers worked out by hand."""
+"""Tests of the statistics against SciPy or numbers worked out by hand."""
 
 import math
 from collections import Counter
@@ -11,7 +11,7 @@ from rmr1_jax.eval.scores import Stratum, bootstrap_interval, cohen_kappa, mcnem
 
 
 @pytest.mark.parametrize(("right", "n"), [(0, 7), (7, 7), (1, 2), (632, 1000), (2985, 2985)])
-def test_wilson_is_scipy_s(right, n):
+def test_wilson_equals_scipy_s(right, n):
     wanted = scipy_stats.binomtest(right, n).proportion_ci(confidence_level=0.95, method="wilson")
     assert wilson_interval(right, n) == pytest.approx((wanted.low, wanted.high), abs=1e-12)
 
@@ -28,7 +28,7 @@ def test_a_score_is_the_weighted_mean_of_means():
     assert math.isnan(score([Stratum(1.0, {})]))
 
 
-def test_the_bootstrap_is_scipy_s():
+def test_the_bootstrap_equals_scipy_s():
     rng = np.random.default_rng(0)
     samples = [rng.integers(0, 10, size) / 9 for size in (23, 150, 61)]
     weights = np.array([0.5, 0.3, 0.2])
@@ -53,14 +53,14 @@ def test_the_bootstrap_is_scipy_s():
         assert found == pytest.approx((wanted.low, wanted.high), abs=0.03 * width)
 
 
-def test_the_bootstrap_is_the_binomial_s_for_one_stratum():
+def test_the_bootstrap_of_one_stratum_is_binomial():
     """630 of 1000 resampled: the counts are binomial, whose quantiles SciPy knows."""
     low, high = bootstrap_interval([Stratum(1.0, {1.0: 630, 0.0: 370})], resamples=100_000)
     exact = scipy_stats.binom(1000, 0.63)
     assert (low, high) == pytest.approx((exact.ppf(0.025) / 1000, exact.ppf(0.975) / 1000), abs=0.0011)
 
 
-def test_the_bootstrap_repeats_itself():
+def test_the_bootstrap_is_deterministic():
     strata = [Stratum(1.0, {1.0: 30, 0.0: 20})]
     assert bootstrap_interval(strata, seed=3) == bootstrap_interval(strata, seed=3)
     assert bootstrap_interval([Stratum(1.0, {1.0: 5})]) == (1.0, 1.0)
@@ -68,7 +68,7 @@ def test_the_bootstrap_repeats_itself():
 
 
 def test_mcnemar_by_hand():
-    """Of 10 pairs on which two judges differ one goes to A: p = 2 (1 + 10) / 1024."""
+    """Two judges differ on 10 pairs, of which A is right on one: p = 2 (1 + 10) / 1024."""
     assert mcnemar(1, 9) == pytest.approx(22 / 1024, abs=1e-12)
     assert mcnemar(9, 1) == pytest.approx(22 / 1024, abs=1e-12)
     assert mcnemar(5, 5) == mcnemar(0, 0) == 1.0

@@ -1,4 +1,4 @@
-"""A summary against numbers worked out by hand and against SciPy, from rows of which every number is known."""
+"""Tests of the summary against numbers worked out by hand and against SciPy."""
 
 import itertools
 import json
@@ -55,7 +55,7 @@ def by_name(groups):
 
 
 def test_rewardbench_weighs_subsets_by_the_published_table():
-    """math-prm counts 984 for its rows however many there are, hep-python 164: 984 x 0.5 + 164 x 1 over 1148."""
+    """math-prm has the weight 984 and hep-python 164, whatever the number of rows: (984 x 0.5 + 164 x 1) / 1148."""
     subsets = {"math-prm": [1, 0], "hep-python": [1, 1, 1, 1], "mt-bench-hard": [1, 0, 0, 0]}
     rows = [
         row(f"{subset}{k}", bool(right), meta={"benchmark": "rewardbench", "subset": subset})
@@ -70,7 +70,7 @@ def test_rewardbench_weighs_subsets_by_the_published_table():
     assert by_name(found["subsets"])["math-prm"] == (2, 50.0)
 
 
-def test_a_released_run_s_score_comes_out_with_its_interval(shared_data):
+def test_the_score_and_interval_of_a_released_run(shared_data):
     """All 2,985 published outcomes: score and sections as released; the interval as SciPy's normal approximation."""
     table = json.loads((shared_data / "rewardbench/outcomes_RM-R1-DeepSeek-Distilled-Qwen-32B.json").read_text())
     outcomes = [dict(zip(table["columns"], values, strict=True)) for values in table["rows"]]
@@ -109,7 +109,7 @@ def test_rm_bench_counts_items_cells_and_difficulties():
     }
 
 
-def test_the_released_slip_reads_file_three_for_file_two():
+def test_the_released_scorer_reads_file_three_for_file_two():
     matrix = [[1, 0, 1], [1, 1, 0], [0, 1, 1]]  # file 2 is (0,1), (1,2), (2,0): all wrong; the rest is right
     assert summarize(rm_bench_rows(matrix), {}, {})["headline"] == pytest.approx(600 / 9)
     slipped = summarize(rm_bench_rows(matrix), {}, {}, scoring=RmBench(released=True))
@@ -133,7 +133,7 @@ def test_a_best_of_n_item_is_right_only_if_all_its_pairs_are():
     assert found["accuracy"] == pytest.approx(600 / 7)
 
 
-def test_the_headline_s_interval_is_scipy_s():
+def test_the_interval_of_the_headline_equals_scipy_s():
     """Two domains of a size that differs, items of nine pairs, against scipy.stats.bootstrap over the same items."""
     rng = np.random.default_rng(0)
     matrices = {"chat": rng.random((40, 3, 3)) < 0.8, "math": rng.random((15, 3, 3)) < 0.5}
@@ -268,7 +268,7 @@ def test_votes():
     assert summarize([row()], {}, {})["votes"] is None
 
 
-def test_rows_that_do_not_belong_are_refused():
+def test_rows_of_other_or_unknown_benchmarks_are_refused():
     with pytest.raises(InputError, match="no judgement"):
         summarize([], {}, {})
     with pytest.raises(InputError, match="is of rm-bench, those before of rewardbench"):

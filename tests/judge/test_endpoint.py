@@ -1,4 +1,4 @@
-"""A judge behind an endpoint, against a server on this machine that answers by a script."""
+"""Tests of the judge behind an endpoint, with a local server that answers by a script."""
 
 import json
 
@@ -39,7 +39,7 @@ PAIRS = [
 ]
 
 
-def test_it_judges_as_a_policy_that_writes_the_same_texts(make_judge, tmp_path):
+def test_an_endpoint_that_writes_the_same_texts_judges_as_the_policy(make_judge, tmp_path):
     from policies import ScriptedPolicy
 
     with ChatServer(scripted(prefers("good"))) as server:
@@ -98,7 +98,7 @@ def test_refusals_have_a_row_and_outages_have_none(make_judge):
     assert made == [0, 1, 3, 4, 5]  # the others have their rows; a rerun asks for the one that is missing
 
 
-def test_both_empty_is_not_asked_and_unknown_token_counts_are_left_out(make_judge):
+def test_empty_answers_are_not_requested_and_unknown_token_counts_are_left_out(make_judge):
     empty = PreferencePair.from_answers("1", "q", "", "")
     with ChatServer(lambda request, number: Reply(answer("B"), tokens=(0, 0))) as server:
         found = make_judge(server).compare_many([empty, PAIRS[0]])
@@ -106,7 +106,7 @@ def test_both_empty_is_not_asked_and_unknown_token_counts_are_left_out(make_judg
     assert [f.status for f in found] == ["tie", "ok"] and found[1].tokens == ()
 
 
-def test_a_killed_run_asks_only_for_what_is_missing_and_writes_no_key(make_judge, tmp_path):
+def test_a_resumed_run_requests_only_missing_pairs_and_writes_no_key(make_judge, tmp_path):
     out = tmp_path / "judgements.jsonl"
     with ChatServer(scripted(prefers("good"))) as server:
         judge, output = make_judge(server), Output(path=out, row_of=judgement_row)
@@ -121,7 +121,7 @@ def test_a_killed_run_asks_only_for_what_is_missing_and_writes_no_key(make_judge
     assert KEY not in out.read_text() + (tmp_path / "judgements.jsonl.run.json").read_text()
 
 
-def test_settings_that_cannot_be_are_refused(make_judge):
+def test_invalid_settings_are_refused(make_judge):
     with ChatServer(scripted(says("A"))) as server:
         with pytest.raises(InputError, match="rule='loose'"):
             make_judge(server, rule="loose")

@@ -1,4 +1,4 @@
-"""Judging a file: every pair gets one row, whatever stops the run, and nothing is continued that was made otherwise."""
+"""Tests of judge_file: every pair gets one row after any interruption, and other settings do not continue a file."""
 
 import errno
 import json
@@ -64,12 +64,12 @@ def test_every_pair_gets_its_row(tmp_path):
     assert str(summary) == "7 pairs: 71.4% ok, 14.3% tie, 0.0% invalid, 14.3% too long; accuracy 50.0% of 6"
 
 
-def test_the_summary_of_little(tmp_path):
+def test_the_summary_without_pairs_or_known_answers(tmp_path):
     assert str(judge_pairs(tmp_path / "a.jsonl", [])) == "no pairs"
     assert str(judge_pairs(tmp_path / "b.jsonl", PAIRS[4:5])).endswith("; accuracy not known")
 
 
-def test_a_cut_file_is_continued_to_the_same_bytes(tmp_path):
+def test_a_truncated_file_is_continued_to_the_same_bytes(tmp_path):
     whole = tmp_path / "whole.jsonl"
     summary = judge_pairs(whole)
     text = whole.read_bytes()
@@ -88,7 +88,7 @@ def test_a_cut_file_is_continued_to_the_same_bytes(tmp_path):
 
 
 @pytest.mark.parametrize("texts", range(5))
-def test_a_run_that_dies_keeps_every_row_and_goes_on(tmp_path, texts):
+def test_a_killed_run_keeps_every_row_and_is_continued(tmp_path, texts):
     output = tmp_path / "verdicts.jsonl"
     policy = ScriptedPolicy(prefers("five"))
     stream, written = policy.stream, []
@@ -112,7 +112,7 @@ def test_a_run_that_dies_keeps_every_row_and_goes_on(tmp_path, texts):
     assert output.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
 
-def test_a_cut_batch_is_asked_as_a_whole_where_bits_depend_on_it_and_else_not(tmp_path):
+def test_an_interrupted_batch_is_judged_as_a_whole_only_if_bits_depend_on_it(tmp_path):
     for whole, lengths in ((True, [2, 2]), (False, [1, 2])):
         output = tmp_path / f"{whole}.jsonl"
         judge_pairs(output, PAIRS[:1])
@@ -163,14 +163,14 @@ def test_another_prompt_of_the_same_name_is_another_setting(tmp_path):
         judge_file(Judge(ScriptedPolicy(says("A")), path), PAIRS, Output(path=output))
 
 
-def test_settings_of_a_run_without_rows_do_not_bind(tmp_path):
+def test_settings_of_a_run_without_rows_may_change(tmp_path):
     output = tmp_path / "verdicts.jsonl"
     judge_pairs(output, [], seed=1)
     output.write_bytes(b'{"id": "fi')
     assert judge_pairs(output, seed=2).pairs == 7
 
 
-def test_a_file_of_someone_else_is_not_touched(tmp_path):
+def test_a_file_without_settings_is_not_touched(tmp_path):
     output = tmp_path / "notes.txt"
     output.write_text("my notes, without a line break")
     with pytest.raises(InputError, match=r"notes\.txt exists, but not notes\.txt\.run\.json beside it"):
@@ -189,7 +189,7 @@ def test_a_file_of_someone_else_is_not_touched(tmp_path):
         ('{"id": "five-a", "status": "ok"}', "id 'five-a' for the second time"),
     ],
 )
-def test_a_spoilt_line_is_named(tmp_path, line, reason):
+def test_a_malformed_line_is_named(tmp_path, line, reason):
     output = tmp_path / "verdicts.jsonl"
     judge_pairs(output, PAIRS[:1])
     spoilt = output.read_text() + line + "\n"
@@ -199,7 +199,7 @@ def test_a_spoilt_line_is_named(tmp_path, line, reason):
     assert output.read_text() == spoilt
 
 
-def test_spoilt_settings_are_named(tmp_path):
+def test_malformed_settings_are_named(tmp_path):
     output = tmp_path / "verdicts.jsonl"
     judge_pairs(output)
     for text in ("{", "[]"):
@@ -226,7 +226,7 @@ def test_a_second_run_on_the_same_file_is_refused(tmp_path):
     assert judge_pairs(output).pairs == 7
 
 
-def test_a_full_disk_stops_the_run_and_the_next_one_goes_on(tmp_path, monkeypatch):
+def test_a_full_disk_stops_the_run_and_the_next_one_continues(tmp_path, monkeypatch):
     output = tmp_path / "verdicts.jsonl"
     judge_pairs(output, PAIRS[:3])
 
@@ -249,7 +249,7 @@ def test_an_output_that_cannot_be_written_is_named(tmp_path):
         judge_pairs(tmp_path / "verdicts.jsonl", batch_size=0)
 
 
-def test_the_row_of_an_evaluation_has_all_there_is(tmp_path):
+def test_a_judgement_row_holds_the_pair_and_the_judgement(tmp_path):
     pair = PreferencePair.from_answers("five-b", "2 + 3?", "six", "five", better="B", meta={"subset": "sums"})
     talk = [("user", "hi"), ("assistant", "hello"), ("user", "2 + 3?")]
     longer = PreferencePair.from_preference(

@@ -1,4 +1,4 @@
-"""The judge: votes, both orders, what is never asked. A scripted policy writes; a real tiny one closes the circle."""
+"""Tests of the judge: votes, both orders, pairs that are not judged; with a scripted policy and with a tiny one."""
 
 import pytest
 from jax.errors import JaxRuntimeError
@@ -61,7 +61,7 @@ def test_invalid_and_tie_show_the_first_text():
 
 
 @pytest.mark.parametrize(("a", "b", "winner"), [("five", "six", "A"), ("six", "five", "B")])
-def test_both_orders_agree_where_the_judge_reads_the_answers(a, b, winner):
+def test_both_orders_agree_if_the_judge_reads_the_answers(a, b, winner):
     policy = ScriptedPolicy(prefers("five"))
     judgement = Judge(policy).compare("2 + 3?", a, b, both_orders=True)
     assert (judgement.winner, judgement.status, judgement.note) == (winner, "ok", None)
@@ -71,7 +71,7 @@ def test_both_orders_agree_where_the_judge_reads_the_answers(a, b, winner):
     assert first.index(a) < first.index(b) and second.index(b) < second.index(a)
 
 
-def test_both_orders_tie_where_the_judge_goes_by_position():
+def test_both_orders_tie_if_the_judge_goes_by_position():
     judgement = Judge(ScriptedPolicy(says("A"))).compare("q", "x", "y", both_orders=True)
     assert (judgement.winner, judgement.status) == (None, "tie")
     assert judgement.votes == {"A": 1, "B": 1, "invalid": 0}
@@ -134,7 +134,7 @@ def test_a_judgement_keeps_every_text_by_order_and_vote():
     assert judgement.tokens == (tuple(map(len, own)),) * 2
 
 
-def test_a_pair_is_handed_over_when_its_last_text_is_there():
+def test_a_pair_is_yielded_as_soon_as_its_last_text_is_sampled():
     policy = ScriptedPolicy(says("AA"))
     stream, written = policy.stream, []
 
@@ -164,7 +164,7 @@ def test_a_pair_is_handed_over_when_its_last_text_is_there():
         ("INTERNAL: a defect", JaxRuntimeError, "^INTERNAL: a defect$"),
     ],
 )
-def test_what_to_lower_when_memory_runs_out(told, error, message):
+def test_out_of_memory_errors_say_what_to_lower(told, error, message):
     policy = ScriptedPolicy(says("A"))
     stream = policy.stream
 
@@ -221,12 +221,12 @@ def test_limits_follow_the_model():
         ({"max_prompt_tokens": 0}, "max_prompt_tokens=0 must be at least 1"),
     ],
 )
-def test_what_a_judge_cannot_be(options, message):
+def test_invalid_arguments_of_a_judge_are_refused(options, message):
     with pytest.raises(InputError, match=message):
         Judge(ScriptedPolicy(says("A"), positions=512), **options)
 
 
-def test_what_is_no_pair():
+def test_malformed_pairs_are_refused():
     with pytest.raises(InputError, match=r"pair 1 is \('q', 'x'\); expected"):
         Judge(ScriptedPolicy(says("A"))).compare_many([("q", "x", "y"), ("q", "x")])
 

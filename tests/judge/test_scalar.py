@@ -1,4 +1,4 @@
-"""Scalar reward models: our scores against Transformers', through the chat template, in batches of any make-up."""
+"""Tests of scalar reward models: scores against Transformers', the chat template, independence of the batch."""
 
 import json
 
@@ -50,7 +50,7 @@ def random_rows(*lengths):
     ],
     ids=["qwen2", "qwen2 tied", "qwen3"],
 )
-def test_scores_are_transformers(tmp_path, kind, changes, lengths):
+def test_scores_equal_those_of_transformers(tmp_path, kind, changes, lengths):
     """Transformers gets the same rows padded on the right in one batch."""
     theirs, rows = their_model(kind, **changes), random_rows(*lengths)
     padded = np.full((len(rows), max(lengths)), 639)
@@ -65,7 +65,7 @@ def test_scores_are_transformers(tmp_path, kind, changes, lengths):
 
 
 def test_a_conversation_is_rendered_as_transformers_does(model):
-    """The whole template, the assistant's turn closed; and what looks like a control token is text."""
+    """The whole template is rendered with the assistant's turn closed; an imitated control token is text."""
     pair = PreferencePair.from_answers("1", "Which bird?", "The wren.", "A <|im_end|> owl.")
     hf = model.tokenizer.hf
     messages = [m._asdict() for m in pair.conversation_a]
@@ -83,7 +83,7 @@ def test_a_score_depends_on_nothing_but_its_row(model):
     np.testing.assert_array_equal(scores(model, rows, batch_tokens=192), alone)
 
 
-def test_rows_are_padded_by_a_third_at_most():
+def test_at_most_a_third_of_a_row_is_padding():
     padded = {n: padded_length(n, 400) for n in range(1, 401)}
     assert all(n <= length <= max(64, 1.5 * n) for n, length in padded.items())
     assert sorted(set(padded.values())) == [64, 96, 128, 192, 256, 384, 400]
@@ -116,7 +116,7 @@ def test_the_larger_score_wins(model, tmp_path, monkeypatch):
     assert "scores" not in rows["long"]
 
 
-def test_what_a_scalar_judge_cannot_do(model):
+def test_what_a_scalar_judge_refuses(model):
     pair = PreferencePair.from_answers("7", "q", "a", "b")
     for options in ({"votes": 3}, {"both_orders": True}):
         with pytest.raises(InputError, match="give it neither votes nor both orders"):
@@ -126,7 +126,7 @@ def test_what_a_scalar_judge_cannot_do(model):
         ScalarJudge(type(model)(broken, model.tokenizer, model.mesh)).compare_many([pair])
 
 
-def test_policies_and_reward_models_are_told_apart(directory, tmp_path, world_tokenizer):
+def test_policies_and_reward_models_are_distinguished(directory, tmp_path, world_tokenizer):
     with pytest.raises(InputError, match=r"architectures.*rmr1 eval --judge scalar"):
         load(directory)
     tiny_policy().save(tmp_path)

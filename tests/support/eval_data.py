@@ -1,4 +1,4 @@
-"""Made data of the benchmarks' full counts, in their own formats."""
+"""Synthetic data with the benchmarks' full counts, in their own formats."""
 
 import json
 
@@ -6,7 +6,7 @@ from rmr1_jax.eval.rewardbench import SECTIONS
 
 
 def made_data(benchmark, path, times=1, words=200):
-    """A benchmark's full counts, `times` over, of made texts; returns the path and the number of pairs."""
+    """Write synthetic rows with `times` the full counts of a benchmark; returns their path."""
 
     def text(*name):
         return " ".join(f"{'-'.join(map(str, name))}.{k}" for k in range(words))

@@ -1,4 +1,4 @@
-"""An evaluation in a process of its own, to be killed or weighed: `eval_worker.py BENCHMARK DATA OUT [OPTIONS]`.
+"""An evaluation in a process of its own, to be killed or measured: `eval_worker.py BENCHMARK DATA OUT [OPTIONS]`.
 
 The judge is scripted and needs no JAX: verdicts follow from a pair's id, and pairs are finished out of order. Or it is
 the model in a directory, with the small world's prompt. Prints the process's peak memory in MiB.

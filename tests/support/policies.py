@@ -1,4 +1,4 @@
-"""Policies for the tests of what holds a policy and reads its texts: a scripted one, and a real tiny one."""
+"""Policies for tests: a scripted one, and a tiny one with random weights."""
 
 import functools
 import tempfile
