@@ -50,7 +50,7 @@ class Judgement:
     votes: Mapping[str, int]
     note: str | None = None
     texts: tuple[tuple[str, ...], ...] = ()
-    verdicts: tuple[tuple[str | None, ...], ...] = ()
+    verdicts: tuple[tuple[Verdict, ...], ...] = ()
     tokens: tuple[tuple[int, ...], ...] = ()
     scores: tuple[float, float] | None = None
 
@@ -186,13 +186,13 @@ def judgement_of(texts: Sequence[Sequence[Text]], rule: str) -> Judgement:
     )
 
 
-def read_verdicts(texts: Sequence[Sequence[str]], rule: str) -> list[list[str | None]]:
+def read_verdicts(texts: Sequence[Sequence[str]], rule: str) -> list[list[Verdict]]:
     """The verdict of each text, by order and vote, in the letters of the first order. `rule` is a key of `RULES`."""
     read = RULES[rule]
     return [[other_side(read(text)) if order else read(text) for text in own] for order, own in enumerate(texts)]
 
 
-def settle(verdicts: Sequence[Sequence[str | None]]) -> tuple[Verdict, Status]:
+def settle(verdicts: Sequence[Sequence[Verdict]]) -> tuple[Verdict, Status]:
     """(winner, status) from verdicts by order and vote, all in the letters of the first order; see `Voting`."""
     counts = [Counter(v for v in order if v) for order in verdicts]
     winners: set[Side] = {"A" if c["A"] > c["B"] else "B" for c in counts if c["A"] != c["B"]}
@@ -201,7 +201,7 @@ def settle(verdicts: Sequence[Sequence[str | None]]) -> tuple[Verdict, Status]:
     return None, "tie" if any(counts) else "invalid"
 
 
-def count_votes(verdicts: Sequence[str | None]) -> dict[str, int]:
+def count_votes(verdicts: Sequence[Verdict]) -> dict[str, int]:
     """The counts of "A", "B" and "invalid"."""
     return {"A": verdicts.count("A"), "B": verdicts.count("B"), "invalid": verdicts.count(None)}
 

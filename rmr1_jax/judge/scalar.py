@@ -28,7 +28,7 @@ from jax.sharding import Mesh
 from rmr1_jax.distributed.mesh import rows_divisor, single_device_mesh
 from rmr1_jax.errors import InputError, RunError
 from rmr1_jax.files.hub import locate
-from rmr1_jax.judge.judgement import AnyJudge, Judgement, Verdict, Voting, both_empty, count_votes, too_long
+from rmr1_jax.judge.judgement import AnyJudge, Judgement, Voting, both_empty, count_votes, too_long
 from rmr1_jax.model import hf
 from rmr1_jax.model.config import QwenConfig, read_config
 from rmr1_jax.model.qwen import Params, ScalarQwen, Transformer, split, with_params
