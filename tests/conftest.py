@@ -12,7 +12,12 @@ os.environ["XLA_FLAGS"] = " ".join(
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="rmr1-test-cache-"))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import pytest
+from jaxtyping import install_import_hook
+
+# The shapes and dtypes in the signatures of these rooms are checked at every call, here and nowhere else.
+install_import_hook(["rmr1_jax.model", "rmr1_jax.sampler", "rmr1_jax.train"], "beartype.beartype")
+
+import pytest  # noqa: E402
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 

@@ -1,4 +1,4 @@
-"""From logits to a token: temperature, top-k, top-p, and the log-probability of what was drawn.
+"""Draws tokens from logits: temperature, top-k, top-p, and the log-probability of what was drawn.
 
 Every setting is an array, never a Python constant, so a change recompiles nothing and always takes effect.
 """
@@ -9,27 +9,35 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Int, Key
 
 CHUNK = 128
 
 
 class Draw(NamedTuple):
-    """token: [...] int32. logp: under the model itself. sampled_logp: under the distribution drawn from, after
-    temperature and truncation. Both [...] float32, natural logarithm."""
+    """Tokens and their log-probabilities (natural logarithm): `logp` under the model itself, `sampled_logp` under the
+    distribution drawn from, after temperature and truncation."""
 
-    token: jax.Array
-    logp: jax.Array
-    sampled_logp: jax.Array
+    token: Int[Array, "..."]
+    logp: Float[Array, "..."]
+    sampled_logp: Float[Array, "..."]
 
 
-def draw(logits: jax.Array, keys: jax.Array, temperature: jax.Array, top_k: jax.Array, top_p: jax.Array) -> Draw:
-    """Draw one token from each row.
+def draw(
+    logits: Float[Array, "... V"],
+    keys: Key[Array, "..."],
+    temperature: ArrayLike,
+    top_k: ArrayLike,
+    top_p: ArrayLike,
+) -> Draw:
+    """Draws one token from each row.
 
     Temperature first, then top-k, then top-p over what top-k left (the order Transformers uses).
 
     Args:
-        logits: [..., V] float32. keys: [...] one PRNG key a row.
-        temperature: scalar; 0 is greedy. top_k: scalar int, 0 is off. top_p: scalar in (0, 1], 1 is off.
+        logits: float32. keys: one a row.
+        temperature: a scalar; 0 is greedy. top_k: an integer scalar, 0 is off. top_p: a scalar in (0, 1], 1 is off.
     """
     greedy = temperature <= 0.0
     scaled = logits / jnp.where(greedy, 1.0, temperature)
@@ -73,8 +81,8 @@ def _first_above(weights: jax.Array, uniform: jax.Array) -> tuple[jax.Array, jax
     return jnp.argmax(running > target[:, None], axis=-1), total
 
 
-def truncate(logits: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
-    """-inf for every token outside the top k and outside the smallest set whose probability reaches top_p."""
+def truncate(logits: Float[Array, "... V"], top_k: ArrayLike, top_p: ArrayLike) -> Float[Array, "... V"]:
+    """Sets to -inf every token outside the top k and outside the smallest set whose probability reaches top_p."""
     V = logits.shape[-1]
     ordered = jnp.flip(jnp.sort(logits, axis=-1), axis=-1)
     in_k = jnp.arange(V) < jnp.where(top_k > 0, top_k, V)

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Bool, Int
+from jax.typing import ArrayLike
 
 from rmr1_jax.distributed.mesh import constrain
 from rmr1_jax.errors import InputError
@@ -31,6 +31,7 @@ from rmr1_jax.model.rope import rope_table
 from rmr1_jax.sampler.cache import (
     Cache,
     Members,
+    Part,
     attend_chunk,
     attend_slots,
     visible_steps,
@@ -179,8 +180,8 @@ def _decode_step(graphdef: nnx.GraphDef, weights: Weights, cache: Cache, slots: 
 
         def attend(q, k, v, transform, i=i):
             own_k[i], own_v[i] = write_step(own_k[i], own_v[i], k[:, 0], v[:, 0], slots.step)
-            prompt = (cache.prompt_k[i], cache.prompt_v[i], prompt_visible)
-            return attend_slots(q[:, 0], *prompt, own_k[i], own_v[i], own_visible, members, transform)[:, None]
+            prompts = Part(cache.prompt_k[i], cache.prompt_v[i], prompt_visible)
+            return attend_slots(q[:, 0], prompts, Part(own_k[i], own_v[i], own_visible), members, transform)[:, None]
 
         x = block(x, rope, attend)
     x = rms_norm(x[:, 0], model.final_norm, model.config.rms_norm_eps)
@@ -191,23 +192,24 @@ def prefill(
     graphdef: nnx.GraphDef,
     weights: Weights,
     cache: Cache,
-    tokens: Int[Array, "X P T"],
-    entry: Int[Array, "X P"],
-    start: Int[Array, "X P"],
-    active: Bool[Array, "X P"],
+    tokens: ArrayLike,
+    entry: ArrayLike,
+    start: ArrayLike,
+    active: ArrayLike,
 ) -> Cache:
     """Runs one chunk of each of P prompts a bank, and writes its keys and values into the prompts' cache.
 
     Args:
-        tokens: positions beyond a prompt's end are written to columns that decode never reads. entry: the prompts'
-            entries in the cache. start: the chunk's first position. active: False for rows that only fill the batch.
+        tokens: [X, P, T] int32; positions beyond a prompt's end are written to columns that decode never reads.
+        entry: [X, P] int32, the prompts' entries in the cache. start: [X, P] int32, the chunk's first position.
+        active: [X, P] bool, False for rows that only fill the batch.
     """
     return _prompts_only(
         lambda prompts: prefill_prompts(graphdef, weights, prompts, tokens, entry, start, active), cache
     )
 
 
-def share_prefix(cache: Cache, prefix: jax.Array) -> Cache:
+def share_prefix(cache: Cache, prefix: ArrayLike) -> Cache:
     """Copies the first `prefix` columns of each bank's first prompt to its other prompts."""
     return _prompts_only(lambda prompts: _share_prefix(prompts, prefix), cache)
 
@@ -253,12 +255,12 @@ def grow(cache: Cache, *, width: int) -> Cache:
     return _by_layer(functools.partial(_grow, width=width), cache)
 
 
-def compact(cache: Cache, slots: jax.Array, entries: jax.Array) -> Cache:
+def compact(cache: Cache, slots: ArrayLike, entries: ArrayLike) -> Cache:
     """Keeps the slots [X, slots] and prompts [X, entries] of the given numbers. Consumes the given cache."""
     return _by_layer(_compact, cache, slots, entries)
 
 
-def _by_layer(program: Callable, cache: Cache, *arrays: jax.Array) -> Cache:
+def _by_layer(program: Callable, cache: Cache, *arrays: ArrayLike) -> Cache:
     """Reshapes one layer after the other and drops each before the next, so that the old cache and the new one are
     never both whole in memory."""
     layers = []

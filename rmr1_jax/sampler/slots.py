@@ -138,7 +138,7 @@ class Bank:
                 self._free(slot)
         return finished
 
-    def _free(self, slot: int) -> None:
+    def _free(self, slot: np.integer) -> None:
         slots, entry = self.arrays, self.arrays.entry[slot]
         self.samples[slot], slots.live[slot] = None, False
         slots.table[entry, slots.rank[slot]] = FREE

@@ -14,7 +14,6 @@ from rmr1_jax.errors import InputError
 from rmr1_jax.model.attention import MAX_BLOCKS, QUERY_BLOCK, attend, choose
 from rmr1_jax.model.config import parse_config
 from rmr1_jax.model.qwen import init_params, module_for, split, with_params
-from rmr1_jax.sampler.cache import Members, attend_chunk, attend_slots
 from rmr1_jax.train.sft import sft_micro_loss
 
 
@@ -79,77 +78,6 @@ def test_padding_changes_nothing_and_gets_no_gradient():
         return jnp.sum(out * (segment_ids > 0)[..., None, None])
 
     assert all((x[:, 8:] == 0).all() and (x[:, :8] != 0).any() for x in gradient((k, v)))
-
-
-def softmax_over(q, keys, values):
-    """One query [N, H] over keys and values [S, K, H], in float64."""
-    N, H = q.shape
-    group = N // keys.shape[1]
-    out = np.zeros((N, H))
-    for n in range(N):
-        scores = (keys[:, n // group].astype(float) @ q[n].astype(float)) / np.sqrt(H)
-        probs = np.exp(scores - scores.max())
-        out[n] = probs / probs.sum() @ values[:, n // group]
-    return out
-
-
-@pytest.mark.parametrize("scale", [1, 30], ids=lambda scale: f"scores times {scale}")
-@pytest.mark.parametrize(("N", "K"), [(4, 2), (3, 3), (4, 1)], ids=str)
-def test_attend_slots_is_a_softmax_over_the_prompt_and_the_slot_s_own_keys(N, K, scale):
-    """Prompts with three slots, with one, with none; of different lengths, one without any key; rings with holes."""
-    B, E, H, S, W = 6, 4, 8, 5, 7
-    rng = np.random.default_rng(N)
-    q = scale * random(rng, B, N, H)
-    prompt_k, prompt_v, own_k, own_v = (
-        random(rng, *shape) for shape in ((E, K, H, S), (E, K, S, H), (B, K, H, W), (B, K, W, H))
-    )
-    lengths = np.array([5, 0, 2, 3])
-    table = np.array([[4, 0, 2], [3, 1, 5], [5, 0, 0], [0, 0, 0]], np.int32)  # where nobody sits: any number
-    entry, rank = np.array([0, 1, 0, 1, 0, 2], np.int32), np.array([1, 1, 2, 0, 0, 0], np.int32)
-    assert (table[entry, rank] == np.arange(B)).all()
-    own_visible = rng.random((B, W)) < 0.5
-    own_visible[:, 3] |= ~own_visible.any(axis=1)
-    own_visible[0] = np.arange(W) == 6
-    got = jax.jit(attend_slots)(
-        *(q, prompt_k, prompt_v, np.arange(S) < lengths[:, None]),
-        *(own_k, own_v, own_visible, Members(table, entry, rank)),
-    )
-    for b in range(B):
-        seen = slice(lengths[entry[b]])
-        keys = [prompt_k[entry[b]].transpose(2, 0, 1)[seen], own_k[b].transpose(2, 0, 1)[own_visible[b]]]
-        values = [prompt_v[entry[b]].swapaxes(0, 1)[seen], own_v[b].swapaxes(0, 1)[own_visible[b]]]
-        expected = softmax_over(q[b], np.concatenate(keys), np.concatenate(values))
-        np.testing.assert_allclose(got[b], expected, rtol=0, atol=2e-6 * scale)
-
-
-def test_attend_slots_in_bfloat16_sums_in_float32():
-    """1,200 equal keys with the value 1, and one more: a sum of the weights in bfloat16 would stop at 256."""
-    S, W, H = 1200, 4, 8
-    prompt_k, own_k = jnp.zeros((1, 1, H, S), jnp.bfloat16), jnp.zeros((2, 1, H, W), jnp.bfloat16)
-    prompt_v, own_v = jnp.ones((1, 1, S, H), jnp.bfloat16), jnp.full((2, 1, W, H), 401, jnp.bfloat16)
-    members = Members(np.array([[0, 1]]), np.array([0, 0]), np.array([0, 1]))
-    q, own_visible = jnp.ones((2, 1, H), jnp.bfloat16), np.array([[True, False, False, False], [True] * 4])
-    everything = np.ones((1, S), bool)
-    out = jax.jit(attend_slots)(q, prompt_k, prompt_v, everything, own_k, own_v, own_visible, members)
-    assert out.dtype == jnp.bfloat16
-    value = float(jnp.bfloat16(401))
-    expected = [(S + value) / (S + 1), (S + 4 * value) / (S + 4)]
-    np.testing.assert_allclose(out[:, 0, 0].astype(np.float32), expected, rtol=0.005)
-
-
-def test_attend_chunk_is_attend_on_the_prompt_so_far():
-    """Chunks that begin anywhere in a prompt; what the cache holds behind them is not looked at."""
-    P, T, N, K, H, S = 3, 6, 4, 2, 8, 20
-    rng = np.random.default_rng(2)
-    starts = np.array([0, 5, S - T])
-    q = random(rng, P, S, N, H)
-    k, v = random(rng, P, S, K, H), random(rng, P, S, K, H)
-    chunk = np.stack([q[p, start : start + T] for p, start in enumerate(starts)])
-    positions = starts[:, None] + np.arange(T)
-    got = jax.jit(attend_chunk)(chunk, k.transpose(0, 2, 3, 1), v.swapaxes(1, 2), positions.astype(np.int32))
-    whole = jax.jit(attend)(q, k, v, np.tile(np.arange(S), (P, 1)), np.ones((P, S), np.int32))
-    for p, start in enumerate(starts):
-        np.testing.assert_allclose(got[p], whole[p, start : start + T], rtol=0, atol=1e-6)
 
 
 def test_bfloat16_keeps_its_scores_in_float32():

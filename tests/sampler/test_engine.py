@@ -361,7 +361,7 @@ def test_log_probabilities_are_the_trainer_s(model, monkeypatch, temperature, se
     def watched(run):
         before = run.width
         reshape(run)
-        grown.extend([run.banks[0].step] * (run.width - before))
+        grown.extend([int(run.banks[0].arrays.step)] * (run.width - before))
 
     monkeypatch.setattr(Run, "_reshape", watched)
     stops = [*STOPS, 40, 60, 100, 120]
