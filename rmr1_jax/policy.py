@@ -29,8 +29,6 @@ from rmr1_jax.sampler.sample import Sample, SamplingConfig
 from rmr1_jax.sampler.weights import Weights, sampling_weights
 
 MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.jinja")  # of a hub repository
-
-
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 

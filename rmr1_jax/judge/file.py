@@ -32,8 +32,6 @@ from rmr1_jax.judge.judgement import STATUSES, AnyJudge, Judgement, Voting
 from rmr1_jax.pairs.pair import PreferencePair
 
 SYNC_SECONDS = 1.0  # rows survive the process as soon as they are written, and the machine after at most this time
-
-
 Outcome = tuple[str, bool | None]  # (status, whether the winner is right; None if that is not known)
 
 

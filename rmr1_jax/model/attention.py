@@ -39,11 +39,7 @@ Transform = Callable[[jax.Array], jax.Array]
 
 # Queries in a block, and the most blocks of a row (they are unrolled, so compile time grows with their number).
 QUERY_BLOCK = 128
-
-
 MAX_BLOCKS = 16
-
-
 ATTENTION = "attention"  # the name under which a remat policy finds what attention's backward pass needs
 
 
@@ -226,8 +222,6 @@ def _visible(q_pos: jax.Array, q_seg: jax.Array, k_pos: jax.Array, k_seg: jax.Ar
 # Rows of a block, the largest that divides the row length; a TPU's lane holds 128. The fused backward pass makes a
 # gradient of all queries for every block of keys before it adds them up: larger blocks of keys, less memory.
 BLOCKS = (1024, 512, 256, 128)
-
-
 KEY_BLOCKS = (3072, 2048, *BLOCKS)
 
 

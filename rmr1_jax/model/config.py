@@ -152,28 +152,19 @@ def _yarn_attention(factor: float, mscale: float, mscale_all_dim: float) -> floa
 
 SHAPE_FIELDS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
-
 # fmt: off
 READ_FIELDS = frozenset(SHAPE_FIELDS) | {
     "model_type", "num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings",
     "rope_theta", "rope_scaling", "rope_parameters", "use_sliding_window", "sliding_window", "max_window_layers",
     "layer_types", "architectures", "num_labels", "id2label",
 }
-
-
 MOST_LAYERS = 1000  # names and checks are made layer by layer, so a number out of a stranger's file is bounded first
-
-
 REWARD_MODELS = {"qwen2": "Qwen2ForSequenceClassification", "qwen3": "Qwen3ForSequenceClassification"}
-
 
 # These would change the computation, so only the value that changes nothing is taken. Qwen2 has its q, k, v biases
 # whatever its file says; in Qwen3 the field would add a bias on o too, which no released Qwen3 has.
 FIXED_FIELDS = {"hidden_act": "silu", "use_mrope": False, "is_encoder_decoder": False, "add_cross_attention": False}
-
-
 ATTENTION_BIAS = {"qwen2": True, "qwen3": False}
-
 
 # These describe training, bookkeeping or text generation and change no logit, so any value is taken.
 IGNORED_FIELDS = frozenset({

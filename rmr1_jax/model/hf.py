@@ -31,8 +31,6 @@ from rmr1_jax.model.qwen import Params, Transformer, param_dims, split
 from rmr1_jax.model.tensor_files import INDEX, SINGLE, StoredTensor, find_tensors, write_json, write_tensors
 
 BLOCK_BYTES = 4 * 2**20  # what the host holds of a tensor at a time
-
-
 SIDE_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",

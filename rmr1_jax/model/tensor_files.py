@@ -22,17 +22,9 @@ from rmr1_jax.errors import InputError
 from rmr1_jax.files.untrusted import own_file, parse_json, read_object, wrong_download
 
 DTYPES = {"F32": jnp.dtype(jnp.float32), "BF16": jnp.dtype(jnp.bfloat16), "F16": jnp.dtype(jnp.float16)}
-
-
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-
-
 MAX_FILE_BYTES = 2**50
-
-
 MAX_HEADER_BYTES = 16 * 2**20  # the format allows 100 MB; the header of a whole 72B in one file has 0.2
-
-
 MAX_DIMS = 8
 
 

@@ -15,26 +15,14 @@ import numpy as np
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 
 _COLLECTIVE = re.compile(rf"= (\(.*?\)|\S+) ({'|'.join(KINDS)})(-start)?\(")
-
-
 _HEADER = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{$")
-
-
 _CALLED = re.compile(r"(?:calls|to_apply|branch_computations|true_computation|false_computation)=(\{.*?\}|%?[\w.\-]+)")
-
-
 _SEND = re.compile(r"= \((\w+\[[\d,]*\]).* send\(.*_handler_name=\"xla_megascale_runtime\"")
-
-
 _WHILE = re.compile(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)")
-
-
 _GROUPS = re.compile(
     r"replica_groups=(\{\{.*?\}\}|\{\}|\[[\d,]+\]<=\[[\d,]+\](?:T\([\d,]+\))?"
     r"|mesh\[[^\]]*\](?:, device_ids=\(\S*\))? \{[^}]*\})"
 )
-
-
 _NUMBER = r"%?([\w.\-]+) = [su](?:32|64)\[\][^ ]* constant\((\d+)\)"
 
 

@@ -27,8 +27,6 @@ from rmr1_jax.train.optim import abstract_state, compile_update, in_memory, make
 from rmr1_jax.train.sft import sft_micro_loss
 
 Config = SftConfig | GrpoConfig
-
-
 UPDATES = 1000  # of a run; the number is in the learning rate's formula and changes no shape
 
 

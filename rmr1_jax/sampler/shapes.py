@@ -48,17 +48,9 @@ def pieces(start: int, end: int, room: int) -> Iterator[tuple[int, int]]:
 
 
 CHUNKS = (256, 64, 16)  # tokens of a prompt that one prefill computes
-
-
 PREFILL_ROWS = 8  # prompts in one prefill, or one
-
-
 SMALLEST_WIDTH = 64
-
-
 WIDTHS = 4  # ring widths at most, each twice the one before
-
-
 FEWER_ROWS = (4 / 3, 2, 8 / 3, 4, 6, 8, 16, 32, 64)  # parts of the slots that the last samples are gathered into
 
 

@@ -23,8 +23,6 @@ from rmr1_jax.model.qwen import Qwen
 from rmr1_jax.policy import DTYPES
 
 CHUNK_LOGITS = 2**26  # on a device at a time: 256 MiB in float32
-
-
 LANES = 128  # columns of a chunk are a multiple of
 
 
