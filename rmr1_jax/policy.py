@@ -23,7 +23,7 @@ from rmr1_jax.files.hub import locate
 from rmr1_jax.model import hf
 from rmr1_jax.model.config import QwenConfig, read_config
 from rmr1_jax.model.qwen import Params, Qwen, init_params, split, with_params
-from rmr1_jax.model.tokenizer import Tokenizer
+from rmr1_jax.model.tokenizer import Tokenizer, copy_side_files
 from rmr1_jax.sampler.engine import Engine
 from rmr1_jax.sampler.sample import Sample, SamplingConfig
 from rmr1_jax.sampler.weights import Weights, sampling_weights
@@ -104,7 +104,7 @@ class Policy:
         dtype = dtype or str(self.params["embed"].dtype)
         hf.save_params(directory, self.model, self.params, dtype=dtype)
         if first():
-            hf.copy_side_files(self.tokenizer.directory, directory)
+            copy_side_files(self.tokenizer.directory, directory)
         wait("model saved")
 
     @property

@@ -15,7 +15,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 from jaxtyping import install_import_hook
 
 # The shapes and dtypes in the signatures of these rooms are checked at every call, here and nowhere else.
-install_import_hook(["rmr1_jax.model", "rmr1_jax.sampler", "rmr1_jax.train"], "beartype.beartype")
+install_import_hook(["rmr1_jax.model", "rmr1_jax.sampler", "rmr1_jax.train"], "signatures.check")
 
 import pytest  # noqa: E402
 

@@ -1,9 +1,9 @@
 """A Qwen's shape: `QwenConfig`, read from a Hugging Face `config.json` by our own code.
 
-Why not the library's reader: it fills every gap with a default and keeps every key it does not know, so a checkpoint of
-another architecture loads and computes something else. Here every field is on one of two lists, the fields that shape
-the computation and the fields that do not; anything else is refused, and all differences are named in one error before
-a single array exists. Read `qwen.py` next for what the numbers shape, `hf.py` for how the weights come in.
+The library's reader fills every gap with a default and keeps every key it does not know, so a checkpoint of another
+architecture would load and compute something else. Here every field is on one of two lists, the fields that shape the
+computation and the fields that do not; anything else is refused, and one error names all differences before a single
+array exists. Read `qwen.py` next, then `hf.py` for how the weights are read.
 """
 
 import json
@@ -15,7 +15,7 @@ from typing import Any, Literal
 from rmr1_jax.errors import InputError
 from rmr1_jax.files.untrusted import read_object
 
-MOST = 2**31 - 1  # of any other whole number: positions and sizes are int32
+MOST = 2**31 - 1  # the largest whole number: positions and sizes are int32
 
 
 class FieldReader:
@@ -75,8 +75,6 @@ ROPE_FIELDS = {
         "mscale_all_dim", "truncate",
     }),
 }
-
-
 # fmt: on
 
 
@@ -150,15 +148,21 @@ def _yarn_attention(factor: float, mscale: float, mscale_all_dim: float) -> floa
     return (0.1 * mscale * math.log(factor) + 1.0) / (0.1 * mscale_all_dim * math.log(factor) + 1.0)
 
 
-SHAPE_FIELDS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+SIZES = {  # our names of the sizes that every config.json gives, and its own
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "intermediate_size": "intermediate_size",
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+}
 
 # fmt: off
-READ_FIELDS = frozenset(SHAPE_FIELDS) | {
+READ_FIELDS = frozenset(SIZES.values()) | {
     "model_type", "num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings",
     "rope_theta", "rope_scaling", "rope_parameters", "use_sliding_window", "sliding_window", "max_window_layers",
     "layer_types", "architectures", "num_labels", "id2label",
 }
-MOST_LAYERS = 1000  # names and checks are made layer by layer, so a number out of a stranger's file is bounded first
+MOST_LAYERS = 1000  # names and checks are made layer by layer, so a number from an untrusted file is bounded first
 REWARD_MODELS = {"qwen2": "Qwen2ForSequenceClassification", "qwen3": "Qwen3ForSequenceClassification"}
 
 # These would change the computation, so only the value that changes nothing is taken. Qwen2 has its q, k, v biases
@@ -174,8 +178,6 @@ IGNORED_FIELDS = frozenset({
     "output_hidden_states", "pad_token_id", "problem_type", "return_dict", "tokenizer_class", "torch_dtype",
     "transformers_version", "unsloth_fixed", "unsloth_version", "use_cache",
 })
-
-
 # fmt: on
 
 
@@ -229,9 +231,11 @@ def parse_config(raw: dict[str, Any], source: str, *, scalar: bool = False) -> Q
     _check_unknown_and_fixed(reader)
     _check_kind(reader, scalar)
 
-    shape = {name: reader.positive_int(name) for name in SHAPE_FIELDS if name != "num_hidden_layers"}
-    shape["num_hidden_layers"] = reader.positive_int("num_hidden_layers", most=MOST_LAYERS)
-    layers, heads, width = shape["num_hidden_layers"], shape["num_attention_heads"], shape["hidden_size"]
+    sizes = {
+        ours: reader.positive_int(theirs, most=MOST_LAYERS if ours == "num_layers" else MOST)
+        for ours, theirs in SIZES.items()
+    }
+    layers, heads, width = sizes["num_layers"], sizes["num_heads"], sizes["hidden_size"]
     kv_heads = reader.positive_int("num_key_value_heads", default=heads)
     if heads % kv_heads:
         reader.wrong("num_key_value_heads", f"a divisor of num_attention_heads ({heads})")
@@ -245,11 +249,7 @@ def parse_config(raw: dict[str, Any], source: str, *, scalar: bool = False) -> Q
     window, first_windowed = _parse_window(reader, layers)
     config = QwenConfig(
         model_type=model_type,
-        vocab_size=shape["vocab_size"],
-        hidden_size=width,
-        intermediate_size=shape["intermediate_size"],
-        num_layers=layers,
-        num_heads=heads,
+        **sizes,
         num_kv_heads=kv_heads,
         head_dim=head_dim,
         max_position_embeddings=max_positions,
@@ -279,11 +279,7 @@ def config_to_hf(config: QwenConfig, dtype: str) -> dict[str, Any]:
     out: dict[str, Any] = {
         "architectures": [(REWARD_MODELS if config.scalar else policies)[config.model_type]],
         "model_type": config.model_type,
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
+        **{theirs: getattr(config, ours) for ours, theirs in SIZES.items()},
         "num_key_value_heads": config.num_kv_heads,
         "hidden_act": "silu",
         "max_position_embeddings": config.max_position_embeddings,
@@ -320,14 +316,12 @@ def _check_unknown_and_fixed(reader: FieldReader) -> None:
 
 
 def _check_kind(reader: FieldReader, scalar: bool) -> None:
-    """A policy's file does not pass for a reward model's, nor the other way round."""
+    """Refuses a reward model's file where a policy's is expected, and the other way round."""
     raw = reader.raw
     named = raw.get("architectures")
     is_scalar = isinstance(named, list) and REWARD_MODELS.get(str(raw.get("model_type"))) in named
     if is_scalar and not scalar:
-        reader.wrong(
-            "architectures", "a model that writes; a scalar reward model is read by `rmr1 eval --judge scalar`"
-        )
+        reader.wrong("architectures", "a language model; a scalar reward model is read by `rmr1 eval --judge scalar`")
     if scalar and not is_scalar:
         reader.wrong("architectures", f"one of {', '.join(REWARD_MODELS.values())}")
     labels = raw.get("id2label")

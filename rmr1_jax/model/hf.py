@@ -12,8 +12,8 @@ import math
 import operator
 import os
 import re
-import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,22 +25,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rmr1_jax.distributed.exchange import first
 from rmr1_jax.distributed.mesh import single_device_mesh, weight_sharding
 from rmr1_jax.errors import InputError
-from rmr1_jax.files.untrusted import own_file
 from rmr1_jax.model.config import QwenConfig, config_to_hf
 from rmr1_jax.model.qwen import Params, Transformer, param_dims, split
 from rmr1_jax.model.tensor_files import INDEX, SINGLE, StoredTensor, find_tensors, write_json, write_tensors
 
 BLOCK_BYTES = 4 * 2**20  # what the host holds of a tensor at a time
-SIDE_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "vocab.json",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "generation_config.json",
-)
 
 
 class Weight(NamedTuple):
@@ -163,22 +152,6 @@ def save_params(
         _publish(temporary, out, files)
 
 
-def copy_side_files(source: str | Path, target: str | Path) -> list[str]:
-    """Copies the tokenizer's files, the chat template and the generation config; returns the names that were there."""
-    source, target = Path(source), Path(target)
-    names = [name for name in SIDE_FILES if (source / name).is_file()]
-    for name in names:
-        own_file(source / name)  # a link to a private file must not go where an export goes
-    if source.resolve() == target.resolve():
-        return names
-    target.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".copy-", dir=target) as temporary:
-        for name in names:
-            shutil.copyfile(source / name, Path(temporary) / name)
-            os.replace(Path(temporary) / name, target / name)
-    return names
-
-
 def _leaves(module: Transformer) -> list[Leaf]:
     """The rows of the table that `module` has.
 
@@ -218,40 +191,45 @@ def _shards(leaves: list[Leaf], itemsize: int, max_bytes: int) -> list[list[tupl
 
 
 def _load_leaf(leaf: Leaf, tensors: list[StoredTensor], mesh: Mesh, dtype: np.dtype) -> jax.Array:
-    """Allocates one leaf on the mesh and writes the stored tensors into it, block by block.
-
-    A block takes the same `count` rows (entries of the first stored letter) out of every device's part, so writing it
-    moves nothing between devices, and a process reads only what its own devices keep.
-    """
+    """Allocates one leaf on the mesh and writes the stored tensors into it, block by block."""
     sharding = weight_sharding(mesh, leaf.dims, leaf.shape)
+    array = _zeros(shape=leaf.shape, dtype=dtype, sharding=sharding)
+    for corner, block in _blocks(leaf, tensors, sharding):
+        form = {"dims": leaf.dims, "split": leaf.split, "sharding": sharding, "block_spec": block.sharding.spec}
+        array = _write_block(array, block, corner, **form)
+        # Dispatch runs ahead of the copies; without the wait, blocks would pile up on the host.
+        array.block_until_ready()
+    return array
+
+
+def _blocks(leaf: Leaf, tensors: list[StoredTensor], sharding: NamedSharding) -> Iterator[tuple[np.ndarray, jax.Array]]:
+    """The stored tensors in blocks, each with its corner in every device's own part of the leaf.
+
+    A row is an entry of the first stored letter. A block takes the same rows out of every device's part, so writing it
+    moves nothing between devices, and a process reads only what its own devices keep. For example q of the 7B model,
+    stored as "NH,D": a row [H, D] = [128, 3584] has 0.9 MiB in bfloat16. Over tensor=2 a device keeps 14 of the 28
+    heads, so a block of 4 MiB has 2 rows of either part: first heads 0, 1 and 14, 15, then 2, 3 and 16, 17.
+    """
     axes = dict(zip(leaf.dims, sharding.spec, strict=True))
     assert axes.get("L") is None, "layers are run in order, never split"
-    letters = leaf.split
-    block_sharding = NamedSharding(mesh, PartitionSpec(*(axes[letter] for letter in letters)))
-    rows, *row_shape = leaf.sizes(letters)
-    local = block_sharding.shard_shape(leaf.sizes(letters))[0]  # rows a device keeps
+    block_sharding = NamedSharding(sharding.mesh, PartitionSpec(*(axes[letter] for letter in leaf.split)))
+    rows, *row_shape = leaf.sizes(leaf.split)
+    rows_kept = block_sharding.shard_shape(leaf.sizes(leaf.split))[0]
+    parts = rows // rows_kept
     row_bytes = math.prod(row_shape) * tensors[0].dtype.itemsize
-    step = max(1, BLOCK_BYTES // (row_bytes * (rows // local)))
-
-    form = {"dims": leaf.dims, "split": letters, "sharding": sharding, "block_spec": block_sharding.spec}
-    array = _zeros(shape=leaf.shape, dtype=dtype, sharding=sharding)
+    step = max(1, BLOCK_BYTES // (row_bytes * parts))
     for layer, tensor in enumerate(tensors):
-        for start in range(0, local, step):
-            count = min(step, local - start)
+        for start in range(0, rows_kept, step):
+            count = min(step, rows_kept - start)
             read = functools.cache(functools.partial(tensor.read, count=count, row_shape=tuple(row_shape)))
 
             def part(index, read=read, start=start, count=count):
-                shard = (index[0].start or 0) // count
-                return read(shard * local + start)[:, *index[1:]]
+                number = (index[0].start or 0) // count
+                return read(number * rows_kept + start)[:, *index[1:]]
 
-            block_shape = (count * (rows // local), *row_shape)
-            block = jax.make_array_from_callback(block_shape, block_sharding, part)
-            corner = {"L": layer, letters[0]: start}
-            corner = np.array([corner.get(letter, 0) for letter in leaf.dims], np.int32)
-            array = _write_block(array, block, corner, **form)
-            # Dispatch runs ahead of the copies; without the wait, blocks would pile up on the host.
-            array.block_until_ready()
-    return array
+            block = jax.make_array_from_callback((count * parts, *row_shape), block_sharding, part)
+            corner = {"L": layer, leaf.split[0]: start}
+            yield np.array([corner.get(letter, 0) for letter in leaf.dims], np.int32), block
 
 
 @functools.partial(jax.jit, static_argnames=("shape", "dtype", "sharding"))

@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import os
 import re
+import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,16 @@ from rmr1_jax.files.untrusted import own_file, read_object
 CONTROL_TOKEN = re.compile(r"<[|\uff5c].+[|\uff5c]>")  # <|im_start|>, and the same with full-width bars
 VOCABULARY_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model")
 TOKENIZER_FILES = (*VOCABULARY_FILES, "*config.json", "added_tokens.json", "special_tokens_map.json", "*.jinja")
+SIDE_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
 
 
 class Tokenizer:
@@ -144,3 +157,19 @@ def completion_text(tokenizer: Tokenizer, prompt: Sequence[int], token_ids: Sequ
     # A thought that the chat template opens belongs to the text: one that never ends must not pass for a judgement.
     opened = tokenizer.decode(prompt[-16:]).rstrip().endswith("<think>")
     return f"<think>\n{text}" if opened else text
+
+
+def copy_side_files(source: str | Path, target: str | Path) -> list[str]:
+    """Copies the tokenizer's files, the chat template and the generation config; returns the names that were there."""
+    source, target = Path(source), Path(target)
+    names = [name for name in SIDE_FILES if (source / name).is_file()]
+    for name in names:
+        own_file(source / name)  # a link to a private file must not go where an export goes
+    if source.resolve() == target.resolve():
+        return names
+    target.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".copy-", dir=target) as temporary:
+        for name in names:
+            shutil.copyfile(source / name, Path(temporary) / name)
+            os.replace(Path(temporary) / name, target / name)
+    return names

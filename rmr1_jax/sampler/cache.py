@@ -185,9 +185,9 @@ def write_chunk(
     prompt_v: Float[Array, "E K S H"],
     k: Float[Array, "P T K H"],
     v: Float[Array, "P T K H"],
-    entry: Int[Array, " P"],
-    start: Int[Array, " P"],
-    active: Bool[Array, " P"],
+    entry: Int[ArrayLike, " P"],
+    start: Int[ArrayLike, " P"],
+    active: Bool[ArrayLike, " P"],
 ) -> tuple[Float[Array, "E K H S"], Float[Array, "E K S H"]]:
     """Writes the keys and values of P chunks into the prompts `entry` from the columns `start` on, where `active`."""
     k, v = k.transpose(0, 2, 3, 1).astype(prompt_k.dtype), v.swapaxes(1, 2).astype(prompt_v.dtype)

@@ -74,7 +74,7 @@ def test_padding_changes_nothing_and_gets_no_gradient():
     @jax.jit
     @jax.grad
     def gradient(kv):
-        out = attend(q, *kv, positions, segment_ids)
+        out = attend(jnp.asarray(q), *kv, jnp.asarray(positions), jnp.asarray(segment_ids))
         return jnp.sum(out * (segment_ids > 0)[..., None, None])
 
     assert all((x[:, 8:] == 0).all() and (x[:, :8] != 0).any() for x in gradient((k, v)))
@@ -165,7 +165,7 @@ def test_the_gradient_is_that_of_the_whole_square(dtype):
     def gradients(attention):
         return jax.jit(jax.grad(lambda *x: jnp.sum(attention(*x) * cotangent), argnums=(0, 1, 2)))(*arrays)
 
-    ours = gradients(lambda q, k, v: attend(q, k, v, positions, segments))
+    ours = gradients(lambda q, k, v: attend(q, k, v, jnp.asarray(positions), jnp.asarray(segments)))
     for a, b in zip(ours, gradients(square), strict=True):
         a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
         np.testing.assert_allclose(a, b, rtol=0, atol=(1e-5 if dtype == "float32" else 0.03) * np.abs(b).max())

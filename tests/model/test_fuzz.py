@@ -14,11 +14,11 @@ from policies import shapes_of
 from rmr1_jax.errors import InputError
 from rmr1_jax.files.untrusted import own_file, parse_json, read_object
 from rmr1_jax.model.config import MOST_LAYERS, config_to_hf, parse_config, read_config
-from rmr1_jax.model.hf import copy_side_files, load_params, save_params
+from rmr1_jax.model.hf import load_params, save_params
 from rmr1_jax.model.qwen import module_for
 from rmr1_jax.model.rope import rope_inverse_frequencies
 from rmr1_jax.model.tensor_files import MAX_HEADER_BYTES, find_tensors, read_header
-from rmr1_jax.model.tokenizer import Tokenizer
+from rmr1_jax.model.tokenizer import Tokenizer, copy_side_files
 from rmr1_jax.quickstart.tokenizer import CHAT_TEMPLATE
 
 SUPPORT = Path(__file__).resolve().parents[1] / "support"

@@ -18,8 +18,9 @@ from rmr1_jax.distributed.mesh import MeshConfig, make_mesh
 from rmr1_jax.errors import InputError
 from rmr1_jax.model import hf
 from rmr1_jax.model.config import parse_config, read_config
-from rmr1_jax.model.hf import TABLE, copy_side_files, load_params, save_params
+from rmr1_jax.model.hf import TABLE, load_params, save_params
 from rmr1_jax.model.qwen import module_for, param_dims
+from rmr1_jax.model.tokenizer import copy_side_files
 
 RAW = {
     "vocab_size": 32,

@@ -116,9 +116,7 @@ def test_attend_slots_is_a_softmax_over_the_prompt_and_the_slot_s_own_keys(N, K,
         random(rng, *shape) for shape in ((E, K, H, S), (E, K, S, H), (B, K, H, W), (B, K, W, H))
     )
     lengths = np.array([5, 0, 2, 3])
-    table = np.array(
-        [[4, 0, 2], [3, 1, 5], [5, 0, 0], [0, 0, 0]], np.int32
-    )  # any number where a prompt has fewer slots
+    table = np.array([[4, 0, 2], [3, 1, 5], [5, 0, 0], [0, 0, 0]], np.int32)  # any number where it has fewer
     entry, rank = np.array([0, 1, 0, 1, 0, 2], np.int32), np.array([1, 1, 2, 0, 0, 0], np.int32)
     assert (table[entry, rank] == np.arange(B)).all()
     own_visible = rng.random((B, W)) < 0.5

@@ -10,6 +10,7 @@ import itertools
 import re
 from types import SimpleNamespace
 from typing import NamedTuple
+from unittest.mock import Mock
 
 import jax
 import jax.numpy as jnp
@@ -535,7 +536,8 @@ def test_the_budget_is_what_a_cache_may_take(tiny_policy, tensor, whole_on):
     assert config.num_kv_heads == 2
     limits = ({"bytes_limit": n * 2**30, "bytes_in_use": 2**30} for n in (7, 6))
     told = [SimpleNamespace(memory_stats=lambda told=told: told) for told in limits]
-    mesh = SimpleNamespace(local_devices=told, shape={"replica": 2, "fsdp": 4 // tensor, "tensor": tensor})
+    shape = {"replica": 2, "fsdp": 4 // tensor, "tensor": tensor}
+    mesh = Mock(spec=Mesh, local_devices=told, shape=shape)
     assert free_cache_gib(mesh, config) == pytest.approx(0.8 * 5 * 8 / whole_on)
     told[1].memory_stats = lambda: None
     assert free_cache_gib(mesh, config) is None

@@ -4,7 +4,7 @@ import torch
 from policies import tiny_policy
 from transformers import AutoModelForSequenceClassification, Qwen2Config, Qwen3Config
 
-from rmr1_jax.model.hf import copy_side_files
+from rmr1_jax.model.tokenizer import copy_side_files
 
 SHAPE = {
     "vocab_size": 640,
