@@ -34,8 +34,7 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 @dataclasses.dataclass(frozen=True)
 class Completion:
-    """What a policy wrote. logprobs: one for each token, float32, under the model itself. finish_reason: "stop" or
-    "length"."""
+    """A completion. logprobs: one for each token, under the model itself. finish_reason: "stop" or "length"."""
 
     text: str
     token_ids: list[int]
@@ -93,7 +92,7 @@ class Policy:
         *,
         stop_token_ids: Sequence[int] | None = None,
     ) -> Iterator[tuple[int, int, Sample]]:
-        """As `sample`, in tokens: yields (prompt, number, sample), each as soon as it is finished."""
+        """Samples as `sample` does, in tokens, and yields (prompt, number, sample) as they finish."""
         stops = self.tokenizer.stop_ids if stop_token_ids is None else stop_token_ids
         engine = Engine.for_prompts(self.model, self._weights, prompts, sampling, mesh=self.mesh)
         return engine.stream(self._weights, prompts, stops)

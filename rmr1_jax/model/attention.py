@@ -1,9 +1,10 @@
-"""attend(): grouped-query attention with one signature for training, prefill and decode.
+"""attend(): grouped-query attention with segment ids, for whole rows.
 
-Who may see whom is said by positions and segment ids alone: a query sees a key of its own segment whose position is not
-after its own; segment 0 is padding and is seen by nobody. Packed rows, padded rows and a half-filled cache are all
-cases of this one rule. The sampler's two forms: `attend_chunk` for prefill, and `attend_slots` for decode, over keys in
-two places: a prompt that a group of samples shares, and each sample's own tokens.
+Positions and segment ids alone decide which keys a query sees: those of its own segment whose position is not after
+its own; segment 0 is padding, and no query sees it. Packed rows and padded rows are both cases of this one rule. On
+TPUs the splash kernel that JAX ships (Pallas) computes it, elsewhere XLA in blocks; neither holds more than a block of
+scores.
+`sampler/cache.py` has the forms of prefill and decode.
 """
 
 from __future__ import annotations
@@ -44,8 +45,8 @@ ATTENTION = "attention"  # the name under which a remat policy finds what attent
 
 
 def choose(implementation: Implementation, mesh: Mesh) -> Implementation:
-    """`auto` is the splash kernel on TPUs and XLA elsewhere: on a GPU too, as cuDNN's fused attention takes no segment
-    ids, and packed rows would leak into each other."""
+    """Resolves `auto`: the splash kernel on TPUs and XLA elsewhere, on a GPU too, because cuDNN's fused attention takes
+    no segment ids and packed rows would leak into each other."""
     if implementation != "auto":
         return implementation
     return "splash" if mesh.devices.flat[0].platform == "tpu" else "xla"

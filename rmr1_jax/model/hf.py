@@ -315,7 +315,7 @@ def _unstack(
 
 
 def _publish(temporary: Path, out: Path, files: list[str]) -> None:
-    """Moves an export into place; in between there is no `config.json`, so nobody reads a mixture."""
+    """Moves an export into place; in between there is no `config.json`, so that no reader sees a mixture."""
     (out / "config.json").unlink(missing_ok=True)
     for file in files:
         os.replace(temporary / file, out / file)

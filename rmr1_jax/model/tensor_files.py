@@ -1,4 +1,4 @@
-"""Safetensors files: where each tensor's bytes lie, what is wrong with a file that is not one, and writing them.
+"""Safetensors files: the place of each tensor's bytes, errors that say what a damaged file is, and writing.
 
 The format is 8 bytes of header length, a JSON header (name, dtype, shape, offsets), then the data. Reading it here,
 not through the library, says how many bytes are missing, and reads rows of a tensor by offset: a mapped file counts
@@ -105,7 +105,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
 
 
 def _sizes(values: Any, most: int, least: int = 0) -> tuple[int, ...]:
-    """A list of whole numbers that a file can hold, as it must be; ValueError for anything else."""
+    """Checks a list of whole numbers that a file can hold; raises ValueError for anything else."""
     if not isinstance(values, list) or not least <= len(values) <= most:
         raise ValueError
     if not all(type(value) is int and abs(value) <= MAX_FILE_BYTES for value in values):
@@ -157,7 +157,7 @@ def _read_index(index: Path) -> dict[str, str]:
 
 
 def _nature(path: Path) -> str:
-    """What a file is that is not what its name says."""
+    """Describes a file that is not what its name says."""
     if what := wrong_download(path):
         return what
     actual = path.stat().st_size

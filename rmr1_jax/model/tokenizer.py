@@ -1,4 +1,4 @@
-"""Tokenizer, chat rendering, loss masks: from messages to token ids, and from a trained row to what is trained in it.
+"""The tokenizer: chat messages to token ids and back, and the files beside the weights.
 
 Two promises. Text from users never becomes a special token: an answer that contains `<|im_end|>` is encoded as those
 ten characters. And a trained trace survives rendering: its ids are appended to the rendered prompt, not passed through
@@ -96,11 +96,11 @@ class Tokenizer:
                     raise InputError(f"{self.directory}: the chat template drops a {m['role']} turn")
             return self.hf.encode(text, add_special_tokens=False)
         # Give the template placeholders, and put the texts back piece by piece as plain text.
-        stand_ins = [f"\ue000{i}\ue001" for i in range(len(messages))]
-        text = self._template([{**m, "content": s} for m, s in zip(messages, stand_ins, strict=True)], answered)
+        placeholders = [f"\ue000{i}\ue001" for i in range(len(messages))]
+        text = self._template([{**m, "content": s} for m, s in zip(messages, placeholders, strict=True)], answered)
         ids: list[int] = []
-        for message, stand_in in zip(messages, stand_ins, strict=True):
-            before, found, text = text.partition(stand_in)
+        for message, placeholder in zip(messages, placeholders, strict=True):
+            before, found, text = text.partition(placeholder)
             if not found:
                 raise InputError(f"{self.directory}: the chat template drops a {message['role']} turn")
             ids += self.hf.encode(before, add_special_tokens=False) + self.encode(message["content"])
@@ -108,7 +108,7 @@ class Tokenizer:
 
     @functools.cached_property
     def fingerprint(self) -> dict[str, str]:
-        """What decides the ids of a row, by name: rows that were tokenised under another fingerprint are other rows."""
+        """Digests of all that decides the ids of a row, by name; rows made under another fingerprint may differ."""
         files = [self.directory / name for name in VOCABULARY_FILES]
         digest = hashlib.sha256(b"".join(file.read_bytes() for file in files if file.is_file()))
         added = {id: (token.content, token.special) for id, token in self.hf.added_tokens_decoder.items()}

@@ -1,48 +1,41 @@
-"""How to sample, what one sample is, and what a call did."""
+"""The settings of the sampler, one sample, and the statistics of a call."""
 
 from __future__ import annotations
 
 import dataclasses
+from typing import Annotated
 
 import numpy as np
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
+from rmr1_jax.config import config_dataclass
 from rmr1_jax.errors import InputError
 from rmr1_jax.model.config import QwenConfig
 
 LONGEST = 8192  # new tokens, the published response length
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@config_dataclass
 class SamplingConfig:
-    """How to sample. Temperature, top_p, top_k, seed and the stop ids are arguments of the compiled programs: a change
-    recompiles nothing.
+    """The settings of the sampler. Temperature, top_p, top_k, seed and the stop ids are arguments of the compiled
+    programs, so that a change recompiles nothing.
 
-    `slots` (at most that many samples are in flight at once) and `cache_gib` (at most that much memory for keys and
-    values, on all devices together; None: four fifths of what is free on a GPU or TPU, no bound on a CPU) decide speed
+    temperature: 0 is greedy. slots: the most samples in flight. cache_gib: the most memory for keys and values, on all
+    devices together; None is four fifths of what is free on a GPU or TPU, and no bound on a CPU. These two decide speed
     and memory; they change no token.
+
+    Raises:
+        InputError: a value is out of its range.
     """
 
-    n: int = 1
-    max_new_tokens: int = 256
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int | None = None
+    n: PositiveInt = 1
+    max_new_tokens: PositiveInt = 256
+    temperature: NonNegativeFloat = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_k: PositiveInt | None = None
     seed: int = 0
-    slots: int = 256
-    cache_gib: float | None = None
-
-    def __post_init__(self):
-        for name, ok, wanted in (
-            ("n", self.n >= 1, "at least 1"),
-            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
-            ("temperature", self.temperature >= 0, "0 (greedy) or more"),
-            ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
-            ("top_k", self.top_k is None or self.top_k >= 1, "None (off) or at least 1"),
-            ("slots", self.slots >= 1, "at least 1"),
-            ("cache_gib", self.cache_gib is None or self.cache_gib > 0, "None or more than 0"),
-        ):
-            if not ok:
-                raise InputError(f"sampling.{name}={getattr(self, name)!r} must be {wanted}")
+    slots: PositiveInt = 256
+    cache_gib: PositiveFloat | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +54,7 @@ class Sample:
 
 @dataclasses.dataclass
 class SampleStats:
-    """What a call did.
+    """Counts of one call.
 
     prompt_tokens: of the prompts, each counted once. prefill_tokens: positions that prefill computed, padding included;
     a prefix that all prompts share is computed once. new_tokens: drawn, up to and with the stop. row_steps: slots x
