@@ -1,4 +1,4 @@
-"""A model's shape from its name, so that a run can be planned before its weights are downloaded."""
+"""The shape of a model from its name, so that a run can be planned before the weights are downloaded."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from pathlib import Path
 from rmr1_jax.errors import InputError
 from rmr1_jax.model.config import QwenConfig, parse_config, read_config
 
-# Width, MLP width, layers, heads, key-value heads, vocabulary, tied. Qwen2.5; R1's distillations have the same shapes.
+# Width, MLP width, layers, heads, key-value heads, vocabulary, tied embeddings. From the config.json files of Qwen2.5;
+# the models distilled from DeepSeek-R1 have the same shapes.
 SIZES = {
     "0.5b": (896, 4864, 24, 14, 2, 151936, True),
     "1.5b": (1536, 8960, 28, 12, 2, 151936, True),
@@ -19,11 +20,11 @@ SIZES = {
 
 
 def model_shape(name: str) -> QwenConfig:
-    """The shape of a model: of its config.json where `name` is a directory, else by the family and size in the name
-    (Qwen2.5, or an R1 distillation of one).
+    """Return a model's shape: from config.json if `name` is a directory, else from the family and size in the name.
 
     Raises:
-        InputError: neither a directory nor such a name; or a config.json that we do not compute.
+        InputError: the name is neither a directory nor that of a Qwen2.5 or DeepSeek-R1-Distill-Qwen model; or the
+            config.json is of a model that this package does not implement.
     """
     path = Path(name)
     if path.exists():
@@ -33,8 +34,8 @@ def model_shape(name: str) -> QwenConfig:
     distilled = "distill" in lower and "qwen" in lower
     if not size or not (distilled or "qwen2.5" in lower):
         raise InputError(
-            f"model={name!r}: its shape is not known here; give a directory with a config.json, or a Qwen2.5 or "
-            f"DeepSeek-R1-Distill-Qwen by name, such as Qwen/Qwen2.5-7B-Instruct (of {', '.join(SIZES)})"
+            f"model={name!r}: its shape is not known; give a directory with a config.json, or the name of a Qwen2.5 or "
+            f"DeepSeek-R1-Distill-Qwen model, such as Qwen/Qwen2.5-7B-Instruct (sizes: {', '.join(SIZES)})"
         )
     width, mlp, layers, heads, kv_heads, vocab, tied = SIZES[size[0]]
     fields = {
@@ -45,7 +46,7 @@ def model_shape(name: str) -> QwenConfig:
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
         "vocab_size": vocab,
-        "tie_word_embeddings": tied and not distilled,  # the distilled ones have a head of their own
+        "tie_word_embeddings": tied and not distilled,  # the distilled models have a separate head
         "max_position_embeddings": 131072 if distilled else 32768,
         # The small distillations started from Qwen2.5-Math.
         "rope_theta": 1e4 if distilled and size[0] in ("1.5b", "7b") else 1e6,

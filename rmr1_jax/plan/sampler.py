@@ -1,6 +1,6 @@
-"""The sampler's programs on the chips of one host, at the most slots that fit beside what training keeps there.
+"""Compiles the sampler's programs for the chips of one host, with as many slots as fit beside the data of training.
 
-A sampler never crosses hosts: each has its own copy of the weights, its own slots and its share of the prompts.
+A sampler stays within a host: each host has its own copy of the weights, its own slots and its share of the prompts.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -19,7 +19,7 @@ from rmr1_jax.distributed.mesh import MeshConfig, activation_sharding, make_mesh
 from rmr1_jax.errors import InputError
 from rmr1_jax.model.config import QwenConfig
 from rmr1_jax.model.qwen import Qwen, split
-from rmr1_jax.plan.compile import Compiled, abstract, bytes_here, compile_program
+from rmr1_jax.plan.compile import Compiled, abstract, bytes_per_chip, compile_program
 from rmr1_jax.plan.slice import GIB
 from rmr1_jax.sampler import programs
 from rmr1_jax.sampler.cache import Cache
@@ -29,58 +29,53 @@ from rmr1_jax.sampler.shapes import CHUNKS, PREFILL_ROWS, Shapes, cache_ways, pl
 from rmr1_jax.sampler.slots import Bank
 from rmr1_jax.sampler.weights import abstract_weights
 
-WEIGHTS_SHARE = 0.5  # of the memory that training leaves, at most, before the tensor axis is made larger
-
-OnTry = Callable[[Shapes, QwenConfig], None]
+WEIGHTS_SHARE = 0.5  # the largest part of the memory beside training for weights, before the tensor axis grows
 
 
 @dataclasses.dataclass(frozen=True)
-class Demand:
-    """What one host's sampler is asked for: `sampling` of `prompts` prompts of at most `longest` tokens, in `dtype`."""
+class SamplingTask:
+    """The work of one host's sampler in a step. prompts: their number. dtype: that of the weights and the cache."""
 
     sampling: SamplingConfig
     prompts: int
-    longest: int
+    max_prompt_length: int
     dtype: np.dtype
 
 
-def say(shapes: Shapes, config: QwenConfig) -> None:
-    print(f"compiling {config.num_layers} layers, {shapes.banks} x {shapes.slots} slots", file=sys.stderr, flush=True)
-
-
-def fit(
-    config: QwenConfig, mesh: Mesh, demand: Demand, limit: int, *, resident: int = 0, on_try: OnTry = say
+def fit_slots(
+    config: QwenConfig, mesh: Mesh, task: SamplingTask, limit: int, *, resident: int = 0
 ) -> tuple[Shapes, dict[str, Compiled]]:
-    """The most slots at which every program fits in `limit` bytes a chip, and what the programs take there.
+    """Find the most slots with which every program fits in `limit` bytes per chip; return them and the programs.
 
-    A model of two layers tells first what the programs need beside weights and cache; from then on it is the last try
-    that did not fit. Where not even one slot does, that try is returned.
+    Only a compiled program tells how much memory it needs beside weights and cache. The first estimate is from a model
+    of two layers, each later one from the last attempt. If not even one slot fits, the last attempt is returned.
 
     Args:
-        resident: bytes a chip of what else lies there.
+        resident: bytes per chip of other data that stays there.
 
     Raises:
-        InputError: the weights and what the programs need leave no room for one slot.
+        InputError: the weights and temporaries leave no memory for one slot.
     """
-    banks, ways, itemsize = rows_divisor(mesh), cache_ways(config, mesh), demand.dtype.itemsize
-    wanted, budget = demand.prompts * demand.sampling.n, demand.sampling.cache_gib or math.inf
+    banks, ways, itemsize = rows_divisor(mesh), cache_ways(config, mesh), task.dtype.itemsize
+    wanted, budget = task.prompts * task.sampling.n, task.sampling.cache_gib or math.inf
 
     def shapes_beside(used: int) -> Shapes:
         room = min(budget, max(limit - used, 1) * ways / GIB)
-        asked = dataclasses.replace(demand.sampling, slots=wanted, cache_gib=room)
-        return plan_shapes(
-            config, asked, prompts=demand.prompts, longest=demand.longest, banks=banks, itemsize=itemsize
-        )
+        sampling = dataclasses.replace(task.sampling, slots=wanted, cache_gib=room)
+        sizes = {"prompts": task.prompts, "longest": task.max_prompt_length, "banks": banks, "itemsize": itemsize}
+        return plan_shapes(config, sampling, **sizes)
 
-    def used_beside(config: QwenConfig, shapes: Shapes, compiled: dict[str, Compiled]) -> int:
-        return max(c.total for c in compiled.values()) - shapes.cache_bytes(config, itemsize) // ways
+    def attempt(config: QwenConfig, shapes: Shapes) -> tuple[dict[str, Compiled], int]:
+        """Compile; also return the bytes per chip that the programs use beside the cache."""
+        text = f"compiling {config.num_layers} layers, {shapes.banks} x {shapes.slots} slots"
+        print(text, file=sys.stderr, flush=True)
+        compiled = sampler_programs(config, mesh, shapes, task.dtype, resident)
+        return compiled, max(c.total for c in compiled.values()) - shapes.cache_bytes(config, itemsize) // ways
 
     shallow = dataclasses.replace(config, num_layers=2)
-    weights = weight_bytes(config, mesh, demand.dtype)
-    shapes = shapes_beside(resident + weights)
-    on_try(shapes, shallow)
-    compiled = sampler_programs(shallow, mesh, shapes, demand.dtype, resident)
-    used = weights + used_beside(shallow, shapes, compiled) - weight_bytes(shallow, mesh, demand.dtype)
+    weights = weight_bytes(config, mesh, task.dtype)
+    _, used = attempt(shallow, shapes_beside(resident + weights))
+    used += weights - weight_bytes(shallow, mesh, task.dtype)
     best = None
     while True:
         try:
@@ -89,28 +84,27 @@ def fit(
             if best is None:
                 raise
             return best
-        on_try(shapes, config)
-        compiled = sampler_programs(config, mesh, shapes, demand.dtype, resident)
+        compiled, used = attempt(config, shapes)
         best = shapes, compiled
         if all(c.fits(limit) for c in compiled.values()):
             return best
-        # At least a byte less for the cache than now, or the same shapes would come again.
-        least = limit + 1 - shapes.cache_bytes(config, itemsize) // ways
-        used = max(used_beside(config, shapes, compiled), least)
+        # At least one byte less for the cache, or the next attempt would have the same shapes.
+        used = max(used, limit + 1 - shapes.cache_bytes(config, itemsize) // ways)
 
 
 def sampler_programs(config: QwenConfig, mesh: Mesh, shapes: Shapes, dtype, resident: int = 0) -> dict[str, Compiled]:
-    """Compile decode, prefill and the last growth of the rings for the mesh's devices, at the largest cache.
+    """Compile decode, prefill and the last growth of the rings for the mesh's devices, at the largest cache."""
+    compile_here = functools.partial(compile_program, devices=list(mesh.devices.flat), dynamic_trips=programs.STEPS)
+    size = max(shapes.sizes, key=lambda s: s[0] * shapes.widths[-1] + s[1] * shapes.room)
 
-    Args:
-        mesh: over devices that are there, or over those of a topology description.
-    """
-    devices = list(mesh.devices.flat)
-    compile_here = functools.partial(compile_program, devices=devices, dynamic_trips=programs.STEPS)
+    def abstract_cache(config: QwenConfig, width: int) -> Cache:
+        sizes = {"banks": shapes.banks, "entries": size[1], "room": shapes.room, "slots": size[0], "width": width}
+        cache = jax.eval_shape(lambda: programs.empty_cache(config, **sizes, dtype=dtype))
+        return abstract(cache, activation_sharding(mesh, "BKCC", cache.own_k[0].shape))
+
     with jax.set_mesh(mesh):
-        size = max(shapes.sizes, key=lambda s: s[0] * shapes.widths[-1] + s[1] * shapes.room)
         graphdef, weights = split(Qwen(config))[0], abstract_weights(Qwen(config), mesh, dtype)
-        cache = abstract_cache(config, mesh, shapes, size, shapes.widths[-1], dtype)
+        cache = abstract_cache(config, shapes.widths[-1])
         idle = [Bank(*size) for _ in range(shapes.banks)]
         controls = abstract(make_controls(SamplingConfig(), ()), NamedSharding(mesh, PartitionSpec()))
         by_bank = NamedSharding(mesh, PartitionSpec(("replica", "fsdp")))
@@ -123,61 +117,44 @@ def sampler_programs(config: QwenConfig, mesh: Mesh, shapes: Shapes, dtype, resi
         tokens = np.zeros((*per_prompt.shape, max(c for c in CHUNKS if c <= shapes.room)), np.int32)
         chunk = abstract((tokens, per_prompt, per_prompt, per_prompt > 0), by_bank)
         prompts = cache._replace(own_k=[], own_v=[])
-        rings = bytes_here((cache.own_k, cache.own_v))
-        compiled["prefill"] = compile_here(
-            programs.prefill_prompts, graphdef, weights, prompts, *chunk, resident=resident + rings
-        )
+        held = resident + bytes_per_chip((cache.own_k, cache.own_v))
+        compiled["prefill"] = compile_here(programs.prefill_prompts, graphdef, weights, prompts, *chunk, resident=held)
 
         if len(shapes.widths) > 1:
             grow = jax.jit(lambda layer: programs.grow(layer, width=shapes.widths[-1]))
-            old = first_layer(abstract_cache(config, mesh, shapes, size, shapes.widths[-2], dtype))
-            # One layer at a time: beside the new cache, the last layer of which is being made, lie its old rings.
-            others = bytes_here((weights, cache)) - bytes_here(first_layer(cache))
-            compiled["grow"] = compile_here(grow, old, resident=resident + others)
-    # The engine keeps a decode program for every width and number of rows, and their code lies on the chip too.
+            old = abstract_cache(dataclasses.replace(config, num_layers=1), shapes.widths[-2])
+            # Layers grow one at a time. At the last one, all others are in the new cache already.
+            held = resident + bytes_per_chip((weights, cache)) - bytes_per_chip(cache) // config.num_layers
+            compiled["grow"] = compile_here(grow, old, resident=held)
+    # The engine keeps a decode program for each width and number of rows, and their code stays on the chip too.
     decodes, prefills = len(shapes.widths) * len(shapes.sizes), 2 * len(CHUNKS)
     code = decodes * compiled["decode"].code + prefills * compiled["prefill"].code
     return {name: dataclasses.replace(c, code=code) for name, c in compiled.items()}
 
 
-def abstract_cache(
-    config: QwenConfig, mesh: Mesh, shapes: Shapes, size: tuple[int, int, int], width: int, dtype
-) -> Cache:
-    """What `programs.empty_cache` makes, without making it. size: one of `shapes.sizes`."""
-    slots, entries, _ = size
-    sizes = {"banks": shapes.banks, "entries": entries, "room": shapes.room, "slots": slots, "width": width}
-    cache = jax.eval_shape(lambda: programs.empty_cache(config, **sizes, dtype=dtype))
-    return abstract(cache, activation_sharding(mesh, "BKCC", cache.own_k[0].shape))
-
-
-def first_layer(cache: Cache) -> Cache:
-    return Cache(*(part[:1] for part in cache))
-
-
 def host_mesh(
     config: QwenConfig, devices: Sequence[jax.Device], limit: int, dtype, *, resident: int, tensor: int | None
 ) -> Mesh:
-    """The mesh of one host's sampler over its `devices`.
+    """Make the mesh of one host's sampler over its `devices`.
 
-    tensor: of the run's config. Where it is None, data-parallel replicas come before tensor parallelism: the smallest
-    tensor axis at which the weights take no more than half of what is left of a chip. Axes that divide the key-value
-    heads come first, as with others every chip has the whole cache.
+    Args:
+        tensor: the run's `sampling_tensor`. If None, the smallest tensor axis with which the weights take at most
+            WEIGHTS_SHARE of the memory that `resident` leaves. Sizes that divide the key-value heads are preferred,
+            because with others every chip has the whole cache.
 
     Raises:
-        InputError: a tensor axis that reaches into another host.
+        InputError: `tensor` does not divide the number of devices.
     """
     whole = make_mesh(MeshConfig(), devices)
     if tensor:
         return sampling_mesh(whole, tensor)
     sizes = [t for t in range(1, whole.size + 1) if whole.size % t == 0]
     sizes.sort(key=lambda t: config.num_kv_heads % t != 0)
-    for size in sizes:
-        mesh = sampling_mesh(whole, size)
-        if weight_bytes(config, mesh, dtype) <= WEIGHTS_SHARE * (limit - resident):
-            break
-    return mesh
+    meshes = [sampling_mesh(whole, t) for t in sizes]
+    most = WEIGHTS_SHARE * (limit - resident)
+    return next((mesh for mesh in meshes if weight_bytes(config, mesh, dtype) <= most), meshes[-1])
 
 
 def weight_bytes(config: QwenConfig, mesh: Mesh, dtype) -> int:
-    """Of the sampling weights on one chip."""
-    return bytes_here(abstract_weights(Qwen(config), mesh, dtype))
+    """Return the bytes of the sampling weights on one chip."""
+    return bytes_per_chip(abstract_weights(Qwen(config), mesh, dtype))

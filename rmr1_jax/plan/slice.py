@@ -1,10 +1,11 @@
-"""What the compiler knows of a TPU slice that is not there: its devices, and a chip's memory; and how fast a chip is.
+"""Describes a TPU slice that this machine does not have, from libtpu: its devices and the memory of a chip.
 
-Read `plan_compile.py` next.
+Next: `compile.py`, which compiles programs for these devices.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import os
 import re
@@ -20,11 +21,28 @@ from rmr1_jax.errors import InputError
 GIB = 2**30
 
 
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """The hardware of a plan: the devices for training, those of one host for the sampler, and the bytes per chip."""
+
+    devices: list[jax.Device]
+    host: list[jax.Device]
+    memory: int
+    slices: int = 1
+
+
+def slice_target(topology: str, slices: int = 1) -> Target:
+    """Describe `slices` slices of a topology; raises InputError as `slice_devices`."""
+    devices = slice_devices(topology, slices)
+    host = host_devices(topology, devices)
+    return Target(devices, host, memory_limit(host[0]), slices)
+
+
 def slice_devices(topology: str, slices: int = 1) -> list[jax.Device]:
-    """The devices of `slices` slices that are not there.
+    """Return the devices of `slices` slices, for compiling only.
 
     Raises:
-        InputError: no libtpu, or not a slice that it knows.
+        InputError: libtpu is not installed, or does not know the topology.
     """
     if slices < 1:
         raise InputError(f"--slices {slices} must be at least 1")
@@ -33,23 +51,26 @@ def slice_devices(topology: str, slices: int = 1) -> list[jax.Device]:
             "compiling for a TPU needs libtpu, which is not installed here; make an environment for it: "
             "python3 -m venv .venv-tpu && .venv-tpu/bin/pip install -e '.[tpu]'"
         )
-    # libtpu reads these when it is loaded. Without them it asks the network for a TPU, and locks out a second process.
+    # libtpu reads these when it is loaded. Without them it asks the network for a TPU and locks out other processes.
     settings = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
     os.environ.update(settings)
-    several = {"num_slices": slices, "chip_config_name": "default", "wrap": (False,) * 3}
-    options = several | {"chips_per_host_bounds": (2, 2, 1)} if slices > 1 else {}
+    options: dict[str, object] = {}
+    if slices > 1:
+        options = {"num_slices": slices, "chip_config_name": "default", "wrap": (False,) * 3}
+        options["chips_per_host_bounds"] = (2, 2, 1)
     if re.fullmatch(r"\w+:1(x1)*", topology):
-        options |= {"chips_per_host_bounds": (1, 1, 1)}
+        options["chips_per_host_bounds"] = (1, 1, 1)
     try:
         return list(topologies.get_topology_desc(topology, "tpu", **options).devices)
     except jax.errors.JaxRuntimeError as e:
         raise InputError(
-            f"--topology {topology}: {e}; expected a slice as v5e:4x4, v6e:16x16 (two dimensions) or v5p:2x2x2 (three)"
+            f"--topology {topology}: {e}; expected a slice such as v5e:4x4, v6e:16x16 (two dimensions) or v5p:2x2x2 "
+            "(three)"
         ) from None
 
 
 def host_devices(topology: str, devices: Sequence[jax.Device]) -> list[jax.Device]:
-    """The chips of the slice's first host, as a slice of their own: the compiler takes no part of a larger one."""
+    """Return the chips of the slice's first host as a slice of their own; libtpu compiles only for whole slices."""
     coordinates = [d.coords for d in devices if d.process_index == devices[0].process_index]
     sizes = [max(axis) - min(axis) + 1 for axis in zip(*coordinates, strict=True)]
     kind, shape = topology.split(":")
@@ -57,18 +78,18 @@ def host_devices(topology: str, devices: Sequence[jax.Device]) -> list[jax.Devic
 
 
 def memory_limit(device: jax.Device) -> int:
-    """A chip's memory in bytes, which the compiler tells when it is asked for too much."""
+    """Return the memory of a chip in bytes, from the compiler's error for a program that needs far too much."""
     sharding = NamedSharding(Mesh([device], "x"), PartitionSpec())
-    too_much = jax.ShapeDtypeStruct((2**20, 2**30), jnp.int8, sharding=sharding)
+    too_large = jax.ShapeDtypeStruct((2**20, 2**30), jnp.int8, sharding=sharding)
     try:
-        jax.jit(lambda x: x[0]).lower(too_much).compile()
+        jax.jit(lambda x: x[0]).lower(too_large).compile()
     except jax.errors.JaxRuntimeError as e:
-        return overflow(e)[1]
-    raise AssertionError(f"{device.device_kind} took a petabyte")
+        return parse_out_of_memory(e)[1]
+    raise AssertionError(f"{device.device_kind} accepted an array of a petabyte")
 
 
-def overflow(error: Exception) -> tuple[int, int]:
-    """The bytes (needed, available) that a compiler's out-of-memory error tells; any other error is raised again."""
+def parse_out_of_memory(error: Exception) -> tuple[int, int]:
+    """Return the bytes (needed, available) in a compiler's out-of-memory error; raise any other error again."""
     size = r"([\d.]+)([KMGTP])"
     found = re.search(rf"\({size}\) exceeds available HBM \({size}\)|Used {size} of {size} hbm", str(error))
     if not found:

@@ -1,7 +1,7 @@
-"""Bytes that a compiled program moves between chips, read from its HLO text.
+"""Counts the bytes that a compiled program sends between chips, from its HLO text.
 
-XLA's own count (`cost_analysis`) takes a loop's body once and knows no links, so the text is walked here: what stands
-in a loop counts as often as the loop runs, nested loops multiplied. Called by `plan_compile.py` alone.
+XLA's own count (`cost_analysis`) takes the body of a loop once and leaves out collectives. Here a loop's collectives
+count as often as the loop runs; the counts of nested loops are multiplied.
 """
 
 from __future__ import annotations
@@ -9,12 +9,11 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from collections import Counter
 
-import numpy as np
+COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 
-KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
-
-_COLLECTIVE = re.compile(rf"= (\(.*?\)|\S+) ({'|'.join(KINDS)})(-start)?\(")
+_COLLECTIVE = re.compile(rf"= (\(.*?\)|\S+) ({'|'.join(COLLECTIVES)})(-start)?\(")
 _HEADER = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _CALLED = re.compile(r"(?:calls|to_apply|branch_computations|true_computation|false_computation)=(\{.*?\}|%?[\w.\-]+)")
 _SEND = re.compile(r"= \((\w+\[[\d,]*\]).* send\(.*_handler_name=\"xla_megascale_runtime\"")
@@ -28,38 +27,38 @@ _NUMBER = r"%?([\w.\-]+) = [su](?:32|64)\[\][^ ]* constant\((\d+)\)"
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-    """Bytes that one chip sends in one call. links: by kind of collective, within its slice. slices: to other slices,
-    over the data centre's network."""
+    """The bytes that one chip sends in one call. links: within its slice, by collective. network: to other slices, over
+    the data center's network."""
 
     links: dict[str, float]
-    slices: float
+    network: float
 
     @property
     def total(self) -> float:
+        """The bytes over the links, of all collectives."""
         return sum(self.links.values())
 
 
 def read_traffic(text: str, devices: int, *, slices: int = 1, dynamic_trips: float = 1) -> Traffic:
-    """Sum the collectives of a compiled program (`compiled.as_text()`).
+    """Sum the collectives in the text of a compiled program (`compiled.as_text()`).
 
-    A ring is assumed: of n chips each sends (n-1)/n of an all-gather's output or a reduce-scatter's input, twice that
-    for an all-reduce. The program of a run on several slices is that of one of them: what it has for the others it
-    hands to its host.
+    Collectives are assumed to run on rings: of n chips, each sends (n-1)/n of the output of an all-gather or of the
+    input of a reduce-scatter, and twice that for an all-reduce. On several slices the text is the program of one slice,
+    which hands the data for other slices to its hosts.
 
     Args:
-        devices: of one slice. dynamic_trips: how often a loop runs whose count is not in the program.
+        devices: the number of chips of one slice. dynamic_trips: how often a loop runs whose count is not in the text.
 
     Raises:
-        ValueError: device groups in a notation that is not known here.
+        ValueError: groups of devices are written in an unknown notation.
     """
     computations, entry = _computations(text)
-    walk = _Walk(computations, devices, slices, dynamic_trips)
-    sums = walk.total(entry)
-    return Traffic(dict(zip(KINDS, map(float, sums), strict=False)), float(sums[-1]))
+    total = _Walk(computations, devices, slices, dynamic_trips).total(entry)
+    return Traffic({kind: float(total[kind]) for kind in COLLECTIVES}, float(total["network"]))
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:
-    """The instructions of every computation by its name, and the entry's name."""
+    """Split the text into the instructions of each computation, by name; also return the name of the entry."""
     found: dict[str, list[str]] = {}
     entry, lines = "", []
     for line in text.splitlines():
@@ -73,46 +72,45 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
 
 
 class _Walk:
-    """One walk over the computations. A sum is an array: a number for each of KINDS, and one for slice to slice."""
+    """A walk over the computations of a program, which sums their bytes by collective, or "network"."""
 
     def __init__(self, computations: dict[str, list[str]], devices: int, slices: int, dynamic_trips: float):
         self.computations, self.dynamic_trips = computations, dynamic_trips
         self.devices, self.slices = devices, slices
-        self.known: dict[str, tuple[dict[tuple, np.ndarray], np.ndarray]] = {}
+        self.known: dict[str, dict[tuple, float]] = {}
 
-    def total(self, name: str) -> np.ndarray:
-        once, loops = self.parts(name)
-        return sum(once.values(), loops)
+    def total(self, name: str) -> Counter:
+        total: Counter = Counter()
+        for key, size in self.transfers(name).items():
+            total[key[-2]] += size
+        return total
 
-    def parts(self, name: str) -> tuple[dict[tuple, np.ndarray], np.ndarray]:
-        """What a computation moves outside of its loops, by instruction, and the sum of what its loops move."""
+    def transfers(self, name: str) -> dict[tuple, float]:
+        """Return the bytes of each transfer of a computation, by (where it is, kind, channel); a loop's are summed."""
         if name in self.known:
             return self.known[name]
-        once: dict[tuple, np.ndarray] = {}
-        loops = np.zeros(len(KINDS) + 1)
+        sizes: dict[tuple, float] = {}
         for i, line in enumerate(self.computations[name]):
             if found := _COLLECTIVE.search(line):
                 channel = re.search(r"channel_id=(\d+)", line)
-                once[(i, found[2], channel and channel[1])] = self.moved(line, *found.groups())
+                sizes[i, found[2], channel and channel[1]] = self.sent(line, *found.groups())
             elif found := _SEND.search(line):
-                sums = np.zeros(len(KINDS) + 1)
-                reduced = '_transfer_type="ALL_REDUCE"' in line
-                sums[-1] = _bytes(found[1]) * (2 if reduced else 1) * (1 - 1 / self.slices)
-                once[(i, "send", None)] = sums
+                passes = 2 if '_transfer_type="ALL_REDUCE"' in line else 1
+                sizes[i, "network", None] = _bytes(found[1]) * passes * (1 - 1 / self.slices)
             elif found := _WHILE.search(line):
-                loops = loops + self.trips(line, found[1]) * self.total(found[2])
+                trips = self.trips(line, found[1])
+                sizes |= {(i, kind, None): trips * size for kind, size in self.total(found[2]).items()}
             else:
-                # A transfer that runs beside other work is spread over fusions, each of which names its channel.
-                pieces = " fusion(" in line or " async-" in line
-                for called in _CALLED.findall(line):
-                    for callee in re.findall(r"[\w.\-]+", called):
-                        inner, inner_loops = self.parts(callee)
-                        once |= {key[-2:] if pieces and key[-1] else (i, *key): sums for key, sums in inner.items()}
-                        loops = loops + inner_loops
-        self.known[name] = once, loops
-        return self.known[name]
+                # A transfer that overlaps other work is split over several fusions, all with the same channel.
+                is_piece = " fusion(" in line or " async-" in line
+                for callee in re.findall(r"[\w.\-]+", " ".join(_CALLED.findall(line))):
+                    for key, size in self.transfers(callee).items():
+                        sizes[key[-2:] if is_piece and key[-1] else (i, callee, *key)] = size
+        self.known[name] = sizes
+        return sizes
 
     def trips(self, line: str, condition: str) -> float:
+        """Return how often a loop runs, from the compiler's note or the constant in its condition."""
         known = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
         if known:
             return int(known[1])
@@ -123,20 +121,21 @@ class _Walk:
         limits = [int(constants[n]) for n in names if n in constants]
         return limits[0] if len(limits) == 1 else self.dynamic_trips
 
-    def moved(self, line: str, shape: str, kind: str, start: str | None) -> np.ndarray:
-        size, n = _bytes(shape), 0 if kind == "collective-permute" else self.group_size(line)
-        if start and kind in ("all-gather", "collective-permute"):  # the type of a start holds operands and results
-            size *= n / (n + 1) if kind == "all-gather" else 0.5
+    def sent(self, line: str, shape: str, kind: str, start: str | None) -> float:
+        """Return the bytes that one chip sends in a collective."""
+        size = _bytes(shape)
+        if kind == "collective-permute":
+            return size / 2 if start else size  # the type of a start holds operands and results
+        n = self.group_size(line)
+        if kind == "all-gather" and start:
+            size *= n / (n + 1)
         if kind == "reduce-scatter":
-            size *= n  # the operand's
-        sums = np.zeros(len(KINDS) + 1)
-        share = 1 if kind == "collective-permute" else 1 - 1 / n
-        sums[KINDS.index(kind)] = (2 if kind == "all-reduce" else 1) * size * share
-        return sums
+            size *= n  # from the output's size to the input's
+        return (2 if kind == "all-reduce" else 1) * size * (1 - 1 / n)
 
     def group_size(self, line: str) -> int:
-        """How many devices exchange with each other, in any of HLO's notations: `{{0,1},{2,3}}`, `[2,4]<=[8]` (2 groups
-        of 4), `mesh['a'=2,'b'=4] {'b'}` (along axes of a mesh over the devices), `{}` for all."""
+        """Return how many devices exchange with each other, from any of HLO's notations: `{{0,1},{2,3}}`, `[2,4]<=[8]`
+        (2 groups of 4), `mesh['a'=2,'b'=4] {'b'}` (along axes of a mesh over the devices), `{}` for all."""
         found = _GROUPS.search(line)
         text = found[1] if found else ""
         if text == "{}":
@@ -148,7 +147,7 @@ class _Walk:
         axes, _, within = text.partition("]")
         sizes = {name: int(n) for name, n in re.findall(r"'([^']+)'=(\d+)", axes)}
         if not text or re.search(r":\(", within) or math.prod(sizes.values()) != self.devices:
-            raise ValueError(f"device groups that are not known here: {line.strip()[:400]}")
+            raise ValueError(f"device groups in an unknown notation: {line.strip()[:400]}")
         return math.prod(sizes[name] for name in re.findall(r"'([^']+)'", within))
 
 
@@ -157,7 +156,7 @@ def _ints(text: str) -> list[int]:
 
 
 def _bytes(shape: str) -> float:
-    """Of an array type or a tuple of them, as HLO writes it. A start's counters are scalars of a few bytes."""
+    """Return the size of an array type or a tuple of them in HLO text; the counters of a start are a few bytes."""
     total = 0.0
     for dtype, dims in re.findall(r"\b(pred|[a-z]+\d+\w*)\[([\d,]*)\]", shape):
         bits = int(re.search(r"\d+", dtype)[0]) if dtype != "pred" else 8

@@ -1,5 +1,5 @@
-"""What `rmr1 plan` knows without compiling: the model by its name, the mesh, and the formulas, against traces and by
-hand. `test_plan_programs.py` compiles."""
+"""Tests the parts of `rmr1 plan` that compile nothing: the shape of a model, the mesh, and the formulas, against traces
+and by hand. Next: `test_programs.py`, which compiles."""
 
 import functools
 import json
@@ -18,12 +18,13 @@ from rmr1_jax.config import dump_config
 from rmr1_jax.distributed.mesh import MeshConfig, make_mesh
 from rmr1_jax.errors import InputError
 from rmr1_jax.model.config import config_to_hf
-from rmr1_jax.model.qwen import Qwen, split, with_params
+from rmr1_jax.model.qwen import Qwen, abstract_params, split, with_params
 from rmr1_jax.plan.costs import Cost, decode_cost, forward_cost, prefill_cost, time_bound, update_cost
 from rmr1_jax.plan.model import model_shape
 from rmr1_jax.plan.plan import read_run
+from rmr1_jax.plan.sampler import SamplingTask
 from rmr1_jax.plan.traffic import Traffic
-from rmr1_jax.plan.train import Rows, rows_of, training_mesh, weights
+from rmr1_jax.plan.train import BatchShape, batch_shape, training_mesh
 from rmr1_jax.sampler.sample import SamplingConfig
 from rmr1_jax.sampler.shapes import Shapes
 from rmr1_jax.train.config import GrpoConfig, SftConfig
@@ -46,21 +47,21 @@ from rmr1_jax.train.sft import sft_micro_loss
         ("gaotang/RM-R1-DeepSeek-Distilled-Qwen-14B", 14.770e9, 1e6, False),
     ],
 )
-def test_a_model_is_known_by_its_name(name, params, theta, tied):
-    """The numbers of parameters are those that the models' pages tell."""
+def test_the_shape_of_a_model_from_its_name(name, params, theta, tied):
+    """The numbers of parameters are those on the models' pages."""
     config = model_shape(name)
-    shapes = jax.tree.leaves(weights(config, make_mesh(), jnp.float32))
+    shapes = jax.tree.leaves(abstract_params(Qwen(config), make_mesh(), jnp.float32))
     assert sum(math.prod(x.shape) for x in shapes) == pytest.approx(params, rel=1e-3)
     assert (config.rope_theta, config.tie_word_embeddings) == (theta, tied)
 
 
 @pytest.mark.parametrize("name", ["Qwen/Qwen3-8B", "Qwen/Qwen2.5-3B-Instruct", "meta/Llama-7B", "x/Qwen2.5-17B", ""])
-def test_a_model_that_is_not_known(name):
-    with pytest.raises(InputError, match="its shape is not known here"):
+def test_a_model_of_unknown_shape(name):
+    with pytest.raises(InputError, match="its shape is not known"):
         model_shape(name or "nothing")
 
 
-def test_a_directory_is_read(tmp_path):
+def test_the_shape_of_a_model_in_a_directory(tmp_path):
     folder = tmp_path / "Qwen2.5-7B-cut"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config_to_hf(MODEL, "bfloat16")))
@@ -96,16 +97,16 @@ def test_every_recipe_is_recognised():
     [
         (MeshConfig(), 8, 1, (1, 8, 1)),
         (MeshConfig(), 16, 1, (1, 8, 1)),
-        (MeshConfig(), 4, 1, (1, 4, 2)),  # too few rows for eight: heads are split
+        (MeshConfig(), 4, 1, (1, 4, 2)),  # too few rows for eight devices: heads are split
         (MeshConfig(), 12, 1, (1, 4, 2)),
         (MeshConfig(replica=2), 8, 1, (2, 4, 1)),
-        (MeshConfig(tensor=2), 8, 1, (1, 4, 2)),  # given, and kept
-        (MeshConfig(), 8, 2, (2, 4, 1)),  # a replica a slice
+        (MeshConfig(tensor=2), 8, 1, (1, 4, 2)),  # the config's tensor axis is kept
+        (MeshConfig(), 8, 2, (2, 4, 1)),  # one replica per slice
         (MeshConfig(), 4, 2, (2, 2, 2)),
     ],
     ids=str,
 )
-def test_a_mesh_left_open_is_chosen(mesh, micro_rows, slices, sizes):
+def test_a_mesh_with_open_axes_is_chosen(mesh, micro_rows, slices, sizes):
     config = small_sft(rows_per_step=48, micro_rows=micro_rows, mesh=mesh)
     made = training_mesh(config, MODEL, jax.devices(), slices)
     assert tuple(made.shape.values()) == sizes
@@ -122,25 +123,25 @@ def test_a_mesh_left_open_is_chosen(mesh, micro_rows, slices, sizes):
     ],
     ids=str,
 )
-def test_a_mesh_that_cannot_be(mesh, micro_rows, message):
+def test_no_mesh_divides_rows_and_heads(mesh, micro_rows, message):
     with pytest.raises(InputError, match=message):
         training_mesh(small_sft(rows_per_step=micro_rows, micro_rows=micro_rows, mesh=mesh), MODEL, jax.devices())
 
 
-def test_rows_of_an_update():
-    assert rows_of(small_sft(rows_per_step=32)) == Rows(4, 4, 8, 128)
+def test_the_shape_of_a_batch():
+    assert batch_shape(small_sft(rows_per_step=32)) == BatchShape(4, 4, 8, 128)
     # 8 prompts x 4 texts of (32 + 128) / 2 tokens fill 16 rows: 4 micro-batches of 4.
-    assert rows_of(small_grpo()) == Rows(4, 4, 4, 160)
-    assert rows_of(small_grpo(mini_batch_prompts=4, micro_rows=3)) == Rows(3, 4, 3, 160)
+    assert batch_shape(small_grpo()) == BatchShape(4, 4, 4, 160)
+    assert batch_shape(small_grpo(mini_batch_prompts=4, micro_rows=3)) == BatchShape(3, 4, 3, 160)
 
 
 # ---- formulas
 
 
 def product_flops(function, *arguments) -> float:
-    """FLOPs of the matrix products in a function as JAX traces it, loops counted as often as they run."""
+    """Count the FLOPs of the matrix products that JAX traces in a function; loops count as often as they run."""
 
-    def of(jaxpr) -> float:
+    def count(jaxpr) -> float:
         total = 0.0
         for eqn in jaxpr.eqns:
             if eqn.primitive.name == "dot_general":
@@ -148,10 +149,10 @@ def product_flops(function, *arguments) -> float:
                 summed = math.prod(eqn.invars[0].aval.shape[i] for i in contracted)
                 total += 2 * math.prod(eqn.outvars[0].aval.shape) * summed
             times = eqn.params.get("length", 1) if eqn.primitive.name == "scan" else 1
-            total += times * sum(of(inner) for inner in jaxprs_in_params(eqn.params))
+            total += times * sum(count(inner) for inner in jaxprs_in_params(eqn.params))
         return total
 
-    return of(jax.make_jaxpr(function)(*arguments).jaxpr)
+    return count(jax.make_jaxpr(function)(*arguments).jaxpr)
 
 
 def row_batch(rows: int, length: int) -> dict[str, np.ndarray]:
@@ -162,55 +163,55 @@ def row_batch(rows: int, length: int) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("remat", ["none", "dots", "full"])
 @pytest.mark.parametrize("length", [64, 384])
 def test_flops_against_a_trace(remat, length):
-    """Exactly: the products of the layers, of attention's blocks and of the head's chunks, those that remat does again
-    included. Of length 384, attention is in three blocks."""
+    """The formula is exact for the products of layers, of attention's blocks and of the head's chunks, and counts what
+    remat recomputes. At length 384 attention has three blocks."""
     mesh = make_mesh(MeshConfig(fsdp=1), jax.devices()[:1])
-    params = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), weights(MODEL, mesh, jnp.float32))
+    params = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), abstract_params(Qwen(MODEL), mesh, jnp.float32))
     config = small_sft(row_length=length, rows_per_step=4, micro_rows=2, remat=remat)
-    rows = rows_of(config)
+    shape = batch_shape(config)
     batch, forward = row_batch(2, length), {"remat": remat, "attention": "xla"}
     loss = functools.partial(sft_micro_loss, split(Qwen(MODEL))[0], **forward)
     traced = product_flops(jax.grad(loss, has_aux=True), params, batch)
-    cost = update_cost(config, MODEL, mesh, rows)
-    assert cost.flops == rows.count * traced
+    cost = update_cost(config, MODEL, mesh, shape)
+    assert cost.flops == shape.micro_batches * traced
     assert cost.tokens == 4 * length
     logprobs = product_flops(lambda params: row_logprobs(with_params(Qwen(MODEL), params), batch, **forward), params)
-    assert forward_cost(config, MODEL, mesh, rows).flops == rows.count * logprobs
-    # By hand: six for each weight and token, and causal attention's pairs.
+    assert forward_cost(config, MODEL, mesh, shape).flops == shape.micro_batches * logprobs
+    # By hand: six FLOPs for each weight and token, and the pairs of causal attention.
     matrices = 3 * (64 * (2 * 4 + 2 * 2) * 16 + 3 * 64 * 96) + 160 * 64
     pairs = length * (length + 1) / 2
     assert cost.model_flops == pytest.approx(4 * (6 * matrices * length + 3 * 4 * 3 * 4 * 16 * pairs))
     assert cost.model_flops < cost.flops
 
 
-def test_splash_computes_whole_blocks_and_its_scores_again():
+def test_splash_computes_whole_blocks_and_recomputes_scores():
     mesh = make_mesh(MeshConfig(fsdp=8))
     plain, splash = (
-        update_cost(c, MODEL, mesh, rows_of(c)).flops
+        update_cost(c, MODEL, mesh, batch_shape(c)).flops
         for c in (small_sft(remat="full", attention=kind, row_length=1024) for kind in ("xla", "splash"))
     )
     scores = 16 * 4 * 3 * 4 * 16 / 2  # 16 rows; four FLOPs a pair, three layers, four heads of 16
     assert splash - plain == pytest.approx(scores * 1024 * 4.5 * (1024 - 128))  # blocks of 1024 and of 128
     dots, none = (
-        update_cost(small_sft(remat=r, attention="splash"), MODEL, mesh, Rows(1, 1, 8, 128)).flops
+        update_cost(small_sft(remat=r, attention="splash"), MODEL, mesh, BatchShape(1, 1, 8, 128)).flops
         for r in ("dots", "none")
     )
-    assert dots - none == 8 * 4 * 3 * 4 * 16 * 128 * 128  # the kernel's forward pass, again
+    assert dots - none == 8 * 4 * 3 * 4 * 16 * 128 * 128  # the kernel's forward pass is recomputed
 
 
 def test_the_sampler_s_costs_by_hand():
     mesh = make_mesh(MeshConfig(fsdp=4, tensor=2))
-    sampling = SamplingConfig(n=4, max_new_tokens=96)
+    task = SamplingTask(SamplingConfig(n=4, max_new_tokens=96), 64, 32, jnp.dtype("float32"))
     shapes = Shapes(banks=4, slots=8, entries=6, ranks=4, room=32, widths=(48, 96))
     matrices = 3 * (64 * (2 * 4 + 2 * 2) * 16 + 3 * 64 * 96)
     heads = 4 * 3 * 4 * 16
-    decode = decode_cost(MODEL, mesh, shapes, sampling, 32, 4, 8)
+    decode = decode_cost(MODEL, mesh, shapes, task)
     assert decode.tokens == 16 * 32
     assert decode.model_flops == 16 * 32 * (2 * (matrices + 160 * 64) + heads * (32 + 48))
     assert decode.flops == 16 * (32 * 2 * (matrices + 160 * 64) + heads * 4 * (6 * 4 * 32 + 8 * 96))
     cache = shapes.cache_bytes(MODEL, 4) / 8
     assert decode.memory == 16 * (4 * (matrices + 160 * 64) / 2 + cache)
-    prefill = prefill_cost(MODEL, mesh, shapes, 4, 8)
+    prefill = prefill_cost(MODEL, mesh, shapes, task)
     assert prefill.tokens == 4 * 8 * 16
     assert prefill.flops == 4 * 8 * 16 * (2 * matrices + heads * 32)
 
@@ -225,7 +226,7 @@ def test_the_sampler_s_costs_by_hand():
     ],
     ids=["compute", "memory", "links", "slices"],
 )
-def test_which_bound_binds(cost, traffic, bound):
+def test_the_largest_bound_is_the_time(cost, traffic, bound):
     name, seconds, mfu = time_bound(cost, traffic, SimpleNamespace(device_kind="TPU v5 lite"))
     assert (name, seconds, mfu) == (bound[0], pytest.approx(bound[1]), pytest.approx(bound[2]))
     assert time_bound(cost, traffic, SimpleNamespace(device_kind="cpu")) is None

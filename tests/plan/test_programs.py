@@ -1,5 +1,5 @@
-"""`rmr1 plan` compiling: the run's programs for eight virtual CPU devices, the most slots that fit, the command. Where
-libtpu is installed, for a slice that is not there."""
+"""Tests the programs that `rmr1 plan` compiles for eight virtual CPU devices, the most slots that fit, and the command.
+If libtpu is installed, also for a TPU slice."""
 
 import dataclasses
 import importlib.util
@@ -18,21 +18,22 @@ from rmr1_jax.config import dump_config
 from rmr1_jax.distributed.mesh import MeshConfig, make_mesh
 from rmr1_jax.errors import InputError
 from rmr1_jax.model.config import config_to_hf
+from rmr1_jax.model.qwen import Qwen, abstract_params
 from rmr1_jax.plan import sampler as plan_sampler
-from rmr1_jax.plan.compile import Compiled, bytes_here, compile_program
-from rmr1_jax.plan.plan import plan, table, training_knobs
-from rmr1_jax.plan.sampler import Demand, fit, host_mesh, weight_bytes
-from rmr1_jax.plan.slice import GIB, overflow
-from rmr1_jax.plan.traffic import KINDS, Traffic
-from rmr1_jax.plan.train import micro_batches, resident_bytes, rows_of, training_mesh, training_programs, weights
+from rmr1_jax.plan.compile import Compiled, bytes_per_chip, compile_program
+from rmr1_jax.plan.costs import update_cost
+from rmr1_jax.plan.plan import MEMORY_SETTINGS, plan, table
+from rmr1_jax.plan.sampler import SamplingTask, fit_slots, host_mesh, weight_bytes
+from rmr1_jax.plan.slice import Target, parse_out_of_memory
+from rmr1_jax.plan.traffic import COLLECTIVES, Traffic
+from rmr1_jax.plan.train import batch_shape, micro_batches, resident_bytes, training_mesh, training_programs
 from rmr1_jax.sampler.sample import SamplingConfig
 from rmr1_jax.sampler.shapes import Shapes, cache_ways
 from rmr1_jax.train.losses import PolicyLossConfig
-from rmr1_jax.train.optim import OptimConfig
 
 has_libtpu = importlib.util.find_spec("libtpu") is not None
 MESH = make_mesh(MeshConfig(fsdp=4, tensor=2))
-WEIGHTS = bytes_here(weights(MODEL, MESH, jnp.float32))  # of one device, in float32
+WEIGHTS = bytes_per_chip(abstract_params(Qwen(MODEL), MESH, jnp.float32))  # of one device, in float32
 KEYS = {"program", "arguments_gib", "temporaries_gib", "total_gib", "limit_gib", "fits", "compile_s", "flops"}
 KEYS |= {"collective_bytes", "bound", "seconds", "mfu", "mesh", "rows", "chips", "overrides", "knobs"}
 
@@ -40,8 +41,8 @@ KEYS |= {"collective_bytes", "bound", "seconds", "mfu", "mesh", "rows", "chips",
 # ---- memory
 
 
-def test_what_lies_on_a_chip():
-    """The policy, two moments, and the reference in the dtype of the products; or elsewhere, where the config says."""
+def test_resident_bytes():
+    """The policy, two moments, and the reference in the dtype of products, unless the config puts them elsewhere."""
     grpo = small_grpo(dtype="bfloat16")
     counters = resident_bytes(small_sft(), MODEL, MESH) - 3 * WEIGHTS
     assert 0 < counters < 64
@@ -64,15 +65,15 @@ def test_memory_of_a_compiled_program():
     program = jax.jit(lambda x, unread, n: jnp.sort(x, axis=0).sum(0) * n, static_argnums=2)
     compiled = compile_program(program, x, unread, 3, devices=devices, resident=1000)
     assert compiled.arguments == 2**18 + 2**12 + 1000
-    # A sort along what is split brings whole columns together and back: an all-to-all, 3/4 of a quarter, twice.
+    # A sort along the sharded axis gathers whole columns and splits them again: two all-to-alls of 3/4 of a quarter.
     assert compiled.temporaries >= 2**18
     assert compiled.traffic.links["all-to-all"] == 2 * 2**18 * 3 / 4
     total = compiled.arguments + compiled.temporaries + compiled.code
     assert compiled.total == total and compiled.fits(total) and not compiled.fits(total - 1)
 
 
-class NoMemory:
-    """A jitted function that the compiler refuses."""
+class Refused:
+    """A jitted function that the compiler refuses with an error message."""
 
     def __init__(self, message: str):
         self.message = message
@@ -93,18 +94,18 @@ OVERFLOWS = [
 
 
 @pytest.mark.parametrize("message", OVERFLOWS)
-def test_an_overflow_tells_what_is_needed_and_what_there_is(message):
-    assert overflow(jax.errors.JaxRuntimeError(message)) == (int(16.40 * 2**30), int(15.75 * 2**30))
+def test_an_out_of_memory_error_is_parsed(message):
+    assert parse_out_of_memory(jax.errors.JaxRuntimeError(message)) == (int(16.40 * 2**30), int(15.75 * 2**30))
     x = jax.ShapeDtypeStruct((2**18,), jnp.float32, sharding=jax.sharding.NamedSharding(MESH, jax.P()))
-    compiled = compile_program(NoMemory(message), x, devices=jax.devices(), resident=2**30)
+    compiled = compile_program(Refused(message), x, devices=jax.devices(), resident=2**30)
     assert (compiled.arguments, compiled.total) == (2**20 + 2**30, int(16.40 * 2**30) + 2**30)
     assert compiled.traffic is None and not compiled.fits(2**60)
 
 
-def test_another_error_is_not_taken_for_an_overflow():
+def test_other_errors_are_raised_again():
     with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
-        compile_program(NoMemory("INTERNAL: Mosaic failed"), devices=jax.devices())
-    assert overflow(jax.errors.JaxRuntimeError("Used 512.0M of 2.0K hbm")) == (2**29, 2**11)
+        compile_program(Refused("INTERNAL: Mosaic failed"), devices=jax.devices())
+    assert parse_out_of_memory(jax.errors.JaxRuntimeError("Used 512.0M of 2.0K hbm")) == (2**29, 2**11)
 
 
 # ---- the programs of training
@@ -113,30 +114,30 @@ def test_another_error_is_not_taken_for_an_overflow():
 @pytest.fixture(scope="module")
 def sft_programs():
     config = small_sft()
-    return {name: rest for name, *rest in training_programs(config, MODEL, training_mesh(config, MODEL, jax.devices()))}
+    return dict(training_programs(config, MODEL, training_mesh(config, MODEL, jax.devices())))
 
 
 @pytest.fixture(scope="module")
 def grpo_lines():
-    config = small_grpo(dtype="bfloat16")
-    return {line["program"]: line for line in plan(config, MODEL, jax.devices(), jax.devices()[:4], limit=2**30)}
+    config, target = small_grpo(dtype="bfloat16"), Target(jax.devices(), jax.devices()[:4], 2**30)
+    return {line["program"]: line for line in plan(config, MODEL, target)}
 
 
 @pytest.mark.slow
 def test_an_sft_update(sft_programs):
     assert list(sft_programs) == ["sft_update"]
-    compiled, cost = sft_programs["sft_update"]
+    compiled = sft_programs["sft_update"]
     config, mesh = small_sft(), make_mesh()
-    rows = rows_of(config)
-    batch = bytes_here(micro_batches(config, mesh, rows))
-    assert batch == 4 * 2 * 128 * 4  # a row of each of two micro-batches, four arrays
-    assert compiled.arguments == resident_bytes(config, MODEL, mesh) + batch + 4  # and how many there are
-    assert compiled.temporaries > 0 and compiled.traffic.slices == 0
-    # Each micro-batch gathers the layers' weights at least twice (forward, and backward with what is done again) and
-    # reduces their gradients; XLA may gather activations in their place, which are not much smaller here.
-    layers = 4 * sum(x.size for x in jax.tree.leaves(weights(MODEL, mesh, jnp.float32)["layers"]))
-    assert compiled.traffic.total > rows.count * 2 * layers * 7 / 8
-    assert cost.tokens == 16 * 128
+    shape = batch_shape(config)
+    batch = bytes_per_chip(micro_batches(config, mesh, shape))
+    assert batch == 4 * 2 * 128 * 4  # one row of each of two micro-batches, four arrays
+    assert compiled.arguments == resident_bytes(config, MODEL, mesh) + batch + 4  # and their number
+    assert compiled.temporaries > 0 and compiled.traffic.network == 0
+    # Each micro-batch gathers the layers' weights at least twice (forward, and backward with recomputation) and reduces
+    # their gradients; XLA may gather activations instead, which are not much smaller here.
+    layers = 4 * sum(x.size for x in jax.tree.leaves(abstract_params(Qwen(MODEL), mesh, jnp.float32)["layers"]))
+    assert compiled.traffic.total > shape.micro_batches * 2 * layers * 7 / 8
+    assert update_cost(config, MODEL, mesh, shape).tokens == 16 * 128
 
 
 @pytest.mark.slow
@@ -145,13 +146,13 @@ def test_a_grpo_run(grpo_lines):
     assert list(grpo_lines) == names
     mesh = training_mesh(small_grpo(), MODEL, jax.devices())
     for line in grpo_lines.values():
-        assert set(line) >= KEYS and set(line["collective_bytes"]) == set(KINDS)
+        assert set(line) >= KEYS and set(line["collective_bytes"]) == set(COLLECTIVES)
         assert line["fits"] and line["knobs"] == [] and line["limit_gib"] == 1
-        assert line["mfu"] is None  # nobody knows the peak of a virtual device
+        assert line["mfu"] is None  # the peak of a virtual device is not known
         assert "mesh.replica=1 mesh.fsdp=4 mesh.tensor=2" in line["overrides"]
     assert grpo_lines["grpo_update"]["rows"] == 16 and grpo_lines["grpo_update"]["mesh"] == "fsdp=4 tensor=2"
     decode = grpo_lines["decode"]
-    # All that a step asks for fits: 16 prompts x 4, on two hosts. The weights are small, so no tensor axis.
+    # All samples of a step fit: 16 prompts x 4, on two hosts. The weights are small, so there is no tensor axis.
     assert decode["slots"] == 64 and decode["mesh"] == "fsdp=4 a host" and decode["chips"] == 4
     assert "sampling_tensor=1 sampling.slots=64 sampling.cache_gib=" in decode["overrides"]
     assert mesh.shape["tensor"] == 2
@@ -159,7 +160,7 @@ def test_a_grpo_run(grpo_lines):
 
 
 @pytest.mark.slow
-def test_the_table_and_what_to_do(grpo_lines):
+def test_the_table_and_its_remarks(grpo_lines):
     lines = [dict(line) for line in grpo_lines.values()]
     text = "\n".join(table(small_grpo(), lines))
     header, *rows = text.split("\n\n")[0].splitlines()
@@ -167,104 +168,75 @@ def test_the_table_and_what_to_do(grpo_lines):
     assert all(len(row) == len(header) for row in rows)
     assert "does not fit" not in text and "16 rows: 8 x 4 texts of 80 tokens" in text
     assert text.endswith(lines[-1]["overrides"])
-    lines[0] |= {"fits": False, "total_gib": 3.5, "knobs": ["remat=offload: about 1.00 GiB less"]}
+    lines[0] |= {"fits": False, "total_gib": 3.5, "knobs": list(MEMORY_SETTINGS)}
     text = "\n".join(table(small_grpo(), lines))
-    assert "grpo_update does not fit: 2.50 GiB a chip too much" in text
-    assert "  remat=offload: about 1.00 GiB less" in text
-
-
-def test_knobs_say_what_they_save():
-    config = small_sft(rows_per_step=32, micro_rows=32, remat="full")
-    mesh = make_mesh(MeshConfig(fsdp=8))
-    held, kept = bytes_here(weights(MODEL, mesh, jnp.float32)), 3 * 4 * 128 * 64 * 4  # layers, rows, tokens, width
-    compiled = Compiled(3 * held, kept + 2 * GIB, 0, 0.0, None)
-
-    def knobs(config, over, update=True) -> dict[str, bool]:
-        texts = training_knobs(config, MODEL, mesh, compiled, over, update=update)
-        assert all("GiB less" in text for text in texts)
-        return {text.split(":")[0].split(" (")[0]: "enough by itself" in text for text in texts}
-
-    assert knobs(config, kept) | {"optimizer.mu_dtype=bfloat16": False} == {
-        "optimizer.mu_dtype=bfloat16": False,
-        "remat=offload": True,
-        "micro_rows=8": True,
-        "row_length=64": True,
-        "a slice of twice as many chips": False,
-    }
-    assert knobs(config, kept + 1)["remat=offload"] is False
-    assert "optimizer.memory=host" in knobs(config, 1, update=False)
-    one_row = knobs(dataclasses.replace(config, micro_rows=8, remat="dots"), 1)
-    assert {"mesh.tensor=2 micro_rows=4", "remat=full"} <= set(one_row)
-    none_left = OptimConfig(mu_dtype="bfloat16", memory="host")
-    assert not any("optimizer" in name for name in knobs(dataclasses.replace(config, optimizer=none_left), 1, False))
-    grpo = small_grpo()
-    texts = training_knobs(grpo, MODEL, mesh, compiled, 1, update=True)
-    assert any(text.startswith("reference_memory=host") for text in texts)
+    assert "grpo_update does not fit: 2.50 GiB per chip too much" in text
+    assert all(f"  {setting}\n" in text for setting in MEMORY_SETTINGS)
 
 
 # ---- the sampler
 
 
-DEMAND = Demand(SamplingConfig(n=4, max_new_tokens=96), 64, 32, jnp.dtype("float32"))
+TASK = SamplingTask(SamplingConfig(n=4, max_new_tokens=96), 64, 32, jnp.dtype("float32"))
 
 
-def pretend(monkeypatch, *, per_layer: int = 0, per_slot: int = 0, fixed: int = 0):
-    """Programs that need so many bytes beside the weights, the cache and what lies there: no compiler. Returns the
-    tries."""
-    tries = []
+def without_compiling(monkeypatch, *, per_layer: int = 0, per_slot: int = 0, fixed: int = 0):
+    """Replace compiling: programs need the given bytes beside weights, cache and resident data. Returns a list to which
+    each attempt is added."""
+    attempts = []
 
     def sampler_programs(config, mesh, shapes, dtype, resident):
-        tries.append((config.num_layers, shapes.slots))
+        attempts.append((config.num_layers, shapes.slots))
         held = weight_bytes(config, mesh, dtype) + shapes.cache_bytes(config, 4) // cache_ways(config, mesh) + resident
         small = Compiled(held, fixed, 0, 0.0, Traffic({}, 0))
         needs = fixed + per_layer * config.num_layers + per_slot * shapes.slots
         return {"prefill": small, "decode": dataclasses.replace(small, temporaries=needs)}
 
     monkeypatch.setattr(plan_sampler, "sampler_programs", sampler_programs)
-    return tries
+    return attempts
 
 
 @pytest.mark.parametrize("tensor", [1, 2, 4])
 @pytest.mark.parametrize("needs", [{"fixed": 10_000}, {"fixed": 5_000, "per_layer": 999}, {"per_slot": 3_000}], ids=str)
 def test_the_most_slots_that_fit(monkeypatch, tensor, needs):
-    tries = pretend(monkeypatch, **needs)
+    attempts = without_compiling(monkeypatch, **needs)
     mesh, resident = make_mesh(MeshConfig(tensor=tensor)), 40_000
-    held = resident + weight_bytes(MODEL, mesh, DEMAND.dtype)
+    held = resident + weight_bytes(MODEL, mesh, TASK.dtype)
 
     def total(slots: int, shapes: Shapes) -> int:
-        entries = min(slots, -(-64 // shapes.banks), -(-3 * slots // 4))
-        cache = shapes.banks * (slots * shapes.widths[-1] + entries * shapes.room) * 2 * 3 * 2 * 16 * 4
+        enattempts = min(slots, -(-64 // shapes.banks), -(-3 * slots // 4))
+        cache = shapes.banks * (slots * shapes.widths[-1] + enattempts * shapes.room) * 2 * 3 * 2 * 16 * 4
         more = needs.get("fixed", 0) + 3 * needs.get("per_layer", 0) + slots * needs.get("per_slot", 0)
         return held + cache // cache_ways(MODEL, mesh) + more
 
     limit = held + 700_000
-    shapes, programs = fit(MODEL, mesh, DEMAND, limit, resident=resident)
+    shapes, programs = fit_slots(MODEL, mesh, TASK, limit, resident=resident)
     assert all(c.fits(limit) for c in programs.values())
     assert max(c.total for c in programs.values()) <= limit
-    assert tries[0][0] == 2 and tries[-1] == (3, shapes.slots) and len(tries) <= 5
+    assert attempts[0][0] == 2 and attempts[-1] == (3, shapes.slots) and len(attempts) <= 5
     most = next(s for s in range(shapes.slots, 10_000) if total(s + 1, shapes) > limit)
-    # The guess for a program that grows with its slots is the last try's: it may stop a little before.
+    # The estimate for programs that grow with their slots is from the last attempt, so the result may be too low.
     assert shapes.slots == most or ("per_slot" in needs and shapes.slots >= 0.9 * most)
 
 
-def test_no_more_slots_than_there_are_samples_and_none_where_nothing_fits(monkeypatch):
-    pretend(monkeypatch)
+def test_limits_of_the_number_of_slots(monkeypatch):
+    without_compiling(monkeypatch)
     mesh = make_mesh()
-    shapes, _ = fit(MODEL, mesh, DEMAND, 2**30)
+    shapes, _ = fit_slots(MODEL, mesh, TASK, 2**30)
     assert shapes.slots * shapes.banks == 64 * 4
-    held = weight_bytes(MODEL, mesh, DEMAND.dtype)
+    held = weight_bytes(MODEL, mesh, TASK.dtype)
     with pytest.raises(InputError, match="holds no sample of 32"):
-        fit(MODEL, mesh, DEMAND, held + 1000)
-    budget = dataclasses.replace(DEMAND, sampling=dataclasses.replace(DEMAND.sampling, cache_gib=1e6 / 2**30))
-    shapes, _ = fit(MODEL, mesh, budget, 2**30)
+        fit_slots(MODEL, mesh, TASK, held + 1000)
+    budget = dataclasses.replace(TASK, sampling=dataclasses.replace(TASK.sampling, cache_gib=1e6 / 2**30))
+    shapes, _ = fit_slots(MODEL, mesh, budget, 2**30)
     assert shapes.cache_bytes(MODEL, 4) <= 1e6
 
 
 def test_the_sampler_s_mesh():
-    weights = {t: weight_bytes(MODEL, make_mesh(MeshConfig(tensor=t)), DEMAND.dtype) for t in (1, 2, 4)}
+    weights = {t: weight_bytes(MODEL, make_mesh(MeshConfig(tensor=t)), TASK.dtype) for t in (1, 2, 4)}
 
     def tensor(limit: int, resident: int = 0, given: int | None = None) -> int:
-        mesh = host_mesh(MODEL, jax.devices(), limit, DEMAND.dtype, resident=resident, tensor=given)
+        mesh = host_mesh(MODEL, jax.devices(), limit, TASK.dtype, resident=resident, tensor=given)
         assert mesh.size == 8 and mesh.shape["replica"] == 1
         return mesh.shape["tensor"]
 
@@ -286,11 +258,11 @@ def run_file(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text(dump_config(small_sft(model=str(tmp_path), dtype="bfloat16")))
     yield path
-    jax.config.update("jax_enable_compilation_cache", used)  # the command does without
+    jax.config.update("jax_enable_compilation_cache", used)  # the command disables it
 
 
 @pytest.mark.skipif(has_libtpu, reason="libtpu is installed here")
-def test_without_libtpu_it_says_what_to_install(run_file, capsys):
+def test_the_error_without_libtpu(run_file, capsys):
     assert cli.main(["plan", str(run_file), "--topology", "v5e:4x4"]) == 2
     err = capsys.readouterr().err
     assert "needs libtpu" in err and ".[tpu]" in err and err.count("\n") == 1
@@ -308,12 +280,11 @@ def test_mistakes_in_the_command(run_file, capsys):
 
 def test_the_command_prints_a_list(run_file, monkeypatch, capsys):
     module = __import__("rmr1_jax.plan.plan", fromlist=["plan"])
-    monkeypatch.setattr(module, "slice_devices", lambda topology, slices: jax.devices())
-    monkeypatch.setattr(module, "host_devices", lambda topology, devices: devices[:4])
-    monkeypatch.setattr(module, "memory_limit", lambda device: 2**34)
+    target = Target(jax.devices(), jax.devices()[:4], 2**34)
+    monkeypatch.setattr(module, "slice_target", lambda topology, slices: target)
 
     def training_programs(config, model, mesh):
-        yield "sft_update", Compiled(2**31, 2**30, 0, 1.5, Traffic(dict.fromkeys(KINDS, 0.0), 0.0)), None
+        yield "sft_update", Compiled(2**31, 2**30, 0, 1.5, Traffic(dict.fromkeys(COLLECTIVES, 0.0), 0.0))
 
     monkeypatch.setattr(module, "training_programs", training_programs)
     assert cli.main(["plan", str(run_file), "--topology", "v5e:2x4", "--json"]) == 0
@@ -322,13 +293,13 @@ def test_the_command_prints_a_list(run_file, monkeypatch, capsys):
     assert (line["arguments_gib"], line["temporaries_gib"], line["total_gib"]) == (2, 1, 3)
     assert line["fits"] and line["overrides"] == "mesh.replica=1 mesh.fsdp=8 mesh.tensor=1"
     assert cli.main(["plan", str(run_file), "--topology", "v5e:2x4", "micro_rows=4"]) == 0
-    assert "The run: mesh.replica=1 mesh.fsdp=4 mesh.tensor=2" in capsys.readouterr().out
+    assert "Settings of this plan: mesh.replica=1 mesh.fsdp=4 mesh.tensor=2" in capsys.readouterr().out
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not has_libtpu, reason="libtpu is not installed: pip install -e '.[tpu]'")
 @pytest.mark.parametrize("argv", [["--topology", "v5e:2x2"], ["--topology", "v5e:2x2", "--slices", "2"]], ids=str)
-def test_a_slice_that_is_not_there(run_file, argv):
+def test_a_plan_for_a_tpu_slice(run_file, argv):
     command = [sys.executable, "-m", "rmr1_jax", "plan", str(run_file), *argv, "--json"]
     environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_PLATFORMS")}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)

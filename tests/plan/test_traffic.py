@@ -1,4 +1,4 @@
-"""Bytes between chips, read from a program's text: written by hand, and compiled for eight virtual devices."""
+"""Tests the count of bytes between chips, on programs written by hand and compiled for eight virtual devices."""
 
 import jax
 import jax.numpy as jnp
@@ -6,9 +6,9 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from rmr1_jax.distributed.mesh import MeshConfig, make_mesh
-from rmr1_jax.plan.traffic import KINDS, read_traffic
+from rmr1_jax.plan.traffic import COLLECTIVES, read_traffic
 
-EVERYBODY = "replica_groups={{0,1,2,3,4,5,6,7}}"
+ALL_DEVICES = "replica_groups={{0,1,2,3,4,5,6,7}}"
 
 
 def program(*lines: str, more: str = "") -> str:
@@ -17,29 +17,29 @@ def program(*lines: str, more: str = "") -> str:
 
 
 def links(text: str, **options) -> dict[str, float]:
-    """What eight devices move, without the kinds that move nothing."""
+    """The bytes that one of eight devices sends, without the collectives that do not occur."""
     traffic = read_traffic(text, 8, **options)
-    assert set(traffic.links) == set(KINDS)
+    assert set(traffic.links) == set(COLLECTIVES)
     return {kind: size for kind, size in traffic.links.items() if size}
 
 
 @pytest.mark.parametrize(
     ("line", "kind", "size"),
     [
-        # 64 floats; of the output, 7/8 comes from the others.
-        (f"%a = f32[64]{{0}} all-gather(%p), channel_id=1, {EVERYBODY}, dimensions={{0}}", "all-gather", 224),
-        (f"%a = f32[64]{{0}} all-reduce(%p), channel_id=1, {EVERYBODY}, to_apply=%add", "all-reduce", 448),
-        # What comes out is an eighth of what goes in.
-        (f"%a = f32[8]{{0}} reduce-scatter(%p), channel_id=1, {EVERYBODY}, to_apply=%add", "reduce-scatter", 224),
-        (f"%a = (f32[4]{{0}}, bf16[8]{{0}}) all-to-all(%p, %q), channel_id=1, {EVERYBODY}", "all-to-all", 28),
+        # The output has 64 floats, 7/8 of which come from the other devices.
+        (f"%a = f32[64]{{0}} all-gather(%p), channel_id=1, {ALL_DEVICES}, dimensions={{0}}", "all-gather", 224),
+        (f"%a = f32[64]{{0}} all-reduce(%p), channel_id=1, {ALL_DEVICES}, to_apply=%add", "all-reduce", 448),
+        # The output is an eighth of the input.
+        (f"%a = f32[8]{{0}} reduce-scatter(%p), channel_id=1, {ALL_DEVICES}, to_apply=%add", "reduce-scatter", 224),
+        (f"%a = (f32[4]{{0}}, bf16[8]{{0}}) all-to-all(%p, %q), channel_id=1, {ALL_DEVICES}", "all-to-all", 28),
         (
             "%a = bf16[64]{0:T(256)(128)(2,1)} collective-permute(%p), channel_id=1, source_target_pairs={{0,1},{1,0}}",
             "collective-permute",
             128,
         ),
-        # A start holds the operand beside the result.
-        (f"%a = (f32[8]{{0}}, f32[64]{{0}}) all-gather-start(%p), channel_id=1, {EVERYBODY}", "all-gather", 224),
-        (f"%a = f32[64]{{0}} all-reduce-start(%p), channel_id=1, {EVERYBODY}, to_apply=%add", "all-reduce", 448),
+        # The type of a start has the operand and the result.
+        (f"%a = (f32[8]{{0}}, f32[64]{{0}}) all-gather-start(%p), channel_id=1, {ALL_DEVICES}", "all-gather", 224),
+        (f"%a = f32[64]{{0}} all-reduce-start(%p), channel_id=1, {ALL_DEVICES}, to_apply=%add", "all-reduce", 448),
         (
             "%a = (s8[64], s8[64]) collective-permute-start(%p), channel_id=1, source_target_pairs={{0,1}}, x={a={}}",
             "collective-permute",
@@ -47,7 +47,7 @@ def links(text: str, **options) -> dict[str, float]:
         ),
     ],
 )
-def test_a_ring_s_bytes(line, kind, size):
+def test_bytes_of_a_collective(line, kind, size):
     assert links(program(line)) == {kind: size}
 
 
@@ -65,13 +65,13 @@ def test_a_ring_s_bytes(line, kind, size):
         ("mesh['a'=2,'b'=4] {'a','b'}", 8),
     ],
 )
-def test_how_many_devices_are_in_a_group(groups, n):
+def test_group_size(groups, n):
     line = f"%a = f32[64]{{0}} all-gather(%p), channel_id=1, replica_groups={groups}, dimensions={{0}}"
     assert links(program(line)) == {"all-gather": 256 * (n - 1) / n}
 
 
 @pytest.mark.parametrize("groups", ["mesh['a'=2,'b'=4] {'b':(1)2}", "mesh['a'=2,'b'=2] {'b'}", "<new>"])
-def test_groups_in_another_notation_are_no_silent_zero(groups):
+def test_groups_in_an_unknown_notation_raise(groups):
     with pytest.raises(ValueError, match="device groups"):
         links(program(f"%a = f32[64]{{0}} all-gather(%p), channel_id=1, replica_groups={groups}"))
 
@@ -79,7 +79,7 @@ def test_groups_in_another_notation_are_no_silent_zero(groups):
 @pytest.mark.parametrize(
     ("kind", "slices", "across"), [("ALL_REDUCE", 2, 256), ("ALL_REDUCE", 4, 384), ("ONE_TO_ONE", 2, 128)]
 )
-def test_what_a_slice_hands_to_its_host_for_the_others(kind, slices, across):
+def test_bytes_between_slices(kind, slices, across):
     handler = '_xla_host_transfer_handler_name="xla_megascale_runtime"'
     attributes = f'frontend_attributes={{{handler},_xla_megascale_transfer_type="{kind}"}}'
     send = f"(f32[64], u32[], token[]) send(%p, %t), channel_id=4, {attributes}"
@@ -87,9 +87,9 @@ def test_what_a_slice_hands_to_its_host_for_the_others(kind, slices, across):
     other = "(f32[64], u32[], token[]) send(%p, %t), channel_id=5, is_host_transfer=true"
     text = program(f"%s = {send}", f"%d = {done}", f"%o = {other}")
     traffic = read_traffic(text, 8, slices=slices)
-    assert (traffic.slices, traffic.total) == (across, 0)
+    assert (traffic.network, traffic.total) == (across, 0)
     looped = program(loop("cond", "sends"), more=CONDITION + body("sends", f"%s = {send}"))
-    assert read_traffic(looped, 8, slices=slices).slices == 5 * across
+    assert read_traffic(looped, 8, slices=slices).network == 5 * across
 
 
 CONDITION = """%cond (c: (s32[], f32[8])) -> pred[] {
@@ -104,18 +104,18 @@ CONDITION = """%cond (c: (s32[], f32[8])) -> pred[] {
   ROOT %lt = pred[] compare(%i, %n), direction=LT
 }
 """
-GATHER = f"%g = f32[64]{{0}} all-gather(%p), channel_id=7, {EVERYBODY}, dimensions={{0}}"
+GATHER = f"%g = f32[64]{{0}} all-gather(%p), channel_id=7, {ALL_DEVICES}, dimensions={{0}}"
 
 
 def body(name: str, *lines: str) -> str:
     return f"%{name} (c: (s32[], f32[8])) -> (s32[], f32[8]) {{\n" + "\n".join(f"  {x}" for x in lines) + "\n}\n"
 
 
-def loop(condition: str, of: str, more: str = "") -> str:
-    return f"%w = (s32[], f32[8]) while(%t), condition=%{condition}, body=%{of}{more}"
+def loop(condition: str, body_name: str, more: str = "") -> str:
+    return f"%w = (s32[], f32[8]) while(%t), condition=%{condition}, body=%{body_name}{more}"
 
 
-def test_loops_count_as_often_as_they_run():
+def test_a_loop_counts_as_often_as_it_runs():
     once = body("inner", GATHER)
     assert links(program(loop("cond", "inner"), more=CONDITION + once)) == {"all-gather": 5 * 224}
     known = loop("open", "inner", ', backend_config={"known_trip_count":{"n":"3"}}')
@@ -128,14 +128,14 @@ def test_loops_count_as_often_as_they_run():
 
 
 def test_a_transfer_in_pieces_counts_once():
-    # How the TPU compiler writes a gather that runs beside products: each piece names the channel again.
+    # The TPU compiler splits a gather that overlaps matrix products into fusions, each of which names the channel.
     piece = body("piece", GATHER)
     calls = [f"%f{i} = f32[64] fusion(%p), kind=kCustom, calls=%piece" for i in range(3)]
     assert links(program(*calls, more=piece)) == {"all-gather": 224}
     assert links(program(loop("cond", "both"), more=CONDITION + piece + body("both", *calls))) == {
         "all-gather": 5 * 224
     }
-    # Two instructions are two transfers, whatever their channel; so are two calls.
+    # Two instructions are two transfers even on the same channel; so are two calls.
     assert links(program(GATHER, GATHER)) == links(program(*["%c = f32[64] call(%p), to_apply=%piece"] * 2, more=piece))
     assert links(program(GATHER, GATHER)) == {"all-gather": 448}
     wrapped = "%s = ((f32[8]), f32[64], u32[]) async-start(%p), calls=%piece"

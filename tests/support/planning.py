@@ -1,4 +1,4 @@
-"""Shared by the tests of `rmr1 plan`: a small model and small runs of it."""
+"""A small model and small runs of it, for the tests of `rmr1 plan`."""
 
 import dataclasses
 import functools
