@@ -61,11 +61,9 @@ def load_config(cls: type[C], path: str | Path, overrides: Sequence[str] = ()) -
             keys, or all wrong values, are named at once.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
     except (OSError, UnicodeDecodeError) as e:
         raise InputError(f"cannot read the config {path}: {e}; give the path of a YAML file") from e
-    try:
-        tree = yaml.safe_load(text) or {}
     except (yaml.YAMLError, RecursionError) as e:
         raise InputError(f"{path} is not valid YAML: {e}") from e
     if not isinstance(tree, dict):
@@ -121,9 +119,7 @@ def config_differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: s
     return found
 
 
-@cache
-def _adapter(cls: Any) -> pydantic.TypeAdapter:
-    return pydantic.TypeAdapter(cls)
+_adapter = cache(pydantic.TypeAdapter)
 
 
 def _explain(error: Any) -> str:

@@ -12,6 +12,7 @@ from typing import TypeVar
 
 import jax
 import numpy as np
+from jax.experimental.multihost_utils import process_allgather, sync_global_devices
 
 T = TypeVar("T")
 
@@ -26,18 +27,12 @@ def first() -> bool:
 def wait(name: str) -> None:
     """Wait for all processes at the barrier `name` (a collective)."""
     if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        multihost_utils.sync_global_devices(name)
+        sync_global_devices(name)
 
 
 def any_of(flag: bool) -> bool:
     """Return on all processes whether `flag` is true on any of them (a collective)."""
-    if jax.process_count() == 1:
-        return flag
-    from jax.experimental.multihost_utils import process_allgather
-
-    return bool(process_allgather(np.asarray([flag])).any())
+    return flag if jax.process_count() == 1 else bool(process_allgather(np.asarray([flag])).any())
 
 
 def set_flag(name: str) -> None:
@@ -67,8 +62,6 @@ def gather(value: T) -> list[T]:
     that can be pickled and of any size."""
     if jax.process_count() == 1:
         return [value]
-    from jax.experimental.multihost_utils import process_allgather
-
     data = np.frombuffer(pickle.dumps(value, protocol=pickle.HIGHEST_PROTOCOL), np.uint8)
     sizes = process_allgather(np.asarray([len(data)], np.int32))[:, 0]
     pieces, most = [], GATHER_BYTES // jax.process_count()

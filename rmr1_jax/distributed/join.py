@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import atexit
 import os
+import re
 import socket
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager, suppress
+from contextlib import contextmanager, suppress
+from multiprocessing.connection import wait as wait_for
 from typing import NamedTuple
 
 import jax
@@ -166,64 +168,50 @@ def check_attendance(coordinator: str, count: int, index: int, timeout: float) -
 
 def _collect_attendance(port: int, count: int, deadline: float, timeout: float) -> None:
     """Do the part of process 0: answer all processes when they have reported, or at the first contradiction."""
-    present = {0: socket.gethostname()}
-    connections: dict[int, socket.socket] = {}
+    dual = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if dual else socket.AF_INET
+    try:
+        server = socket.create_server(("", port), family=family, backlog=count, dualstack_ipv6=dual)
+    except OSError as e:
+        raise InputError(f"process 0 cannot listen on port {port} ({e.strerror}); is another run using it?") from e
+    present = {server: (0, socket.gethostname())}  # the connection of each process -> its number and host
     problem = ""
-    with closing(_listen(port, count)) as server:
+    with server:
         while len(present) < count and not problem:
-            server.settimeout(max(0.01, deadline - time.monotonic()))
-            try:
-                connection, _ = server.accept()
-                connection.settimeout(5)
-                words = connection.makefile(errors="replace").readline(1000).split()
-            except OSError:  # no connection before the deadline, or one that was closed without a report
-                if time.monotonic() > deadline:
-                    problem = _describe_missing(present, count, timeout)
-                continue
-            if len(words) != 3 or not words[1].isdigit():
-                connection.close()  # not a process of a run
-                continue
-            for closed in [i for i, each in connections.items() if _is_closed(each)]:  # it may be restarted
-                del present[closed], connections[closed]
-            index, host = int(words[1]), words[2]
-            if words[0] != str(count):
-                problem = f"process {index} on {host} expects {words[0]} processes, process 0 expects {count}"
-            elif index in present:
-                problem = f"process {index} was started twice, on {present[index]} and on {host}"
-                index = -1  # keep the other connection, to answer both
-            present[index], connections[index] = host, connection
-    for connection in connections.values():
-        with closing(connection), suppress(OSError):
+            ready = wait_for(list(present), max(0.0, deadline - time.monotonic()))
+            for closed in set(ready) - {server}:  # a process sends nothing more; one that has ended may be restarted
+                del present[closed]
+            hosts = dict(present.values())
+            if not ready:
+                missing = [str(i) for i in range(count) if i not in hosts]
+                problem = (
+                    f"process{'es' if len(missing) > 1 else ''} {', '.join(missing)} of {count} did not appear within "
+                    f"{timeout:g} s (present: {', '.join(f'{i} on {host}' for i, host in sorted(hosts.items()))}); "
+                    "start every process, on every host"
+                )
+            elif server in ready and (report := _read_report(server)):
+                connection, theirs, index, host = report
+                present[connection] = index, host
+                if theirs != count:
+                    problem = f"process {index} on {host} expects {theirs} processes, process 0 expects {count}"
+                elif index in hosts:
+                    problem = f"process {index} was started twice, on {hosts[index]} and on {host}"
+    del present[server]
+    for connection in present:
+        with connection, suppress(OSError):
             connection.sendall((FAILED + problem if problem else OK).encode())
     if problem:
         raise RunError(problem)
 
 
-def _listen(port: int, count: int) -> socket.socket:
-    dual = socket.has_dualstack_ipv6()
-    family = socket.AF_INET6 if dual else socket.AF_INET
-    try:
-        return socket.create_server(("", port), family=family, backlog=count, dualstack_ipv6=dual)
-    except OSError as e:
-        raise InputError(f"process 0 cannot listen on port {port} ({e.strerror}); is another run using it?") from e
-
-
-def _describe_missing(present: Mapping[int, str], count: int, timeout: float) -> str:
-    missing = [str(i) for i in range(count) if i not in present]
-    described = f"process{'es' if len(missing) > 1 else ''} {', '.join(missing)} of {count}"
-    hosts = ", ".join(f"{i} on {host}" for i, host in sorted(present.items()))
-    return f"{described} did not appear within {timeout:g} s (present: {hosts}); start every process, on every host"
-
-
-def _is_closed(connection: socket.socket) -> bool:
-    """Return whether the other end has closed this connection, on which it sends nothing more."""
-    connection.setblocking(False)
-    try:
-        return not connection.recv(1)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return True
+def _read_report(server: socket.socket) -> tuple[socket.socket, int, int, str] | None:
+    """Accept a connection and read its process's count, number and host; None for any other program."""
+    with suppress(OSError):
+        connection, _ = server.accept()
+        connection.settimeout(5)
+        if words := re.fullmatch(r"(\d+) (\d+) (\S+)\n", connection.makefile(errors="replace").readline(1000)):
+            return connection, int(words[1]), int(words[2]), words[3]
+    return None
 
 
 def _exit_at_once(code: int) -> None:

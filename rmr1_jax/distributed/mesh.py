@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated
 
 import jax
@@ -25,6 +25,7 @@ from rmr1_jax.errors import InputError
 AXES = ("replica", "fsdp", "tensor")
 
 # Dimension letter -> mesh axes. A letter that is not listed is replicated.
+AxisTable = Mapping[str, tuple[str, ...]]
 WEIGHT_AXES = {"D": ("fsdp",), "N": ("tensor",), "K": ("tensor",), "F": ("tensor",), "V": ("tensor",)}
 ACTIVATION_AXES = {"B": ("replica", "fsdp"), "N": ("tensor",), "K": ("tensor",), "F": ("tensor",), "V": ("tensor",)}
 
@@ -45,9 +46,8 @@ def make_mesh(config: MeshConfig | None = None, devices: Sequence[jax.Device] | 
         InputError: the axis sizes do not multiply to the number of devices, or a replica would lie across slices.
     """
     config = config or MeshConfig()
-    devices = sorted(
-        devices if devices is not None else jax.devices(), key=lambda d: (slice_of(d), d.process_index, d.id)
-    )
+    devices = jax.devices() if devices is None else devices
+    devices = sorted(devices, key=lambda d: (slice_of(d), d.process_index, d.id))
     slices = len({slice_of(d) for d in devices if d.platform == "tpu"}) or 1
     if config.replica % slices:
         raise InputError(
@@ -108,33 +108,31 @@ def single_device_mesh() -> Mesh:
 def weight_sharding(mesh: Mesh, dims: str, shape: Sequence[int]) -> NamedSharding:
     """Return the sharding of a weight with dimension letters `dims`. A dimension that its axis does not divide is
     replicated (two key-value heads on a tensor axis of four), so the result is always valid for `shape`."""
-    return _sharding(mesh, WEIGHT_AXES, dims, shape)
+    return NamedSharding(mesh, _spec(mesh, WEIGHT_AXES, dims, shape))
 
 
 def sampling_sharding(mesh: Mesh, dims: str, shape: Sequence[int]) -> NamedSharding:
     """Like `weight_sharding`, for the sampler's copy: split over `tensor` alone and replicated over the other axes."""
     table = {letter: axes for letter, axes in WEIGHT_AXES.items() if axes == ("tensor",)}
-    return _sharding(mesh, table, dims, shape)
+    return NamedSharding(mesh, _spec(mesh, table, dims, shape))
 
 
-def activation_sharding(mesh: Mesh, dims: str, shape: Sequence[int]) -> NamedSharding:
+def activation_sharding(mesh: Mesh | AbstractMesh, dims: str, shape: Sequence[int]) -> NamedSharding:
     """Like `weight_sharding`, for activations and batches."""
-    return _sharding(mesh, ACTIVATION_AXES, dims, shape)
+    return NamedSharding(mesh, _spec(mesh, ACTIVATION_AXES, dims, shape))
 
 
-def constrain(x: jax.Array, dims: str) -> jax.Array:
+def constrain(x: jax.Array, dims: str, table: AxisTable = ACTIVATION_AXES) -> jax.Array:
     """Constrain the sharding of an activation inside jit, on the mesh in context."""
-    return _constrain(x, ACTIVATION_AXES, dims)
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, _spec(mesh, table, dims, x.shape))
 
 
 def constrain_weight(x: jax.Array, dims: str) -> jax.Array:
     """Like `constrain`, for a weight or its gradient."""
-    return _constrain(x, WEIGHT_AXES, dims)
-
-
-def activation_spec(mesh: Mesh | AbstractMesh, dims: str, shape: Sequence[int]) -> PartitionSpec:
-    """Like `activation_sharding`, without the devices, for use inside jit."""
-    return _spec(mesh, ACTIVATION_AXES, dims, shape)
+    return constrain(x, dims, WEIGHT_AXES)
 
 
 def rows_divisor(mesh: Mesh) -> int:
@@ -172,22 +170,11 @@ def _mesh(devices: Iterable[jax.Device], shape: tuple[int, int, int]) -> Mesh:
     return Mesh(np.asarray(list(devices)).reshape(shape), AXES, axis_types=(AxisType.Auto,) * 3)
 
 
-def _constrain(x: jax.Array, table: dict[str, tuple[str, ...]], dims: str) -> jax.Array:
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
-        return x
-    return jax.lax.with_sharding_constraint(x, _spec(mesh, table, dims, x.shape))
-
-
-def _sharding(mesh: Mesh, table: dict[str, tuple[str, ...]], dims: str, shape: Sequence[int]) -> NamedSharding:
-    return NamedSharding(mesh, _spec(mesh, table, dims, shape))
-
-
-def _spec(mesh, table: dict[str, tuple[str, ...]], dims: str, shape: Sequence[int]) -> PartitionSpec:
+def _spec(mesh: Mesh | AbstractMesh, table: AxisTable, dims: str, shape: Sequence[int]) -> PartitionSpec:
     assert len(dims) == len(shape), f"{dims} does not name the dimensions of {tuple(shape)}"
     spec = []
     for letter, size in zip(dims, shape, strict=True):
         axes = table.get(letter, ())
-        ways = int(np.prod([mesh.shape[a] for a in axes])) if axes else 1
+        ways = math.prod(mesh.shape[a] for a in axes)
         spec.append(axes if ways > 1 and size % ways == 0 else None)
     return PartitionSpec(*spec)

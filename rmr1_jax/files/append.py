@@ -40,23 +40,29 @@ def resume_rows(
     """
     side = path.with_name(path.name + ".run.json")
     settings = json.loads(json.dumps(settings))  # as the file will give them back
-    try:
-        size = path.stat().st_size if path.exists() else 0
-        if size and not side.is_file():
+    rows: list[Item] = []
+    with _readable_and_writable(path), path.open("a+b") as file:
+        if file.tell() and not side.is_file():
             raise InputError(
                 f"{path} exists, but not {side.name} beside it, which holds its settings; give another output"
             )
-        rows, whole = [], 0
-        if size and _has_a_line(path):
-            _refuse_changes(path, side, settings, command)  # first: other settings may not parse the rows
-            rows, whole = _read_whole_lines(path, parse, command)
-        else:
-            path.parent.mkdir(parents=True, exist_ok=True)
+        file.seek(0)
+        whole = 0  # bytes of the complete lines
+        for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n"):
+                break
+            if number == 1:  # other settings may not parse the rows
+                _refuse_changes(path, side, settings, command)
+            try:
+                rows.append(parse(json.loads(line)))
+            except (ValueError, KeyError, TypeError, RecursionError) as e:
+                raise InputError(
+                    f"{path}:{number}: not a row of `{command}` ({e}); remove the line, or give another output"
+                ) from e
+            whole += len(line)
+        if not whole:
             write_whole(side, json.dumps(settings, indent=2) + "\n")
-        if whole < size:
-            os.truncate(path, whole)
-    except OSError as e:
-        raise InputError(f"{e.filename or path}: {e.strerror}; give an output that can be read and written") from e
+        file.truncate(whole)
     return rows
 
 
@@ -70,11 +76,8 @@ def lock_for_writing(path: Path) -> Iterator[None]:
     """
     import fcntl  # not on every operating system
 
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with _readable_and_writable(path):
         file = path.open("ab")
-    except OSError as e:
-        raise InputError(f"{e.filename or path}: {e.strerror}; give an output that can be read and written") from e
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -127,27 +130,14 @@ def model_digest(directory: Path) -> str:
     return files_digest([*sorted(directory.glob("*.safetensors")), *sorted(directory.glob("*.json"))])
 
 
-def _has_a_line(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.readline().endswith(b"\n")
-
-
-def _read_whole_lines(path: Path, parse: Callable[[dict[str, Any]], Item], command: str) -> tuple[list[Item], int]:
-    """Return the parsed rows, and the bytes of their lines: all but an incomplete last one."""
-    rows: list[Item] = []
-    whole = 0
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.endswith(b"\n"):
-                break
-            try:
-                rows.append(parse(json.loads(line)))
-            except (ValueError, KeyError, TypeError, RecursionError) as e:
-                raise InputError(
-                    f"{path}:{number}: not a row of `{command}` ({e}); remove the line, or give another output"
-                ) from e
-            whole += len(line)
-    return rows, whole
+@contextmanager
+def _readable_and_writable(path: Path) -> Iterator[None]:
+    """Make the directory of `path`, and turn an OSError in the block into an InputError."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as e:
+        raise InputError(f"{e.filename or path}: {e.strerror}; give an output that can be read and written") from e
 
 
 def _refuse_changes(path: Path, side: Path, settings: Mapping[str, Any], command: str) -> None:

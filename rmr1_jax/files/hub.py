@@ -78,17 +78,14 @@ def locate(
     folder = _snapshot(hub, revision or hub.revision, kind, patterns)
     found = folder / (hub.inside or "")
     if not found.exists():
-        raise InputError(f"{source}: {hub.repo} has no {hub.inside!r} at {_commit(folder) or folder}")
+        raise InputError(f"{source}: {hub.repo} has no {hub.inside!r} at {commit_of(folder) or folder}")
     return found
 
 
 def commit_of(path: Path) -> str | None:
     """Return the commit of the hub snapshot that `path` is in; None for any other path."""
-    return next((commit for folder in (path, *path.parents) if (commit := _commit(folder))), None)
-
-
-def _commit(folder: Path) -> str | None:
-    return folder.name if folder.parent.name == "snapshots" and "--" in folder.parent.parent.name else None
+    folders = (each for each in (path, *path.parents) if each.parent.name == "snapshots")
+    return next((each.name for each in folders if "--" in each.parent.parent.name), None)
 
 
 def _snapshot(hub: HubId, revision: str | None, kind: str, patterns: Sequence[str]) -> Path:

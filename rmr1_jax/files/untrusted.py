@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,6 @@ def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Make the object of these keys and values. Raises ValueError for a repeated key, which would lose a value."""
     found = dict(pairs)
     if len(found) < len(pairs):
-        seen: set[str] = set()
-        repeated = next(key for key, _ in pairs if key in seen or seen.add(key))
+        [(repeated, _)] = Counter(key for key, _ in pairs).most_common(1)
         raise ValueError(f"the key {repeated!r} is repeated in one object")
     return found

@@ -26,7 +26,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from rmr1_jax.distributed.mesh import activation_spec
+from rmr1_jax.distributed.mesh import activation_sharding
 from rmr1_jax.errors import InputError
 
 # auto: see `choose`. interpret: the splash kernel in Pallas' interpreter, for tests.
@@ -266,7 +266,7 @@ def splash_attend(
     if mesh.empty:
         return local(q, k, v, segment_ids)
     # A kernel is a black box to the compiler: rows and heads are dealt out by hand. Heads as the keys' divide.
-    heads = activation_spec(mesh, "BTKH", k.shape)
+    heads = activation_sharding(mesh, "BTKH", k.shape).spec
     mapped = jax.shard_map(
         local, in_specs=(heads, heads, heads, PartitionSpec(heads[0])), out_specs=heads, check_vma=False
     )
