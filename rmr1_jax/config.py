@@ -57,9 +57,13 @@ def load_config(cls: type[C], path: str | Path, overrides: Sequence[str] = ()) -
     """Read a `cls` from the YAML file `path`, with overrides such as `key.sub=value`.
 
     Raises:
-        InputError: the file cannot be read, is not YAML, or has unknown keys, or missing or wrong values. All unknown
-            keys, or all wrong values, are named at once.
+        InputError: as `read_yaml`; or keys are unknown, or values missing or wrong, all of which are named at once.
     """
+    return build_config(cls, _override(read_yaml(path), overrides), source=str(path))
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Read the `key: value` lines of a YAML file. Raises InputError if it cannot be read or holds anything else."""
     try:
         tree = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
     except (OSError, UnicodeDecodeError) as e:
@@ -68,7 +72,7 @@ def load_config(cls: type[C], path: str | Path, overrides: Sequence[str] = ()) -
         raise InputError(f"{path} is not valid YAML: {e}") from e
     if not isinstance(tree, dict):
         raise InputError(f"{path} holds a {type(tree).__name__}; expected `key: value` lines")
-    return build_config(cls, _override(tree, overrides), source=str(path))
+    return tree
 
 
 def build_config(cls: type[C], tree: Mapping[str, Any], *, source: str) -> C:
@@ -93,13 +97,6 @@ def build_config(cls: type[C], tree: Mapping[str, Any], *, source: str) -> C:
 def current_names(tree: Mapping[str, Any]) -> dict[str, Any]:
     """Return settings of any version under their current names."""
     return {RENAMED.get(key, key): value for key, value in tree.items()}
-
-
-def check_least(config: Any, least: int, *names: str) -> None:  # goes as soon as no room uses it
-    for name in names:
-        value = getattr(config, name)
-        if value is not None and value < least:
-            raise InputError(f"{name}={value} must be at least {least}")
 
 
 def dump_config(config: Any) -> str:

@@ -30,6 +30,7 @@ from rmr1_jax.config import config_dataclass
 from rmr1_jax.errors import InputError, RunError
 from rmr1_jax.prompts.prompt import Messages
 
+SENT = ("model", "temperature", "max_tokens", "seed")  # sent with each request, unless None
 IN_A_ROW = 10  # consecutive failures after which the endpoint is at fault, and not the requests
 LONGEST_WAIT = 120.0  # seconds between two tries, even if the endpoint asks for more
 FATAL = (401, 402, 404, 405)  # HTTP status: no request can succeed (wrong key, no credit, no such model or address)
@@ -107,18 +108,14 @@ class Endpoint:
 
         self.config, self._key, self._answers = config, _key(config), False
         timeout = openai.Timeout(config.timeout, connect=min(config.timeout, 20.0))
-        options = {
-            "base_url": config.base_url,
-            "timeout": timeout,
-            "max_retries": 0,
-        }  # we retry, and count
+        options = {"base_url": config.base_url, "timeout": timeout, "max_retries": 0}  # `_answer` retries, and counts
         self._client = openai.OpenAI(api_key=self._key or "none", **options)
         _check_address(str(self._client.base_url))  # it may come from the environment
         self.name = f"{config.model} at {str(self._client.base_url).rstrip('/')}"
 
     def settings(self) -> dict[str, Any]:
         """Return all settings that an answer depends on, as plain values."""
-        sent = {name: getattr(self.config, name) for name in ("model", "temperature", "max_tokens", "seed")}
+        sent = {name: getattr(self.config, name) for name in SENT}
         return sent | {"base_url": str(self._client.base_url), "extra": dict(self.config.extra)}
 
     def ask(self, requests: Iterable[Request]) -> Iterator[tuple[Any, Answer]]:
@@ -172,8 +169,9 @@ class Endpoint:
     def _answer(self, request: Request, stop: threading.Event) -> Answer:
         import openai
 
-        for tries in itertools.count(1):
-            asked_to_wait = 0.0
+        tries = 0
+        while True:
+            tries, asked_to_wait = tries + 1, 0.0
             try:
                 return self._ask_once(request, tries)
             except openai.APIStatusError as e:
@@ -194,18 +192,13 @@ class Endpoint:
             doubled = self.config.backoff * 2.0 ** min(tries - 1, 20) * random.uniform(0.75, 1.0)
             if stop.wait(min(max(asked_to_wait, doubled), LONGEST_WAIT)):
                 return Answer(tries=tries, error="interrupted", failure="gave_up")
-        raise AssertionError("unreachable")
 
     def _ask_once(self, request: Request, tries: int) -> Answer:
-        config = self.config
-        sent = {"temperature": config.temperature, "max_tokens": config.max_tokens}
-        sent["seed"] = None if config.seed is None else config.seed + request.number
-        completion = self._client.chat.completions.create(
-            model=config.model,
-            messages=request.messages,  # type: ignore[arg-type]
-            extra_body=dict(config.extra) or None,
-            **{name: value for name, value in sent.items() if value is not None},
-        )
+        sent = {name: value for name in SENT if (value := getattr(self.config, name)) is not None}
+        if "seed" in sent:
+            sent["seed"] += request.number
+        extra = dict(self.config.extra) or None
+        completion = self._client.chat.completions.create(messages=request.messages, extra_body=extra, **sent)
         try:
             choice, usage = completion.choices[0], completion.usage
             text = (choice.message.content or "").encode(errors="replace").decode()  # replaces lone surrogates

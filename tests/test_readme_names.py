@@ -19,7 +19,7 @@ from rmr1_jax.cli import eval as evaluation
 from rmr1_jax.cli import judge as judging
 from rmr1_jax.cli import main as cli
 from rmr1_jax.cli.data import Data
-from rmr1_jax.cli.judge import JudgePairs
+from rmr1_jax.cli.judge import Judge
 from rmr1_jax.cli.options import ConfigCommand
 from rmr1_jax.config import load_config
 from rmr1_jax.data.chains.config import ChainsConfig
@@ -31,9 +31,9 @@ from rmr1_jax.train.config import GrpoConfig, SftConfig
 CONFIGS = {
     train.Sft: (SftConfig,),
     train.Grpo: (GrpoConfig,),
-    data.DataMix: (MixtureConfig,),
-    data.DataChains: (ChainsConfig,),
-    data.DataPrepare: (PrepareConfig,),
+    data.Mix: (MixtureConfig,),
+    data.Chains: (ChainsConfig,),
+    data.Prepare: (PrepareConfig,),
 }
 ALL_CONFIGS = tuple(kind for kinds in CONFIGS.values() for kind in kinds)
 MODULES = (cli, data, evaluation, judging, train)
@@ -205,7 +205,7 @@ def test_options_in_tables_exist(capsys):
 
 
 def test_one_page_shows_every_option_of_the_judge():
-    options = {f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(JudgePairs)}
+    options = {f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(Judge)}
     assert any(options <= set(re.findall(r"--[a-z-]+", page)) for page in PAGES.values())
 
 

@@ -7,14 +7,14 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
-from tyro.conf import Positional, Suppress, arg, subcommand
+from tyro.conf import Positional, Suppress, arg
 
 from rmr1_jax.cli.options import ConfigCommand, MaybeText
 from rmr1_jax.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DataPrompt:
+class Prompt:
     """Recover the exact prompt of a published checkpoint from its published training rows."""
 
     rows: Path
@@ -37,7 +37,7 @@ class DataPrompt:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DataMix(ConfigCommand):
+class Mix(ConfigCommand):
     """Combine preference data sets into training pairs: filtered, sampled, deduplicated, shuffled, balanced."""
 
     def run(self) -> None:
@@ -49,7 +49,7 @@ class DataMix(ConfigCommand):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DataChains(ConfigCommand):
+class Chains(ConfigCommand):
     """Generate reasoning traces with a teacher model, correct wrong ones, or resume an interrupted run."""
 
     def run(self) -> None:
@@ -76,7 +76,7 @@ class DataChains(ConfigCommand):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DataPrepare(ConfigCommand):
+class Prepare(ConfigCommand):
     """Tokenise training rows once, in parallel, into a data set that `rmr1 sft` and `rmr1 grpo` read quickly."""
 
     def run(self) -> None:
@@ -88,7 +88,7 @@ class DataPrepare(ConfigCommand):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DataShow:
+class Show:
     """Print rows as the model sees them, and mark the tokens that are trained on."""
 
     path: Annotated[Positional[Path], arg(metavar="PATH")]
@@ -110,21 +110,14 @@ class DataShow:
 
 # The hidden member `None` makes tyro treat this as a choice of subcommands; without it, their options would become
 # options of `data` itself.
-DataAction = (
-    Annotated[DataMix, subcommand("mix")]
-    | Annotated[DataChains, subcommand("chains")]
-    | Annotated[DataPrepare, subcommand("prepare")]
-    | Annotated[DataShow, subcommand("show")]
-    | Annotated[DataPrompt, subcommand("prompt")]
-    | Annotated[None, Suppress]
-)
+Action = Mix | Chains | Prepare | Show | Prompt | Annotated[None, Suppress]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Data:
     """Make training data: mix data sets, generate traces, tokenise, look at rows, recover a published prompt."""
 
-    action: Annotated[DataAction, arg(name="")]
+    action: Annotated[Action, arg(name="")]
 
     def run(self) -> None:
         self.action.run()

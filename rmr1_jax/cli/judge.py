@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from rmr1_jax.cli.options import Dtype, MaybeFloat, MaybeInt, MaybePath
 
 if TYPE_CHECKING:
-    from rmr1_jax.judge.judge import Judge
+    from rmr1_jax.judge.judge import Judge as PolicyJudge
     from rmr1_jax.judge.judgement import Voting
 
 
@@ -51,7 +51,7 @@ class JudgeOptions:
         path = Path(self.model)
         return path.resolve().name if path.is_dir() else self.model.rsplit("/", 1)[-1]
 
-    def load_judge(self, **options: Any) -> Judge:
+    def load_judge(self, **options: Any) -> PolicyJudge:
         """Load the policy; `options` are more arguments of `Judge`."""
         from rmr1_jax.judge.judge import Judge
         from rmr1_jax.policy import load
@@ -75,7 +75,7 @@ class JudgeOptions:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class JudgePairs(JudgeOptions):
+class Judge(JudgeOptions):
     """Judge a file of preference pairs. To continue a run that was killed, run the same command again."""
 
     input: Path

@@ -1,4 +1,4 @@
-"""The command `rmr1`. Each subcommand is a dataclass with its options and a `run` that calls the library.
+"""The command `rmr1`. Each subcommand is a dataclass of its name, with its options and a `run` that calls the library.
 
 Heavy imports are inside `run`, so that help and mistakes in a command show at once. Exit codes: 0 for success; 1 for a
 run that cannot go on; 2 for a mistake in the command, its settings or its data; 42 after SIGTERM, when the work so far
@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
-from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, OmitSubcommandPrefixes, Positional, arg, subcommand
+from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, OmitSubcommandPrefixes, Positional, arg
 
 from rmr1_jax.cli.data import Data
 from rmr1_jax.cli.eval import Compare, Eval, Score
-from rmr1_jax.cli.judge import JudgePairs
+from rmr1_jax.cli.judge import Judge
 from rmr1_jax.cli.options import MaybePath
 from rmr1_jax.cli.train import Export, Grpo, Plan, Sft
 from rmr1_jax.distributed.preemption import PREEMPTED, Preempted, Preemption
@@ -63,19 +63,7 @@ class Report:
         print(f"written: {write_report(self.run_dirs, out)}")
 
 
-Command = (
-    Annotated[Quickstart, subcommand("quickstart")]
-    | Annotated[Sft, subcommand("sft")]
-    | Annotated[Grpo, subcommand("grpo")]
-    | Annotated[Plan, subcommand("plan")]
-    | Annotated[JudgePairs, subcommand("judge")]
-    | Annotated[Eval, subcommand("eval")]
-    | Annotated[Score, subcommand("score")]
-    | Annotated[Compare, subcommand("compare")]
-    | Annotated[Data, subcommand("data")]
-    | Annotated[Export, subcommand("export")]
-    | Annotated[Report, subcommand("report")]
-)
+Command = Quickstart | Sft | Grpo | Plan | Judge | Eval | Score | Compare | Data | Export | Report
 
 
 def main(argv: Sequence[str] | None = None) -> int:

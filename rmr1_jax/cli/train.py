@@ -98,14 +98,11 @@ class Export:
         print(f"written: {self.out}")
 
     def _model_of_run(self) -> str:
-        import yaml
+        from rmr1_jax.config import read_yaml
 
         path = self.checkpoint / "config.yaml"
-        try:
-            config = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, yaml.YAMLError) as e:
-            raise InputError(f"{self.checkpoint} is not a run directory: {path} cannot be read ({e})") from e
-        model = config.get("model") if isinstance(config, dict) else None
-        if not model:
+        if not path.is_file():
+            raise InputError(f"{self.checkpoint} is not a run directory: it holds no {path.name}")
+        if not (model := read_yaml(path).get("model")):
             raise InputError(f"{path} names no model; give --model, a directory with its config.json and tokenizer")
         return model

@@ -16,10 +16,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import yaml
 from jax.sharding import Mesh
 
-from rmr1_jax.config import load_config
+from rmr1_jax.config import load_config, read_yaml
 from rmr1_jax.errors import InputError
 from rmr1_jax.model.config import QwenConfig
 from rmr1_jax.plan.compile import Compiled
@@ -89,14 +88,10 @@ def read_run(path: Path, overrides: Sequence[str]) -> Config:
     Raises:
         InputError: as `load_config`; or all keys belong to both kinds of run.
     """
-    try:
-        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        return load_config(SftConfig, path, overrides)  # raises an error that says what is wrong with the file
     sft, grpo = ({f.name for f in dataclasses.fields(kind)} for kind in (SftConfig, GrpoConfig))
-    keys = {o.partition("=")[0].split(".")[0] for o in overrides} | set(tree if isinstance(tree, dict) else ())
+    keys = {o.partition("=")[0].split(".")[0] for o in overrides} | set(read_yaml(path))
     of_grpo = len(keys & (grpo - sft)) - len(keys & (sft - grpo))
-    if not of_grpo and isinstance(tree, dict):
+    if not of_grpo:
         raise InputError(f"{path}: SFT or GRPO? All keys belong to both; add rows_per_step or prompts_per_step")
     return load_config(GrpoConfig if of_grpo > 0 else SftConfig, path, overrides)
 
