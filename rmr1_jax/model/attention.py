@@ -24,6 +24,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
     make_splash_mha_single_device,
 )
 from jax.sharding import Mesh, PartitionSpec
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
 from rmr1_jax.distributed.mesh import activation_sharding
@@ -56,8 +57,8 @@ def attend(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B T K H"],
     v: Float[Array, "B T K H"],
-    positions: Int[Array, "B T"],
-    segment_ids: Int[Array, "B T"],
+    positions: Int[ArrayLike, "B T"],
+    segment_ids: Int[ArrayLike, "B T"],
     implementation: Implementation = "xla",
     transform_scores: Transform | None = None,
 ) -> Float[Array, "B T N H"]:
@@ -89,8 +90,8 @@ def _attend_blocks(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    positions: jax.Array,
-    segment_ids: jax.Array,
+    positions: ArrayLike,
+    segment_ids: ArrayLike,
     transform_scores: Transform | None,
 ) -> jax.Array:
     """`attend` with q scaled, by XLA: queries in blocks, each against the keys up to its own end, so that the upper
@@ -110,8 +111,8 @@ def _flash(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    positions: jax.Array,
-    segment_ids: jax.Array,
+    positions: ArrayLike,
+    segment_ids: ArrayLike,
 ) -> jax.Array:
     """q: [B, K, G, T, H], scaled. k, v: [B, K, T, H]. Returns q's shape. The backward pass computes a block's weights
     again from the scores' logsumexp, so that of T x T numbers none is kept (FlashAttention, arXiv 2205.14135)."""
@@ -227,7 +228,7 @@ KEY_BLOCKS = (3072, 2048, *BLOCKS)
 
 
 def splash_attend(
-    q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array, *, interpret: bool = False
+    q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: ArrayLike, *, interpret: bool = False
 ) -> jax.Array:
     """Causal self-attention within segments; the tokens of a segment must lie in the order of their positions.
 

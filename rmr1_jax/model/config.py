@@ -247,7 +247,12 @@ def parse_config(raw: dict[str, Any], source: str, *, scalar: bool = False) -> Q
     max_positions = reader.positive_int("max_position_embeddings", default=32768)
     rope_theta, rope_scaling = parse_rope(reader, max_positions)
     window, first_windowed = _parse_window(reader, layers)
-    config = QwenConfig(
+    eps = reader.positive_float("rms_norm_eps", default=1e-6)
+    tied = reader.boolean("tie_word_embeddings", default=False)
+    if reader.problems:
+        listing = "\n".join(f"  {problem}" for problem in reader.problems)
+        raise InputError(f"{source}: not a Qwen2 or Qwen3 configuration that rmr1_jax computes:\n{listing}")
+    return QwenConfig(
         model_type=model_type,
         **sizes,
         num_kv_heads=kv_heads,
@@ -255,18 +260,14 @@ def parse_config(raw: dict[str, Any], source: str, *, scalar: bool = False) -> Q
         max_position_embeddings=max_positions,
         rope_theta=rope_theta,
         rope_scaling=rope_scaling,
-        rms_norm_eps=reader.positive_float("rms_norm_eps", default=1e-6),
-        tie_word_embeddings=reader.boolean("tie_word_embeddings", default=False),
+        rms_norm_eps=eps,
+        tie_word_embeddings=tied,
         qkv_bias=model_type == "qwen2",
         qk_norm=model_type == "qwen3",
         sliding_window=window,
         max_window_layers=first_windowed,
         scalar=scalar,
     )
-    if reader.problems:
-        listing = "\n".join(f"  {problem}" for problem in reader.problems)
-        raise InputError(f"{source}: not a Qwen2 or Qwen3 configuration that rmr1_jax computes:\n{listing}")
-    return config
 
 
 def config_to_hf(config: QwenConfig, dtype: str) -> dict[str, Any]:

@@ -197,6 +197,6 @@ def write_chunk(
     return prompt_k, prompt_v
 
 
-def _write_one(buffer: jax.Array, new: jax.Array, at: tuple, active: jax.Array) -> jax.Array:
+def _write_one(buffer: jax.Array, new: jax.Array, at: tuple, active: ArrayLike) -> jax.Array:
     before = jax.lax.dynamic_slice(buffer, at, (1, *new.shape))
     return jax.lax.dynamic_update_slice(buffer, jnp.where(active, new[None], before), at)

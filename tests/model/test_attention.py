@@ -234,7 +234,7 @@ def test_the_tpu_s_kernel_trains_the_same():
 def test_rows_that_a_tpu_cannot_take_are_refused():
     x = jnp.zeros((1, 200, 2, 16))
     with pytest.raises(InputError, match=r"row_length=200: TPU attention takes multiples of 128; try 256"):
-        attend(x, x, x, None, jnp.ones((1, 200), jnp.int32), "splash")
+        attend(x, x, x, jnp.arange(200)[None], jnp.ones((1, 200), jnp.int32), "splash")
 
 
 def test_what_auto_is():
