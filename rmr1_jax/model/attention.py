@@ -171,7 +171,7 @@ def _blocks(T: int) -> Iterator[tuple[slice, int]]:
         yield slice(start, end), end
 
 
-def _mask(positions: jax.Array, segment_ids: jax.Array, block: slice, end: int) -> jax.Array:
+def _mask(positions: ArrayLike, segment_ids: ArrayLike, block: slice, end: int) -> jax.Array:
     """[B, 1, 1, t, S] float32, to be added to a block's scores."""
     visible = _visible(positions[:, block], segment_ids[:, block], positions[:, :end], segment_ids[:, :end])
     # Once for all heads: fused into the scores, XLA on CPU would compare again for each of them.
@@ -215,7 +215,7 @@ def _side_by_side(x: jax.Array) -> jax.Array:
     return x.reshape(*x.shape[:2], -1, x.shape[-1])
 
 
-def _visible(q_pos: jax.Array, q_seg: jax.Array, k_pos: jax.Array, k_seg: jax.Array) -> jax.Array:
+def _visible(q_pos: ArrayLike, q_seg: ArrayLike, k_pos: ArrayLike, k_seg: ArrayLike) -> jax.Array:
     """[B, T, S] bool."""
     same = q_seg[:, :, None] == k_seg[:, None, :]
     return same & (k_pos[:, None, :] <= q_pos[:, :, None]) & (k_seg[:, None, :] != 0)

@@ -10,8 +10,9 @@ arrays, which is hashable and a static argument, and a tree of arrays. `nnx.merg
 function makes the module again. To change a part, subclass it and name it in the class that holds it
 (`Block.Attention`, `Block.Mlp`, `Qwen.Block`); README.md has an example.
 
-Letters: B rows, T positions, L layers, D width, N and K query and key-value heads, H head size, F MLP width,
-V vocabulary, O the one score of a scalar reward model. Read `attention.py` next, then `hf.py` for the names on disk.
+Letters: B rows, T positions, M the B x T positions of all rows, L layers, D width, N and K query and key-value heads,
+H head size, F MLP width, V vocabulary, O the one score of a scalar reward model. Read `attention.py` next, then `hf.py`
+for the names on disk.
 """
 
 from __future__ import annotations
@@ -60,8 +61,6 @@ def linear(x: Float[Array, "..."], w: nnx.Param, *, dtype: Any = None) -> Float[
     The product runs in x's dtype; `dtype` is that of the accumulated result, by default x's.
     """
     rest = "".join(letter for letter in w.dims if letter not in w.summed)
-    # Rows and positions as one letter M: a weight's gradient is then one plain product over M, where over B and T the
-    # compiler for CPUs transposes whole activations first.
     kept = x.ndim - len(w.summed)
     rows = x.reshape(-1, *x.shape[kept:])
     equation = f"M{w.summed},{w.dims}->M{rest}"
@@ -97,14 +96,16 @@ class Attention(nnx.Module):
             self.q_norm = weight(config, "H", fill=1.0)
             self.k_norm = weight(config, "H", fill=1.0)
 
-    def __call__(self, x: Float[Array, "B T D"], rope: Rope, attend: Attend) -> Float[Array, "B T D"]:
+    def __call__(self, x: Float[Array, "M D"], rope: Rope, attend: Attend) -> Float[Array, "M D"]:
         q, k, v = (linear(x, w) for w in (self.q, self.k, self.v))
         if self.config.qkv_bias:
             biases = (self.q_bias, self.k_bias, self.v_bias)
             q, k, v = (y + bias.get_value().astype(y.dtype) for y, bias in zip((q, k, v), biases, strict=True))
         if self.config.qk_norm:
             q, k = (rms_norm(y, w, self.config.rms_norm_eps) for y, w in ((q, self.q_norm), (k, self.k_norm)))
-        return linear(attend(rotate(q, rope), rotate(k, rope), v, type(self).transform_scores), self.o)
+        q, k, v = (y.reshape(*rope[0].shape[:2], *y.shape[1:]) for y in (q, k, v))  # [B, T, N or K, H]
+        out = attend(rotate(q, rope), rotate(k, rope), v, type(self).transform_scores)
+        return linear(out.reshape(-1, *out.shape[2:]), self.o)
 
 
 class Mlp(nnx.Module):
@@ -115,7 +116,7 @@ class Mlp(nnx.Module):
         self.up = weight(config, "DF", summed="D")
         self.down = weight(config, "FD", summed="F")
 
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    def __call__(self, x: Float[Array, "M D"]) -> Float[Array, "M D"]:
         return linear(jax.nn.silu(linear(x, self.gate)) * linear(x, self.up), self.down)
 
 
@@ -133,8 +134,13 @@ class Block(nnx.Module):
         self.mlp = self.Mlp(config)
 
     def __call__(self, x: Float[Array, "B T D"], rope: Rope, attend: Attend) -> Float[Array, "B T D"]:
+        # Rows and positions as one letter M: a weight's gradient is then one plain product over M, where over B and T
+        # the compiler for CPUs transposes whole activations first.
+        B, T, D = x.shape
+        x = x.reshape(B * T, D)
         x = x + self.attn(rms_norm(x, self.attn_norm, self.config.rms_norm_eps), rope, attend)
-        return x + self.mlp(rms_norm(x, self.mlp_norm, self.config.rms_norm_eps))
+        x = x + self.mlp(rms_norm(x, self.mlp_norm, self.config.rms_norm_eps))
+        return x.reshape(B, T, D)
 
 
 class Transformer(nnx.Module):
