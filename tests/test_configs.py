@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from rmr1_jax.config import config_differences, load_config
-from rmr1_jax.data.chains.config import ChainsConfig
+from rmr1_jax.data.chains.chains import ChainsConfig
 from rmr1_jax.data.mix.mixture import MixtureConfig
 from rmr1_jax.data.prepare import PrepareConfig
 from rmr1_jax.prompts.cor import get_prompt

@@ -22,7 +22,7 @@ from rmr1_jax.cli.data import Data
 from rmr1_jax.cli.judge import Judge
 from rmr1_jax.cli.options import ConfigCommand
 from rmr1_jax.config import load_config
-from rmr1_jax.data.chains.config import ChainsConfig
+from rmr1_jax.data.chains.chains import ChainsConfig
 from rmr1_jax.data.mix.mixture import MixtureConfig
 from rmr1_jax.data.prepare import PrepareConfig
 from rmr1_jax.errors import InputError

@@ -53,8 +53,7 @@ class Chains(ConfigCommand):
     """Generate reasoning traces with a teacher model, correct wrong ones, or resume an interrupted run."""
 
     def run(self) -> None:
-        from rmr1_jax.data.chains.chains import make_chains, read_known_pairs
-        from rmr1_jax.data.chains.config import ChainsConfig
+        from rmr1_jax.data.chains.chains import ChainsConfig, make_chains, read_known_pairs
         from rmr1_jax.endpoint import Endpoint
 
         config = self.load(ChainsConfig)

@@ -1,6 +1,6 @@
 """From rows to training examples: the token ids of a prompt and its answer, and which of them are trained.
 
-Rows are either rendered (`context_messages` and `winner`, as published) or pairs, which a prompt renders.
+Rows are rendered, as published (`context_messages` and `winner`); pairs become such rows by a prompt.
 
 Next: `store.py`, which stores examples on disk; `packing.py`, which packs them into batches.
 """
@@ -17,7 +17,7 @@ import numpy as np
 from rmr1_jax.errors import InputError
 from rmr1_jax.files.hub import locate
 from rmr1_jax.model.tokenizer import TOKENIZER_FILES, Tokenizer
-from rmr1_jax.pairs.pair import PreferencePair, render_pair
+from rmr1_jax.pairs.pair import render_pair
 from rmr1_jax.pairs.read import read_pairs
 from rmr1_jax.pairs.rows import Row, read_rows
 from rmr1_jax.pairs.training_sets import PublishedRow, read_published
@@ -26,7 +26,6 @@ from rmr1_jax.prompts.verdict import strict_verdict
 
 Stage = Literal["sft", "grpo"]
 Target = Literal["trace", "verdict"]
-SourceRow = PublishedRow | PreferencePair  # a rendered row or a pair
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,32 +52,36 @@ def load_tokenizer(model: str) -> Tokenizer:
     return Tokenizer(locate(model, kind="model", patterns=TOKENIZER_FILES))
 
 
-def first_row(path: Path) -> Row:
-    """Read the first row of `path` that is valid JSON.
-
-    Raises:
-        InputError: there is none.
-    """
-    first = next((row for row in read_rows(path) if isinstance(row, Row)), None)
-    if first is None:
-        raise InputError(f"{path}: holds no rows")
-    return first
-
-
-def is_rendered(row: Row) -> bool:
-    """Whether a row holds a rendered prompt; if not, it is a pair."""
-    return "context_messages" in row.value
-
-
-def read_source(paths: Sequence[Path], prompt: Prompt | None, *, seed: int = 0, **reading: Any) -> Iterator[SourceRow]:
-    """Read rendered rows from `paths`, or with a prompt the pairs of its only path.
+def read_source(
+    paths: Sequence[Path], prompt: Prompt | None, *, seed: int = 0, **reading: Any
+) -> Iterator[PublishedRow]:
+    """Read rendered rows from `paths`, or the pairs of the only path and render them with `prompt`.
 
     Args:
         seed: decides the order of A and B of pairs that fix none. reading: rejects, report of `parse_rows`.
+
+    Raises:
+        InputError: a source holds no rows, pairs without a prompt, or rendered rows with one.
     """
+    for path in paths:
+        first = next((row for row in read_rows(path) if isinstance(row, Row)), None)
+        if first is None:
+            raise InputError(f"{path}: holds no rows")
+        rendered = "context_messages" in first.value
+        if rendered and prompt:
+            raise InputError(f"{first.place}: these rows are rendered already; leave `prompt` out")
+        if not rendered and not prompt:
+            raise InputError(
+                f"{first.place}: no rendered row (context_messages, winner), it has "
+                f"{', '.join(map(repr, first.value))}; for pairs set `prompt` or give --prompt (cor, reasoning, a file)"
+            )
     if prompt is None:
-        return read_published(paths, **reading)
-    return read_pairs(paths[0], seed=seed, **reading)
+        yield from read_published(paths, **reading)
+        return
+    for pair in read_pairs(paths[0], seed=seed, **reading):
+        facts = {"better": pair.better, "both_empty": "both_empty" in pair.meta}
+        source = str(pair.meta.get("source") or "")
+        yield PublishedRow(id=pair.id, messages=render_pair(prompt, pair), winner="", source=source, meta=facts)
 
 
 def sft_example(tokenizer: Tokenizer, id: str, messages: Messages, trace: str) -> Example:
@@ -88,17 +91,10 @@ def sft_example(tokenizer: Tokenizer, id: str, messages: Messages, trace: str) -
     return Example(id, np.asarray(prompt + target, np.int32), trained)
 
 
-def make_example(
-    tokenizer: Tokenizer,
-    row: SourceRow,
-    stage: Stage | None,
-    target: Target = "trace",
-    prompt: Prompt | None = None,
-) -> Example:
+def make_example(tokenizer: Tokenizer, row: PublishedRow, stage: Stage | None, target: Target = "trace") -> Example:
     """Tokenize a row for a stage of training.
 
     Args:
-        row: a rendered row, or a pair, which `prompt` renders.
         stage: "sft" gives the prompt and the target; "grpo" the prompt, which needs a better side; None the prompt
             alone, to look at.
         target: what SFT trains: the row's "trace", or only the right "verdict" (the baseline without reasoning).
@@ -106,25 +102,22 @@ def make_example(
     Raises:
         InputError: the row lacks what the stage and the target need, or the chat template refuses it.
     """
-    pair = isinstance(row, PreferencePair)
-    source = str(row.meta.get("source") or "") if pair else row.source
-    better = row.better
-    if (stage == "grpo" or (stage, target) == ("sft", "verdict")) and better is None:
-        what = "no better side" if pair else "a trace as its winner and no field `better`"
+    if row.better is None and (stage == "grpo" or (stage, target) == ("sft", "verdict")):
+        what = "a trace as its winner and no field `better`" if row.trace else "no better side"
         raise InputError(f"row {row.id} has {what}; {stage} needs to know the better one (winner model_a or model_b)")
-    if pair and row.meta.get("both_empty"):
-        raise InputError(f"row {row.id}: both answers are empty, there is nothing to judge")
-    messages = render_pair(prompt, row) if pair else row.messages
+    trace = f"<answer>[[{row.better}]]</answer>" if target == "verdict" else row.trace or ""
     try:
-        if stage != "sft":
-            tokens = np.asarray(tokenizer.render(messages), np.int32)
-            return Example(row.id, tokens, np.zeros(len(tokens), bool), source, better)
-        trace = f"<answer>[[{better}]]</answer>" if target == "verdict" else row.trace
-        if trace is None:
+        if row.meta.get("both_empty"):
+            raise InputError("both answers are empty, there is nothing to judge")
+        if stage == "sft" and not trace:
             raise InputError(
                 "its winner is a side, and SFT learns a trace; give rows with traces, or prepare with target=verdict"
             )
-        example = sft_example(tokenizer, row.id, messages, trace)
+        if stage == "sft":
+            example = sft_example(tokenizer, row.id, row.messages, trace)
+        else:
+            tokens = np.asarray(tokenizer.render(row.messages), np.int32)
+            example = Example(row.id, tokens, np.zeros(len(tokens), bool))
     except InputError as e:
         raise InputError(f"row {row.id}: {e}") from e
-    return dataclasses.replace(example, source=source, better=better or strict_verdict(trace))
+    return dataclasses.replace(example, source=row.source, better=row.better or strict_verdict(trace))

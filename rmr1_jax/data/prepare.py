@@ -5,7 +5,7 @@ an hour; in the second, processes tokenize them in order and this process writes
 grows only by the row ids, about 100 bytes each, which detect duplicates. Everything is written into a directory beside
 the output, which is renamed to the output when it is complete and on the disk.
 
-Next: `store.py`, which describes the directory and reads it; `tokenize_rows.py` and `writer.py`, the two halves.
+Next: `store.py`, which describes, writes and reads the directory; `examples.py`, which tokenizes a row.
 """
 
 from __future__ import annotations
@@ -15,39 +15,47 @@ import dataclasses
 import functools
 import itertools
 import json
+import multiprocessing
 import os
 import shutil
+import signal
 import sys
-from collections import Counter
-from collections.abc import Mapping
+import tempfile
+import threading
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from pydantic import NonNegativeInt, PositiveInt
 from tqdm import tqdm
 
 from rmr1_jax.config import config_dataclass
-from rmr1_jax.data import store, writer
-from rmr1_jax.data.examples import (
-    Example,
-    Stage,
-    Target,
-    first_row,
-    is_rendered,
-    load_tokenizer,
-    make_example,
-    read_source,
+from rmr1_jax.data.examples import Example, Stage, Target, load_tokenizer, make_example, read_source
+from rmr1_jax.data.store import (
+    FORMAT,
+    LENGTHS,
+    MANIFEST,
+    REJECTS,
+    ROWS,
+    PreparedExamples,
+    SetWriter,
+    flush_and_hash,
+    publish,
 )
-from rmr1_jax.data.tokenize_rows import CHUNK, Refused, tokenize_rows
 from rmr1_jax.errors import InputError, RunError
 from rmr1_jax.files.append import lock_for_writing
 from rmr1_jax.files.hub import locate
 from rmr1_jax.files.write import writing
 from rmr1_jax.model.tokenizer import Tokenizer
 from rmr1_jax.pairs.rows import ReadReport
+from rmr1_jax.pairs.training_sets import PublishedRow
 from rmr1_jax.prompts.cor import get_prompt
+
+CHUNK = 64  # rows a process takes at a time
 
 
 @config_dataclass
@@ -104,10 +112,10 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
             tokenizer = load_tokenizer(config.model)
             with writing(out, then="make room, then run the same command again"):
                 shutil.rmtree(partial, ignore_errors=True)  # left by a run that was killed
-                (partial / store.ROWS).mkdir(parents=True)
+                (partial / ROWS).mkdir(parents=True)
                 manifest = _write_set(config, tokenizer, partial)
-                store.PreparedExamples(partial)  # check that it opens before it is published
-                writer.publish(partial, out)
+                PreparedExamples(partial)  # check that it opens before it is published
+                publish(partial, out)
         except BrokenProcessPool as e:
             raise RunError("a worker process was killed, perhaps for memory; run again with fewer workers") from e
         finally:
@@ -130,93 +138,127 @@ def _in_words(counts: Mapping[str, int]) -> str:
 def _write_set(config: PrepareConfig, tokenizer: Tokenizer, partial: Path) -> dict[str, Any]:
     """Write all files of the set into the directory `partial`, and return its manifest."""
     prompt = None if config.prompt is None else get_prompt(config.prompt)
-    rejects, dropped = partial / store.REJECTS, partial / "dropped"
+    paths = [locate(path) for path in ([config.data] if isinstance(config.data, str) else config.data)]
+    rejects = partial / REJECTS
     bad_rows = rejects if config.on_bad_row == "quarantine" else None
-    rows = functools.partial(read_source, _locate_sources(config), prompt, seed=config.seed, rejects=bad_rows)
-    chosen = _choose(sum(1 for _ in rows()), config.limit, config.seed)
-    report, statistics, drops = ReadReport(), writer.SetStatistics(), Counter()
-    workers = min(config.workers or _cores(), -(-len(chosen) // CHUNK) or 1)
-    make = functools.partial(make_example, stage=config.stage, target=config.target, prompt=prompt)
-    outcomes = tokenize_rows(itertools.compress(rows(report=report), chosen), tokenizer, make, workers)
+    rows = functools.partial(read_source, paths, prompt, seed=config.seed, rejects=bad_rows)
+    total = sum(1 for _ in rows())
+    count = min(config.limit or total, total)
+    chosen = np.isin(np.arange(total), np.random.default_rng(config.seed).choice(total, count, replace=False))
+    report, examples, drops = ReadReport(), SetWriter(partial / ROWS), Counter()
+    workers = min(config.workers or _cores(), -(-count // CHUNK) or 1)
+    outcomes = _tokenize(config, tokenizer, itertools.compress(rows(report=report), chosen), workers)
     every = 0.1 if sys.stderr.isatty() else 30.0  # in a log file, a line every half minute
     with (
-        tqdm(total=int(chosen.sum()), desc="prepare", unit="row", dynamic_ncols=True, mininterval=every) as bar,
-        dropped.open("w", encoding="utf-8") as dropped_rows,
         contextlib.closing(outcomes),
+        tqdm(outcomes, "prepare", count, unit="row", dynamic_ncols=True, mininterval=every) as bar,
+        tempfile.TemporaryFile(dir=partial) as dropped,  # the reader writes its own rejects until the last row
     ):
-        examples = writer.RowsWriter(partial / store.ROWS)
-        for outcome in outcomes:
-            bar.update()
-            if isinstance(outcome, Example) and len(outcome) <= config.max_length:
+        for outcome in bar:
+            if isinstance(outcome, Example):
                 examples.add(outcome)
-                statistics.add(outcome)
             else:
-                kind, reason = _drop(config, outcome)
-                drops[kind] += 1
-                dropped_rows.write(json.dumps({"id": outcome.id, "reason": reason}) + "\n")
+                drops[outcome.kind] += 1
+                dropped.write(json.dumps({"id": outcome.id, "reason": outcome.reason}).encode() + b"\n")
         examples.close()
-    if report.made != len(chosen):
-        raise InputError(f"{config.data} changed while it was read: {len(chosen)} rows, then {report.made}; run again")
-    counts = {"read": report.made + report.rejected, "kept": len(statistics.tokens)}
-    counts |= {"rejected": report.rejected + drops["rejected"], "too_long": drops["too_long"]}
-    counts |= {"left_out": int((~chosen).sum())}
+        dropped.seek(0)
+        with rejects.open("ab") as end:
+            shutil.copyfileobj(dropped, end)
+    if report.made != total:
+        raise InputError(f"{config.data} changed while it was read: {total} rows, then {report.made}; run again")
+    counts = {
+        "read": report.made + report.rejected,
+        "kept": len(examples.tokens),
+        "rejected": report.rejected + drops["rejected"],
+        "too_long": drops["too_long"],
+        "left_out": total - count,
+    }
     if not counts["kept"]:
         raise InputError(f"{config.data}: no row is left ({_in_words(counts)})")
-    with rejects.open("ab") as end, dropped.open("rb") as lines:  # the reader wrote its own rejects until now
-        shutil.copyfileobj(lines, end)
-    dropped.unlink()
-    np.save(partial / store.LENGTHS, statistics.lengths())
+    np.save(partial / LENGTHS, examples.lengths())
     manifest = {
-        "format": store.FORMAT,
+        "format": FORMAT,
         "stage": config.stage,
         "target": "prompt" if config.stage == "grpo" else config.target,
         "fingerprint": tokenizer.fingerprint,
         "prompt": prompt and {"name": prompt.name, "sha256": prompt.digest},
         "config": dataclasses.asdict(config),
         "counts": counts,
-        **statistics.summary(),
-        "files": writer.flush_and_hash(partial),
+        **examples.summary(),
+        "files": flush_and_hash(partial),
     }
-    (partial / store.MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    (partial / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     return manifest
-
-
-def _locate_sources(config: PrepareConfig) -> list[Path]:
-    """Find the data, and check by the first row of each source that pairs come with a prompt and rendered rows not."""
-    paths = [locate(path) for path in ([config.data] if isinstance(config.data, str) else config.data)]
-    for row in map(first_row, paths):
-        if config.prompt is not None and is_rendered(row):
-            raise InputError(f"{row.place}: these rows are rendered already; leave `prompt` out")
-        if config.prompt is None and not is_rendered(row):
-            raise InputError(
-                f"{row.place}: no rendered row (context_messages, winner), it has {', '.join(map(repr, row.value))}; "
-                "for pairs set `prompt` (cor, reasoning, or a prompt file)"
-            )
-    return paths
 
 
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _choose(total: int, limit: int | None, seed: int) -> np.ndarray:
-    """[total] bool: the rows that are taken."""
-    chosen = np.ones(total, bool)
-    if limit is not None and limit < total:
-        chosen[:] = False
-        chosen[np.random.default_rng(seed).choice(total, limit, replace=False)] = True
-    return chosen
+class Dropped(NamedTuple):
+    """A row that is left out: the count that it belongs to ("rejected", "too_long"), and the reason."""
+
+    id: str
+    kind: str
+    reason: str
 
 
-def _drop(config: PrepareConfig, outcome: Example | Refused) -> tuple[str, str]:
-    """Return under which count a row is left out and why, or raise InputError where the config does not allow it."""
-    if isinstance(outcome, Refused):
+def _tokenize(
+    config: PrepareConfig, tokenizer: Tokenizer, rows: Iterator[PublishedRow], workers: int
+) -> Iterator[Example | Dropped]:
+    """Make an example of each row, in order. With several workers, a few chunks a worker are in memory at any time.
+
+    Close the iterator to stop the processes. Raises BrokenProcessPool if one was killed.
+    """
+    if workers == 1:
+        yield from (_make(config, tokenizer, row) for row in rows)
+        return
+    chunks = iter(lambda: list(itertools.islice(rows, CHUNK)), [])
+    # Spawned, because forking a process that has threads is unsafe.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, initializer=_start_worker) as pool:
+        pending = deque()
+        try:
+            for chunk in chunks:
+                pending.append(pool.submit(_make_chunk, config, str(tokenizer.directory), chunk))
+                if len(pending) >= 4 * workers:
+                    yield from pending.popleft().result()
+            while pending:
+                yield from pending.popleft().result()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _make(config: PrepareConfig, tokenizer: Tokenizer, row: PublishedRow) -> Example | Dropped:
+    """Raises InputError for a row that the config does not allow to drop."""
+    try:
+        example = make_example(tokenizer, row, config.stage, config.target)
+    except InputError as e:
         if config.on_bad_row == "error":
-            raise InputError(f"{config.data}: {outcome.reason}; set on_bad_row=quarantine to go on without such rows")
-        return "rejected", outcome.reason
+            raise InputError(f"{config.data}: {e}; set on_bad_row=quarantine to go on without such rows") from e
+        return Dropped(row.id, "rejected", str(e))
+    if len(example) <= config.max_length:
+        return example
     if config.on_too_long == "error":
         raise InputError(
-            f"{config.data}: row {outcome.id} has {len(outcome)} tokens, more than max_length={config.max_length}; "
+            f"{config.data}: row {row.id} has {len(example)} tokens, more than max_length={config.max_length}; "
             "raise max_length, or set on_too_long=drop"
         )
-    return "too_long", f"longer than max_length={config.max_length}: {len(outcome)} tokens"
+    return Dropped(row.id, "too_long", f"longer than max_length={config.max_length}: {len(example)} tokens")
+
+
+_load_once = functools.cache(Tokenizer)  # in each worker process
+
+
+def _make_chunk(config: PrepareConfig, directory: str, rows: list[PublishedRow]) -> list[Example | Dropped]:
+    return [_make(config, _load_once(directory), row) for row in rows]
+
+
+def _start_worker() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent receives it too, and stops this process
+
+    def exit_with_parent() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)  # otherwise a worker would wait forever for a parent that was killed
+
+    threading.Thread(target=exit_with_parent, daemon=True).start()

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from rmr1_jax.data.examples import Example, first_row, is_rendered, load_tokenizer, make_example, read_source
+from rmr1_jax.data.examples import Example, load_tokenizer, make_example, read_source
 from rmr1_jax.data.store import PreparedExamples, is_prepared, read_manifest
 from rmr1_jax.errors import InputError
 from rmr1_jax.files.hub import locate
@@ -45,19 +45,10 @@ def show(
         examples = PreparedExamples(path)
         examples.check_tokenizer(tokenizer)
     else:
-        examples = _examples(locate(path), tokenizer, prompt)
+        rows = read_source([locate(path)], None if prompt is None else get_prompt(prompt))
+        examples = (make_example(tokenizer, row, "sft" if row.trace else None) for row in rows)
     for example in itertools.islice(examples, count):
         yield show_example(example, tokenizer, colour=colour)
-
-
-def _examples(path: Path, tokenizer: Tokenizer, prompt: str | None) -> Iterator[Example]:
-    rendered = is_rendered(first_row(path))
-    if not rendered and prompt is None:
-        raise InputError(f"{path}: a prompt renders pairs; give --prompt (cor, reasoning, a file)")
-    template = None if rendered else get_prompt(prompt)
-    for row in read_source([path], template):
-        stage = "sft" if rendered and row.trace is not None else None
-        yield make_example(tokenizer, row, stage, prompt=template)
 
 
 def show_example(example: Example, tokenizer: Tokenizer, *, colour: bool = False) -> str:

@@ -11,12 +11,14 @@ A set is a directory, which appears whole or not at all:
     rejects.jsonl    the rows that were left out, and why
     prepared.json    the config, the fingerprint of tokenizer and chat template, counts, and size and hash of each file
 
-Next: `writer.py`, which writes these files; `packing.py`, which packs examples into batches.
+Next: `prepare.py`, which makes sets; `packing.py`, which packs examples into batches.
 """
 
 from __future__ import annotations
 
 import json
+from array import array
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,11 +27,16 @@ import numpy as np
 
 from rmr1_jax.data.examples import Example, Stage, make_example
 from rmr1_jax.errors import InputError, RunError
+from rmr1_jax.files.write import hash_written, refusal, to_disk
 from rmr1_jax.model.tokenizer import Tokenizer
 from rmr1_jax.pairs.training_sets import read_published
 
 FORMAT = 1  # the version of the directory's layout
 MANIFEST, LENGTHS, REJECTS, ROWS = "prepared.json", "lengths.npy", "rejects.jsonl", "rows"
+
+ROWS_PER_FILE = 2_000  # the writer of an open file holds one or two kilobytes a row
+ROWS_PER_WRITE = 512
+HISTOGRAM_BINS = 30  # approximately
 
 
 class PreparedExamples(Sequence[Example]):
@@ -153,3 +160,98 @@ def _open_rows(directory: Path) -> Sequence[dict[str, Any]]:
 
     json.loads((directory / "features.json").read_bytes(), object_pairs_hook=check)
     return tfds.builder_from_directory(str(directory)).as_data_source(split="train")
+
+
+class SetWriter:
+    """Writes examples as a TFDS data set, and collects their lengths (8 bytes a row) and counts.
+
+    TFDS's ordinary writer would hold a gigabyte in memory and then ask for TensorFlow; its sequential writer writes
+    each row as it comes.
+    """
+
+    def __init__(self, directory: Path):
+        import tensorflow_datasets as tfds
+        from tensorflow_datasets.core.dataset_info import DatasetIdentity
+
+        text = tfds.features.Text()
+        tokens = tfds.features.Tensor(shape=(None,), dtype=np.int32)
+        features = {"id": text, "source": text, "tokens": tokens, "prompt_length": np.int32, "better": text}
+        # TFDS requires the name of a module and never imports it. A constant, so that moving code changes no file.
+        identity = DatasetIdentity(
+            name="rmr1_rows",
+            version=tfds.core.Version("1.0.0"),
+            data_dir=str(directory),
+            module_name="rmr1_jax.data.store",
+        )
+        info = tfds.core.DatasetInfo(builder=identity, features=tfds.features.FeaturesDict(features))
+        self._writer = tfds.core.SequentialWriter(info, ROWS_PER_FILE, file_format="array_record")
+        self._writer.initialize_splits(["train"])
+        self._directory, self._buffer = directory, []
+        self.tokens, self.prompts = array("i"), array("i")  # of each example
+        self.sources: Counter[str] = Counter()
+        self.better: Counter[str] = Counter()
+
+    def add(self, example: Example) -> None:
+        prompt = len(example) - int(example.trained.sum())
+        row = {"id": example.id, "source": example.source, "better": example.better or ""}
+        self._buffer.append(row | {"tokens": example.tokens, "prompt_length": prompt})
+        if len(self._buffer) == ROWS_PER_WRITE:  # each write rewrites the data set's description
+            self._flush()
+        self.tokens.append(len(example))
+        self.prompts.append(prompt)
+        self.sources[example.source] += 1
+        self.better[example.better or "unknown"] += 1
+
+    def close(self) -> None:
+        self._flush(last=True)
+
+    def _flush(self, last: bool = False) -> None:
+        try:
+            self._writer.add_examples({"train": self._buffer})
+            if last:
+                self._writer.close_all()
+        except RuntimeError as e:  # the record writer raises it for errors of the disk
+            raise RunError(refusal(self._directory, str(e), None, "make room, then run the same command again")) from e
+        self._buffer = []
+
+    def lengths(self) -> np.ndarray:
+        """Return [2, N] int32: the tokens of each example and of its prompt."""
+        return np.asarray([self.tokens, self.prompts], np.int32)
+
+    def summary(self) -> dict[str, Any]:
+        """Return the entries `sources`, `better` and `lengths` of `prepared.json`."""
+        tokens, prompts = self.lengths()
+        kinds = {"tokens": tokens, "prompt": prompts, "trained": tokens - prompts}
+        return {
+            "sources": dict(self.sources.most_common()),
+            "better": dict(sorted(self.better.items())),
+            "lengths": {name: _histogram(values) for name, values in kinds.items() if values.any()},
+        }
+
+
+def _histogram(values: np.ndarray) -> dict[str, Any]:
+    """Counts between round edges, and the sum, mean, percentiles and maximum."""
+    most = int(values.max())
+    width = max(1, -(-most // HISTOGRAM_BINS))
+    step = 10 ** (len(str(width)) - 1)
+    width = -(-width // step) * step  # one digit and zeros
+    counts, edges = np.histogram(values, np.arange(0, most + width + 1, width))
+    p50, p99 = np.percentile(values, [50, 99]).tolist()
+    facts = {"sum": int(values.sum()), "mean": float(values.mean()), "p50": p50, "p99": p99, "max": most}
+    return {"edges": edges.tolist(), "counts": counts.tolist(), **facts}
+
+
+def flush_and_hash(directory: Path) -> dict[str, dict[str, Any]]:
+    """Flush every file in the directory to the disk. Returns {path in the directory: {"bytes", "sha256"}}."""
+    files = sorted(path for path in directory.rglob("*") if path.is_file())
+    return {str(path.relative_to(directory)): hash_written(path) for path in files}
+
+
+def publish(partial: Path, out: Path) -> None:
+    """Flush the manifest and all directory entries to the disk, then rename the directory to `out`."""
+    for path in (partial / MANIFEST, *(p for p in partial.rglob("*") if p.is_dir()), partial):
+        to_disk(path)
+    if out.is_dir():
+        out.rmdir()
+    partial.rename(out)
+    to_disk(out.parent)

@@ -72,7 +72,8 @@ def _preference(
 
 @dataclass(frozen=True, kw_only=True)
 class PublishedRow:
-    """A rendered prompt and its target: `winner` is "model_a" or "model_b" in RLVR rows, the trace in SFT rows.
+    """A rendered prompt and its target: `winner` is "model_a" or "model_b" in RLVR rows, the trace in SFT rows, ""
+    in a row made of a pair.
 
     `id` is the row's own or, as in the published rows, the file's name and the row's number from 0 in the source.
     `messages` are dicts of role and content, the input of a chat template. `source` is "" where the row names none;

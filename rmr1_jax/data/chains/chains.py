@@ -16,16 +16,18 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 from tqdm import tqdm
 
-from rmr1_jax.data.chains.config import ChainsConfig
+from rmr1_jax.config import config_dataclass
 from rmr1_jax.data.chains.correction import correction
 from rmr1_jax.data.chains.ledger import Attempt, Ledger, PairAttempts, Turn, attempt_row, make_ledger, read_attempt
-from rmr1_jax.endpoint import Answer, Request
+from rmr1_jax.endpoint import Answer, EndpointConfig, Request
 from rmr1_jax.errors import InputError, RunError
 from rmr1_jax.files.append import append_rows, files_digest, lock_for_writing, resume_rows
 from rmr1_jax.files.write import write_whole, writing
@@ -33,7 +35,57 @@ from rmr1_jax.pairs.pair import PreferencePair, render_pair
 from rmr1_jax.pairs.read import read_pairs
 from rmr1_jax.pairs.rows import source_files
 from rmr1_jax.prompts.cor import get_prompt
-from rmr1_jax.prompts.prompt import Messages, Prompt
+from rmr1_jax.prompts.prompt import Prompt
+
+
+@config_dataclass
+class PolicyConfig:
+    """A model of this package as the teacher. model: a directory or a hub id. temperature: 0 is greedy. max_new_tokens:
+    of one text; None: 8192, or half of the model's positions if that is less. batch_size: the pairs that are handed to
+    the sampler at a time. slots: the most texts that are sampled at the same time."""
+
+    model: str
+    dtype: str = "bfloat16"
+    temperature: NonNegativeFloat = 1.0
+    max_new_tokens: PositiveInt | None = None
+    seed: NonNegativeInt = 0
+    batch_size: PositiveInt = 256
+    slots: PositiveInt = 64
+
+
+@config_dataclass
+class ChainsConfig:
+    """One run of `rmr1 data chains`.
+
+    pairs: a file or folder of pairs whose better answer is known, such as a mixture's pairs.jsonl. prompt: by name or
+    file. escape_untrusted: whether the texts of the pairs are escaped (`prompts/escape.py`); by default they are shown
+    unchanged, like all other training rows. teacher or policy: the model of the first pass. second: the model of the
+    second pass; None: no second pass. tries: attempts of the first pass at a pair. keep_thinking: whether the text
+    before `</think>` belongs to the chain. budget_requests, budget_tokens: no request begins when `out` has used that
+    many, over all runs; tokens of prompts and answers count, retries after an error do not. on_bad_row: "error", or
+    "quarantine" bad rows into OUT/rejects.jsonl. seed: decides the order of chosen and rejected answers, where the rows
+    fix none.
+    """
+
+    pairs: str
+    out: str
+    prompt: str = "cor"
+    escape_untrusted: bool = False
+    teacher: EndpointConfig | None = None
+    policy: PolicyConfig | None = None
+    second: EndpointConfig | None = None
+    tries: PositiveInt = 1
+    keep_thinking: bool = False
+    budget_requests: PositiveInt | None = None
+    budget_tokens: PositiveInt | None = None
+    on_bad_row: Literal["error", "quarantine"] = "error"
+    seed: NonNegativeInt = 0
+
+    def __post_init__(self):
+        if (self.teacher is None) == (self.policy is None):
+            raise InputError("give either teacher (an endpoint) or policy (a model of this package), and not both")
+        if self.tries > 1 and (self.teacher or self.policy).temperature == 0:
+            raise InputError(f"tries={self.tries} with temperature=0 would ask for the same text {self.tries} times")
 
 
 class Teacher(Protocol):
@@ -47,7 +99,7 @@ class Teacher(Protocol):
 
 
 def read_known_pairs(config: ChainsConfig) -> list[PreferencePair]:
-    """Read the pairs of `config`. InputError for a bad row, and for a pair whose better answer is not known."""
+    """Read the pairs. Raises InputError for a bad row, and for a pair whose better answer is not known."""
     rejects = None
     if config.on_bad_row == "quarantine":
         rejects = Path(config.out) / "rejects.jsonl"
@@ -100,8 +152,9 @@ def make_chains(
                 if waiting and not budget.spent:
                     requests = budget.limit(_request(each, prompt, turn) for each in waiting)
                     arriving = (teacher if turn[0] == 1 else second).ask(requests)
-                    with tqdm(arriving, _title(turn), len(waiting), unit="pair", dynamic_ncols=True) as arriving:
-                        unanswered |= _record(arriving, turn, by_id, budget, answers)
+                    title = f"pass {turn[0]}, try {turn[1] + 1}"
+                    with tqdm(arriving, title, len(waiting), unit="pair", dynamic_ncols=True) as bar:
+                        unanswered |= _record(bar, turn, by_id, budget, answers)
         finally:
             ledger = make_ledger(by_id.values())
             write_whole(out / "chains.jsonl", (_row(each, prompt) for each in by_id.values() if each.accepted))
@@ -141,13 +194,12 @@ class _Budget:
     def __init__(self, config: ChainsConfig, earlier: Iterable[PairAttempts]):
         answers = [attempt.answer for each in earlier for attempt in each.attempts]
         self.requests, self.tokens = len(answers), sum(answer.tokens for answer in answers)
-        self.max_requests, self.max_tokens = config.budget_requests, config.budget_tokens
+        self.max_requests = config.budget_requests or math.inf
+        self.max_tokens = config.budget_tokens or math.inf
 
     @property
     def spent(self) -> bool:
-        return (self.max_requests is not None and self.requests >= self.max_requests) or (
-            self.max_tokens is not None and self.tokens >= self.max_tokens
-        )
+        return self.requests >= self.max_requests or self.tokens >= self.max_tokens
 
     def limit(self, requests: Iterable[Request]) -> Iterator[Request]:
         for request in requests:
@@ -157,22 +209,18 @@ class _Budget:
             yield request
 
     def spend(self, answer: Answer) -> None:
-        if self.max_tokens is not None and answer.text and not answer.tokens:
+        if self.max_tokens < math.inf and answer.text and not answer.tokens:
             raise RunError("the endpoint does not say how many tokens it used; set budget_requests, not budget_tokens")
         self.tokens += answer.tokens
 
 
 def _request(each: PairAttempts, prompt: Prompt, turn: Turn) -> Request:
-    messages: Messages = render_pair(prompt, each.pair)
+    messages = render_pair(prompt, each.pair)
     if turn[0] == 2:
         last = each.attempts[-1]
         chain = "" if last.answer.error else each.chain(last)
         messages = correction(messages, chain, each.pair.better, last.rejection.words)
     return Request(each.pair.id, messages, turn[1])
-
-
-def _title(turn: Turn) -> str:
-    return "second pass" if turn[0] == 2 else "first pass" + (f", try {turn[1] + 1}" if turn[1] else "")
 
 
 def _settings(config: ChainsConfig, prompt: Prompt, teacher: Teacher, second: Teacher | None) -> dict[str, Any]:

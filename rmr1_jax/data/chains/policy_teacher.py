@@ -12,7 +12,7 @@ import itertools
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from rmr1_jax.data.chains.config import PolicyConfig
+from rmr1_jax.data.chains.chains import PolicyConfig
 from rmr1_jax.endpoint import Answer, Request
 from rmr1_jax.files.append import model_digest
 from rmr1_jax.model.tokenizer import completion_text

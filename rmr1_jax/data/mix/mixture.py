@@ -25,7 +25,7 @@ from pydantic import NonNegativeInt
 from tqdm import tqdm
 
 from rmr1_jax.config import config_dataclass, config_differences
-from rmr1_jax.data.mix.overlap import Benchmark, NgramHasher, OverlapConfig, question_words
+from rmr1_jax.data.mix.overlap import Benchmark, OverlapConfig, hash_ngrams, question_words
 from rmr1_jax.data.mix.sources import DROPPED, SourceConfig, SourceReport, read_source
 from rmr1_jax.errors import InputError
 from rmr1_jax.files.hub import commit_of, locate
@@ -74,11 +74,9 @@ class MixReport:
         reasons = [reason for reason in DROPPED if any(getattr(source, reason) for source in self.sources)]
         columns = ["read", "kept", *reasons]
         rows = [["source", *(reason.replace("_", " ") for reason in columns), "better in A"]]
-        for each in self.sources:
-            share = f"{each.a / each.kept:.1%}" if each.kept else "-"
-            rows.append([each.name, *(f"{getattr(each, column):,}" for column in columns), share])
-        totals = [sum(getattr(each, column) for each in self.sources) for column in columns]
-        rows.append(["all", *(f"{total:,}" for total in totals), f"{self.a / self.pairs:.1%}"])
+        for name, sources in [(each.name, [each]) for each in self.sources] + [("all", self.sources)]:
+            a, kept, *counts = (sum(getattr(each, column) for each in sources) for column in ("a", "kept", *columns))
+            rows.append([name, *(f"{count:,}" for count in counts), f"{a / kept:.1%}" if kept else "-"])
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
         for each in self.sources:
@@ -101,20 +99,19 @@ def mix(config: MixtureConfig) -> MixReport:
     del settings["out"]
     out = _make_output(Path(config.out), settings)
     paths = [locate(source.path, source.revision) for source in config.sources]  # report all that is missing first
-    hasher = NgramHasher(config.overlap.ngram)
-    benchmarks = [Benchmark(name, read_pairs(locate(name)), hasher) for name in config.overlap.benchmarks]
+    ngram = config.overlap.ngram
+    benchmarks = [Benchmark(name, read_pairs(locate(name)), ngram) for name in config.overlap.benchmarks]
     reports: list[SourceReport] = []
     entries: list[Entry] = []
     with tqdm(desc="mix", unit="row", dynamic_ncols=True) as bar:
         for source, path in zip(config.sources, paths, strict=True):
             report = SourceReport(name=source.name, path=source.path, commit=commit_of(path))
+            reports.append(report)
             report.overlaps = {benchmark.name: {"exact": 0, "near": 0} for benchmark in benchmarks}
             rejects = out / f"rejects-{source.name}.jsonl" if config.on_bad_row == "quarantine" else None
-            pairs = read_source(source, path, report, rejects=rejects, bar=bar)
-            entries += [(pair, report) for pair in pairs]
-            reports.append(report)
+            entries += [(pair, report) for pair in read_source(source, path, report, rejects=rejects, bar=bar)]
     entries = _drop(_repeated(entries), entries)
-    overlapping, examples = _overlapping(entries, benchmarks, hasher)
+    overlapping, examples = _overlapping(entries, benchmarks, ngram)
     if config.overlap.action == "remove":
         entries = _drop(dict.fromkeys(overlapping, "overlap"), entries)
     if not entries:
@@ -162,10 +159,9 @@ def _repeated(entries: list[Entry]) -> dict[int, str]:
         same[min(a, b) + max(a, b)].append((place, a if pair.better == "A" else b))
     dropped: dict[int, str] = {}
     for group in same.values():
-        if len({better for _, better in group}) > 1:
-            dropped |= {place: "contradictory" for place, _ in group}
-        else:
-            dropped |= {place: "duplicates" for place, _ in group[1:]}
+        contradict = len({better for _, better in group}) > 1
+        for place, _ in group if contradict else group[1:]:
+            dropped[place] = "contradictory" if contradict else "duplicates"
     return dropped
 
 
@@ -183,16 +179,16 @@ def _drop(reasons: dict[int, str], entries: list[Entry]) -> list[Entry]:
 
 
 def _overlapping(
-    entries: list[Entry], benchmarks: list[Benchmark], hasher: NgramHasher
+    entries: list[Entry], benchmarks: list[Benchmark], ngram: int
 ) -> tuple[set[int], list[dict[str, str]]]:
     """Find the places of pairs whose question is in a benchmark, counted by benchmark; and examples of them."""
     places: set[int] = set()
     examples: list[dict[str, str]] = []
     if not benchmarks:
         return places, examples
-    for place, (pair, report) in enumerate(tqdm(entries, desc="overlap", unit="pair", dynamic_ncols=True)):
+    for place, (pair, report) in enumerate(tqdm(entries, "overlap", unit="pair", dynamic_ncols=True)):
         words = question_words(pair)
-        hashes = hasher(words)
+        hashes = hash_ngrams(words, ngram)
         for benchmark in benchmarks:
             overlap = benchmark.find(words, hashes)
             if overlap is None:
@@ -207,10 +203,9 @@ def _overlapping(
 
 
 def _lines(entries: list[Entry], seed: int) -> Iterator[str]:
-    """The lines of pairs.jsonl; each is counted in its source's report when it is taken."""
+    """Yield the lines of pairs.jsonl, each of which is counted in its source's report."""
 
-    # Sorted by a hash of the id, not shuffled: an added or removed row leaves the order of the others.
-    def key(entry: Entry) -> bytes:
+    def key(entry: Entry) -> bytes:  # a hash of the id: an added or removed row leaves the order of the others
         pair, report = entry
         return hashlib.sha256(f"{seed}/{report.name}/{pair.id}".encode()).digest()
 
@@ -223,12 +218,12 @@ def _lines(entries: list[Entry], seed: int) -> Iterator[str]:
 
 
 def _row(source: str, pair: PreferencePair) -> dict[str, Any]:
-    """A row of the project's own format."""
+    """Return a row of the project's own format."""
     if pair.single_turn:
         shown: dict[str, Any] = {name: getattr(pair, name) for name in ("question", "response_a", "response_b")}
     else:
-        sides = {"conversation_a": pair.conversation_a, "conversation_b": pair.conversation_b}
-        shown = {name: [message._asdict() for message in side] for name, side in sides.items()}
+        sides = ("conversation_a", "conversation_b")
+        shown = {side: [message._asdict() for message in getattr(pair, side)] for side in sides}
     meta = dict(pair.meta)
     if "source" in meta:
         meta["origin"] = meta.pop("source")

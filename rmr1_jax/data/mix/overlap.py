@@ -14,6 +14,7 @@ import hashlib
 import re
 import unicodedata
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -49,27 +50,19 @@ class Overlap(NamedTuple):
     words: str
 
 
-class NgramHasher:
-    """Computes polynomial hashes of the n-grams of questions."""
+def hash_ngrams(words: Sequence[str], ngram: int) -> np.ndarray:
+    """Return polynomial hashes of all n-grams, in order: uint64 [len(words) - ngram + 1], empty if that is negative."""
+    if len(words) < ngram:
+        return np.empty(0, np.uint64)
+    hashes = np.fromiter(map(_hash_word, words), np.uint64, len(words))
+    powers = np.array([pow(_MULTIPLIER, k, 2**64) for k in range(ngram)], np.uint64)
+    return np.lib.stride_tricks.sliding_window_view(hashes, ngram) @ powers
 
-    def __init__(self, ngram: int):
-        self.ngram = ngram
-        self._word_hashes: dict[str, int] = {}
-        self._powers = np.array([pow(_MULTIPLIER, k, 2**64) for k in range(ngram)], np.uint64)
 
-    def __call__(self, words: Sequence[str]) -> np.ndarray:
-        """Return a [number of n-grams] uint64 array, in order; it is empty if there are fewer words than `ngram`."""
-        if len(words) < self.ngram:
-            return np.empty(0, np.uint64)
-        hashes = np.fromiter(map(self._hash_word, words), np.uint64, len(words))
-        return np.lib.stride_tricks.sliding_window_view(hashes, self.ngram) @ self._powers
-
-    def _hash_word(self, word: str) -> int:
-        found = self._word_hashes.get(word)
-        if found is None:
-            digest = hashlib.blake2b(word.encode(errors="surrogatepass"), digest_size=8).digest()
-            found = self._word_hashes[word] = int.from_bytes(digest, "little")
-        return found
+@lru_cache(maxsize=2**17)  # about 20 MB
+def _hash_word(word: str) -> int:
+    digest = hashlib.blake2b(word.encode(errors="surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
 
 
 class Benchmark:
@@ -79,8 +72,8 @@ class Benchmark:
         InputError: no pair has a question.
     """
 
-    def __init__(self, name: str, pairs: Iterable[PreferencePair], hasher: NgramHasher):
-        self.name, self._ngram = name, hasher.ngram
+    def __init__(self, name: str, pairs: Iterable[PreferencePair], ngram: int):
+        self.name, self._ngram = name, ngram
         self._numbers: dict[str, int] = {}  # the words of each distinct question, joined by spaces -> its number
         self._ids: list[str] = []  # for each question, the first pair that asks it
         hashes: list[np.ndarray] = []
@@ -90,7 +83,7 @@ class Benchmark:
             if words and text not in self._numbers:
                 self._numbers[text] = len(self._ids)
                 self._ids.append(pair.id)
-                hashes.append(hasher(words))
+                hashes.append(hash_ngrams(words, ngram))
         if not hashes:
             raise InputError(f"overlap.benchmarks: {name} holds no questions")
         self.questions = list(self._numbers)
@@ -99,7 +92,7 @@ class Benchmark:
         self.owners = np.repeat(np.arange(len(hashes), dtype=np.int32), [len(each) for each in hashes])[first]
 
     def find(self, words: Sequence[str], hashes: np.ndarray) -> Overlap | None:
-        """Find the overlap of a question, given its words and their n-gram hashes (`NgramHasher`)."""
+        """Find the overlap of a question, given its words and their n-gram hashes (`hash_ngrams`)."""
         text = " ".join(words)
         if (same := self._numbers.get(text)) is not None:
             return Overlap("exact", self._ids[same], text[:200])

@@ -6,6 +6,7 @@ Next: `mixture.py`, which combines sources.
 from __future__ import annotations
 
 import re
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -110,23 +111,17 @@ def read_source(
         rejects.unlink()
     report.read, report.rejected = read.read, read.rejected
     row_filter.check_names()
-    drawn = _draw(source, pairs, report)
-    different = [pair for pair in drawn if pair.response_a.strip() != pair.response_b.strip()]
-    report.alike = len(drawn) - len(different)
-    report.both_empty = sum("both_empty" in pair.meta for pair in drawn)
+    if source.count is not None:
+        n = len(pairs)
+        if n < source.count:
+            report.notes.append(f"count={source.count}, but there are only {n} rows to draw from")
+        order = range(n) if source.shuffle is None else np.random.default_rng(source.shuffle).permutation(n)
+        pairs = [pairs[k] for k in order[: source.count]]
+        report.not_drawn = n - len(pairs)
+    different = [pair for pair in pairs if pair.response_a.strip() != pair.response_b.strip()]
+    report.alike = len(pairs) - len(different)
+    report.both_empty = sum("both_empty" in pair.meta for pair in pairs)
     return different
-
-
-def _draw(source: SourceConfig, pairs: list[PreferencePair], report: SourceReport) -> list[PreferencePair]:
-    if source.count is None:
-        return pairs
-    if len(pairs) < source.count:
-        report.notes.append(f"count={source.count}, but there are only {len(pairs)} rows to draw from")
-    order = np.arange(len(pairs))
-    if source.shuffle is not None:
-        order = np.random.default_rng(source.shuffle).permutation(len(pairs))
-    report.not_drawn = len(order[source.count :])
-    return [pairs[k] for k in order[: source.count]]
 
 
 class _RowFilter:
@@ -141,8 +136,7 @@ class _RowFilter:
         self.bar.update()
         self.fields |= row.value.keys()
         for name, values in self.values.items():
-            value = row.value.get(name)
-            if value is None or isinstance(value, str | int | float):
+            if isinstance(value := row.value.get(name), Hashable):
                 values.add(value)
         where, exclude = self.source.where.items(), self.source.exclude.items()
         has_all = all(row.value.get(name) in values for name, values in where)
@@ -156,13 +150,10 @@ class _RowFilter:
 
     def check_names(self) -> None:
         """Refuse a filter on a field that no row has, and note a value that no row has: both are probably misspelt."""
-        for name in self.values:
-            if self.fields and name not in self.fields:
-                has = ", ".join(sorted(self.fields))
-                raise InputError(
-                    f"source {self.source.name}: no row has the field {name!r} to filter by; they have {has}"
-                )
+        name, has = self.source.name, ", ".join(sorted(self.fields))
+        if absent := has and [each for each in self.values if each not in self.fields]:
+            raise InputError(f"source {name}: no row has the field {absent[0]!r} to filter by; they have {has}")
         for kind in ("where", "exclude"):
-            for name, filtered in getattr(self.source, kind).items():
-                missing = [value for value in filtered if value not in self.values[name]]
-                self.report.notes += [f"{kind}: no row has {value!r} in {name!r}" for value in missing]
+            for field_name, values in getattr(self.source, kind).items():
+                missing = [value for value in values if value not in self.values[field_name]]
+                self.report.notes += [f"{kind}: no row has {value!r} in {field_name!r}" for value in missing]

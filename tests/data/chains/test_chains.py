@@ -13,8 +13,7 @@ from chat_server import KEY, ChatServer, Reply
 from teachers import better, chain, rows, write_pairs
 
 from rmr1_jax.config import build_config
-from rmr1_jax.data.chains.chains import make_chains, read_known_pairs
-from rmr1_jax.data.chains.config import ChainsConfig, PolicyConfig
+from rmr1_jax.data.chains.chains import ChainsConfig, PolicyConfig, make_chains, read_known_pairs
 from rmr1_jax.data.chains.correction import correction
 from rmr1_jax.data.chains.policy_teacher import PolicyTeacher
 from rmr1_jax.endpoint import Answer, Endpoint, EndpointConfig

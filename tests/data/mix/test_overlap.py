@@ -6,7 +6,7 @@ import random
 import numpy as np
 import pytest
 
-from rmr1_jax.data.mix.overlap import Benchmark, NgramHasher, OverlapConfig, question_words
+from rmr1_jax.data.mix.overlap import Benchmark, OverlapConfig, hash_ngrams, question_words
 from rmr1_jax.errors import InputError
 from rmr1_jax.pairs.pair import PreferencePair
 from rmr1_jax.pairs.read import read_pairs
@@ -19,10 +19,9 @@ def ask(question: str, id: str = "x") -> PreferencePair:
 
 
 def overlap(question: str, benchmark: list[str], ngram: int = 13):
-    hasher = NgramHasher(ngram)
-    made = Benchmark("bench", [ask(text, f"id {k}") for k, text in enumerate(benchmark)], hasher)
+    made = Benchmark("bench", [ask(text, f"id {k}") for k, text in enumerate(benchmark)], ngram)
     words = question_words(ask(question))
-    return made.find(words, hasher(words))
+    return made.find(words, hash_ngrams(words, ngram))
 
 
 def test_words_are_those_of_the_client():
@@ -57,7 +56,7 @@ def test_short_questions_overlap_only_exactly():
 
 
 def test_a_hash_collision_is_no_overlap():
-    made = Benchmark("bench", [ask(" ".join(WORDS))], NgramHasher(13))
+    made = Benchmark("bench", [ask(" ".join(WORDS))], 13)
     made.hashes, made.owners = np.zeros(1, np.uint64), made.owners[:1]  # every n-gram gets the same hash
     for words, kind in (([f"v{k}" for k in range(15)], None), (WORDS[:14], "near")):
         found = made.find(words, np.zeros(len(words) - 12, np.uint64))
@@ -81,18 +80,17 @@ def test_against_a_plain_search():
 
 
 def test_the_real_benchmarks(shared_data):
-    hasher = NgramHasher(13)
     paths = ["rewardbench/filtered_sample.jsonl", "rm_bench/dataset_sample.json", "rmb/Pairwise_set"]
-    made = [Benchmark(path, read_pairs(shared_data / path), hasher) for path in paths]
+    made = [Benchmark(path, read_pairs(shared_data / path), 13) for path in paths]
     rows = [json.loads(line) for line in (shared_data / paths[0]).read_text().splitlines()]
     assert len(made[0].questions) == len({" ".join(question_words(ask(row["prompt"]))) for row in rows})
     for row in rows:
         words = question_words(ask(row["prompt"]))
-        assert made[0].find(words, hasher(words)).kind == "exact"
+        assert made[0].find(words, hash_ngrams(words, 13)).kind == "exact"
         longer = question_words(ask(f"Please tell me: {row['prompt']} Thanks."))
         if len(words) >= 13:
-            assert made[0].find(longer, hasher(longer)).kind == "near"
-        assert made[2].find(words, hasher(words)) is None
+            assert made[0].find(longer, hash_ngrams(longer, 13)).kind == "near"
+        assert made[2].find(words, hash_ngrams(words, 13)) is None
 
 
 def test_what_is_refused():
@@ -104,4 +102,4 @@ def test_what_is_refused():
         with pytest.raises(InputError, match=message):
             OverlapConfig(**wrong)
     with pytest.raises(InputError, match="bench holds no questions"):
-        Benchmark("bench", [], NgramHasher(13))
+        Benchmark("bench", [], 13)
