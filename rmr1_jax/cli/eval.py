@@ -15,7 +15,6 @@ from rmr1_jax.errors import InputError
 
 if TYPE_CHECKING:
     from rmr1_jax.eval.evaluate import NamedJudge
-    from rmr1_jax.judge.judgement import AnyJudge
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -115,7 +114,20 @@ def make_judge(command: Eval) -> NamedJudge:
     from rmr1_jax.eval.evaluate import NamedJudge
 
     if command.judge == "endpoint":
-        return NamedJudge(judge=_endpoint_judge(command), name=command.model_name())
+        from rmr1_jax.endpoint import Endpoint, EndpointConfig
+        from rmr1_jax.judge.endpoint import EndpointJudge
+        from rmr1_jax.sampler.sample import LONGEST
+
+        config = EndpointConfig(
+            model=command.model,
+            base_url=command.base_url,
+            key_variable=command.key_variable or None,
+            max_tokens=command.max_new_tokens or LONGEST,
+            concurrency=command.concurrency,
+        )
+        reading, temperature = command.reading(), command.temperature
+        judge = EndpointJudge(Endpoint(config), command.prompt, temperature=temperature, **reading)
+        return NamedJudge(judge=judge, name=command.model_name())
     if command.judge == "scalar":
         from rmr1_jax.judge.scalar import ScalarJudge, load_scalar
 
@@ -125,21 +137,6 @@ def make_judge(command: Eval) -> NamedJudge:
         judge = command.load_judge(slots=command.slots, **command.reading())
         directory = judge.policy.tokenizer.directory
     return NamedJudge(judge=judge, name=command.model_name(), identity=command.identity(directory))
-
-
-def _endpoint_judge(command: Eval) -> AnyJudge:
-    from rmr1_jax.endpoint import Endpoint, EndpointConfig
-    from rmr1_jax.judge.endpoint import EndpointJudge
-    from rmr1_jax.sampler.sample import LONGEST
-
-    config = EndpointConfig(
-        model=command.model,
-        base_url=command.base_url,
-        key_variable=command.key_variable or None,
-        max_tokens=command.max_new_tokens or LONGEST,
-        concurrency=command.concurrency,
-    )
-    return EndpointJudge(Endpoint(config), command.prompt, temperature=command.temperature, **command.reading())
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -39,9 +39,9 @@ class Heartbeat(threading.Thread):
         seen_at = {i: time.monotonic() for i in range(self._count) if i != self._index}
         beats: dict[int, str] = {}
         exit_codes: dict[int, str] = {}
-        for beat in range(10**9):
-            if self._ended.wait(1.0):
-                return
+        beat = 0
+        while not self._ended.wait(1.0):
+            beat += 1
             try:
                 self._client.key_value_set(f"{HEARTBEATS}/{self._index}", f"{beat} {self._host}", allow_overwrite=True)
                 now, exit_codes = self._read(HEARTBEATS), self._read(EXIT_CODES)

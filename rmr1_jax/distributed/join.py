@@ -144,11 +144,11 @@ def check_attendance(coordinator: str, count: int, index: int, timeout: float) -
         RunError: in every process that is present, with the numbers of those that are missing after `timeout` seconds.
         InputError: process 0 cannot listen on the port.
     """
-    deadline = time.monotonic() + timeout
     host, _, port = coordinator.rpartition(":")
     if index == 0:
-        _collect_attendance(int(port), count, deadline, timeout)
+        _collect_attendance(int(port), count, timeout)
         return
+    deadline = time.monotonic() + timeout
     while (left := deadline - time.monotonic()) > 0:
         # An OSError means that process 0 does not listen yet.
         with suppress(OSError), socket.create_connection((host, int(port)), timeout=left) as connection:
@@ -166,7 +166,7 @@ def check_attendance(coordinator: str, count: int, index: int, timeout: float) -
     )
 
 
-def _collect_attendance(port: int, count: int, deadline: float, timeout: float) -> None:
+def _collect_attendance(port: int, count: int, timeout: float) -> None:
     """Do the part of process 0: answer all processes when they have reported, or at the first contradiction."""
     dual = socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if dual else socket.AF_INET
@@ -175,7 +175,7 @@ def _collect_attendance(port: int, count: int, deadline: float, timeout: float) 
     except OSError as e:
         raise InputError(f"process 0 cannot listen on port {port} ({e.strerror}); is another run using it?") from e
     present = {server: (0, socket.gethostname())}  # the connection of each process -> its number and host
-    problem = ""
+    problem, deadline = "", time.monotonic() + timeout
     with server:
         while len(present) < count and not problem:
             ready = wait_for(list(present), max(0.0, deadline - time.monotonic()))

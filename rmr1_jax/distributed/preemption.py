@@ -45,14 +45,14 @@ class Preemption:
     def __init__(self):
         self.hold: Callable[[], bool] = lambda: False
         self._received = self._stopping = self._interruptible = False
-        # Python writes the number of each signal to one end of this pair, and the thread reads it from the other.
-        self._reader, self._writer = socket.socketpair()
-        self._done = threading.Event()
 
     def __enter__(self) -> Preemption:
         self._active = threading.current_thread() is threading.main_thread()
         self._distributed = "jax" in sys.modules  # a command without JAX has one process, and must not load it
         if self._active:
+            # Python writes the number of each signal to one end of this pair, and the thread reads it from the other.
+            self._reader, self._writer = socket.socketpair()
+            self._reader.settimeout(1.0)
             self._writer.setblocking(False)
             self._handler_before = signal.signal(signal.SIGTERM, self._handle)
             self._writer_before = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
@@ -62,14 +62,11 @@ class Preemption:
 
     def __exit__(self, *_: Any) -> None:
         if self._active:
-            self._done.set()
-            with suppress(BlockingIOError):
-                self._writer.send(b"\0")
-            self._listener.join()
             signal.set_wakeup_fd(self._writer_before)
             signal.signal(signal.SIGTERM, self._handler_before or signal.SIG_DFL)
-        self._reader.close()
-        self._writer.close()
+            self._writer.close()  # ends the thread
+            self._listener.join()
+            self._reader.close()
 
     def reached(self) -> bool:
         """Return whether to save and stop here, because any process has received SIGTERM (a collective)."""
@@ -101,14 +98,15 @@ class Preemption:
     def _listen(self) -> None:
         """Run in the thread: wait for the signal, here or in another process, and enforce the grace period."""
         deadline = None
-        while not self._done.is_set():
-            self._reader.settimeout(1.0)
+        while True:
             with suppress(TimeoutError):
-                if signal.SIGTERM in self._reader.recv(64):
+                if not (numbers := self._reader.recv(64)):
+                    return
+                if signal.SIGTERM in numbers:
                     self._received = True
             if deadline is None and self._share():
                 deadline = time.monotonic() + grace_seconds()
-            if deadline and time.monotonic() > deadline and not (self._stopping or self.hold() or self._done.is_set()):
+            if deadline and time.monotonic() > deadline and not (self._stopping or self.hold()):
                 _print(f"cannot save within {grace_seconds():g} s of SIGTERM; the last checkpoint stands")
                 os._exit(PREEMPTED)
 
