@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import types
 import typing
 from collections.abc import Mapping, Sequence
 from functools import cache, wraps
@@ -43,6 +42,7 @@ def config_dataclass(cls: type[C]) -> type[C]:
     The constructor raises InputError for every value that is wrong, with its dotted path.
     """
     checked = dataclasses.dataclass(frozen=True, kw_only=True)(cls)
+    checked.__pydantic_config__ = pydantic.ConfigDict(extra="forbid")
 
     @wraps(checked.__init__)
     def __init__(self, **values: Any) -> None:
@@ -81,17 +81,13 @@ def build_config(cls: type[C], tree: Mapping[str, Any], *, source: str) -> C:
     Raises:
         InputError: as `load_config`.
     """
-    tree = current_names(tree)
-    unknown = list(_unknown_keys(cls, tree))
-    if unknown:
-        raise InputError(f"{source}: " + "; ".join(unknown))
     # A section starts from the default of its field (a recipe), which may differ from the defaults of its class.
     declared = {f.name: f.default for f in dataclasses.fields(cls)}
     sections = {k: dataclasses.asdict(v) for k, v in declared.items() if dataclasses.is_dataclass(v)}
     try:
-        return _adapter(cls).validate_python(_merge(sections, tree))
+        return _adapter(cls).validate_python(_merge(sections, current_names(tree)))
     except pydantic.ValidationError as e:
-        raise InputError(f"{source}: " + "; ".join(_explain(error) for error in e.errors())) from e
+        raise InputError(f"{source}: " + "; ".join(_explain(cls, error) for error in e.errors())) from e
 
 
 def current_names(tree: Mapping[str, Any]) -> dict[str, Any]:
@@ -119,11 +115,26 @@ def config_differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: s
 _adapter = cache(pydantic.TypeAdapter)
 
 
-def _explain(error: Any) -> str:
+def _explain(cls: Any, error: Any) -> str:
     if error["type"] == "value_error":  # raised by a __post_init__, whose message is complete
         return str(error["ctx"]["error"])
+    place = ".".join(map(str, error["loc"]))
+    if error["type"] == "unexpected_keyword_argument":
+        *parents, key = error["loc"]
+        known = [field.name for field in dataclasses.fields(_section(cls, parents))]
+        near = difflib.get_close_matches(key, known, n=1)
+        hint = f"did you mean {place.removesuffix(key)}{near[0]}?" if near else f"known here: {', '.join(known)}"
+        return f"unknown key {place}; {hint}"
     given = "" if error["type"] == "missing" else f" (got {error['input']!r})"
-    return f"{'.'.join(map(str, error['loc']))}: {error['msg']}{given}"
+    return f"{place}: {error['msg']}{given}"
+
+
+def _section(cls: Any, path: Sequence[str | int]) -> Any:
+    """Return the class of the section at a path of names, whose types are `X`, `X | None` or `tuple[X, ...]`."""
+    for name in (part for part in path if isinstance(part, str)):
+        hint = typing.get_type_hints(cls)[name]
+        cls = next(x for x in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(x))
+    return cls
 
 
 def _override(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
@@ -157,27 +168,3 @@ def _merge(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, A
     """Merge `given` into `defaults`, section by section."""
     sections = [k for k in given if isinstance(given[k], Mapping) and isinstance(defaults.get(k), Mapping)]
     return {**defaults, **given, **{k: _merge(defaults[k], given[k]) for k in sections}}
-
-
-def _unknown_keys(hint: Any, tree: Any, prefix: str = ""):
-    if isinstance(tree, list):  # the values of a field `tuple[Section, ...]`
-        for number, item in enumerate(tree):
-            yield from _unknown_keys(next(iter(typing.get_args(hint)), None), item, f"{prefix}{number}.")
-    cls = _dataclass_of(hint)
-    if cls is None or not isinstance(tree, Mapping):
-        return
-    hints = typing.get_type_hints(cls)
-    known = [f.name for f in dataclasses.fields(cls)]
-    for key, value in tree.items():
-        if key in known:
-            yield from _unknown_keys(hints[key], value, f"{prefix}{key}.")
-        else:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"did you mean {prefix}{near[0]}?" if near else f"known here: {', '.join(known)}"
-            yield f"unknown key {prefix}{key}; {hint}"
-
-
-def _dataclass_of(hint: Any) -> Any:
-    """Return the dataclass in a type `X` or `X | None`."""
-    members = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    return next((x for x in members if dataclasses.is_dataclass(x)), None)

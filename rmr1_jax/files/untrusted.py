@@ -68,12 +68,13 @@ def read_object(path: Path, *, most: int = 2**20) -> dict[str, Any]:
     Raises:
         InputError: as `own_file`, or the file does not hold one JSON object with distinct keys.
     """
+    own_file(path, most=most)
     try:
-        value = parse_json(own_file(path, most=most).read_bytes())
+        value = parse_json(path.read_bytes())
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from error
     except ValueError as error:
-        raise error if isinstance(error, InputError) else InputError(f"{path}: {error}") from None
+        raise InputError(f"{path}: {error}") from None
     if not isinstance(value, dict):
         raise InputError(f"{path}: expected a JSON object, got {type(value).__name__}")
     return value
