@@ -1,6 +1,6 @@
 """Log-probabilities of given tokens, in chunks of the vocabulary: [B, T, V] logits never exist.
 
-Both stages train on `row_logprobs`; what they do with it is in `losses.py`.
+Both stages train on `row_logprobs`. Next: `sft.py`, which calls it.
 """
 
 from __future__ import annotations
@@ -13,8 +13,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+import numpy as np
+from jax import lax
 from jax.sharding import Mesh
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Int, Shaped
 
 from rmr1_jax.distributed.mesh import constrain, constrain_weight, rows_divisor
 from rmr1_jax.errors import InputError
@@ -22,29 +25,25 @@ from rmr1_jax.model.attention import choose
 from rmr1_jax.model.qwen import Qwen
 from rmr1_jax.policy import DTYPES
 
-CHUNK_LOGITS = 2**26  # on a device at a time: 256 MiB in float32
-LANES = 128  # columns of a chunk are a multiple of
+CHUNK_LOGITS = 2**26  # the most logits on a device at a time: 256 MiB in float32
+LANES = 128  # a chunk has a multiple of so many columns
 
 
 def forward_options(config: Any, mesh: Mesh) -> dict[str, Any]:
-    """What `row_logprobs` hands on to the model, from a run's config."""
-    return {
-        "dtype": DTYPES[config.dtype],
-        "remat": config.remat,
-        "attention": choose(config.attention, mesh),
-    }
+    """The options of `row_logprobs` that a run's config decides."""
+    return {"dtype": DTYPES[config.dtype], "remat": config.remat, "attention": choose(config.attention, mesh)}
 
 
 def row_logprobs(
     model: Qwen,
-    batch: Mapping[str, Array],
+    batch: Mapping[str, Shaped[Array, "B T"]],
     *,
     temperature: float = 1.0,
     with_entropy: bool = False,
     **forward: Any,
 ) -> TokenLogprobs:
-    """`token_logprobs` of packed rows under a policy. batch: tokens, positions, segment_ids, [B, T] int32 each.
-    forward: dtype, remat, attention, as `Qwen.hidden_states` takes them."""
+    """`token_logprobs` of packed rows under a policy. batch: tokens, positions and segment_ids, int32. forward: dtype,
+    remat and attention, for `Qwen.hidden_states`."""
     hidden = model.hidden_states(batch["tokens"], batch["positions"], batch["segment_ids"], **forward)
     head = model.output_weight
     options = {"temperature": temperature, "with_entropy": with_entropy, "head_is_embedding": head.dims == "VD"}
@@ -52,41 +51,42 @@ def row_logprobs(
 
 
 def chunk_width(columns: int, positions: int, chunk_logits: int = CHUNK_LOGITS) -> int:
-    """How many of a device's `columns` of the head make a chunk, for its `positions`."""
+    """How many of a device's `columns` of the head a chunk has, if the device has so many `positions`."""
     return min(columns, max(LANES, chunk_logits // positions // LANES * LANES))
 
 
 class TokenLogprobs(NamedTuple):
-    """`logp` [B, T] float32 in nats; `entropy` [B, T] float32 in nats, or None where it was not asked for."""
+    """Float32, in nats; `entropy` is None if it was not requested."""
 
-    logp: Array
-    entropy: Array | None
+    logp: Float[Array, "B T"]
+    entropy: Float[Array, "B T"] | None
 
 
 def token_logprobs(
-    hidden: Array,
-    head: Array,
-    tokens: Array,
+    hidden: Float[Array | np.ndarray, "B T D"],
+    head: Float[Array | np.ndarray, "_ _"],
+    tokens: Int[Array | np.ndarray, "B T"],
     *,
     chunk_logits: int = CHUNK_LOGITS,
-    temperature: float | Array = 1.0,
+    temperature: ArrayLike = 1.0,
     with_entropy: bool = False,
     head_is_embedding: bool = False,
 ) -> TokenLogprobs:
     """The log-probability of every token given the ones before it, without ever holding [B, T, V] logits.
 
-    hidden [B, T, D]: the final, normed activations. head [D, V], or the tied embedding [V, D] with
-    `head_is_embedding`. tokens [B, T] integer. The products read `hidden.dtype` (a head of another dtype is cast for
-    them, and its gradient is summed in the head's own dtype: pass float32 master weights) and yield float32 logits,
-    divided by `temperature` (> 0).
+    At most about `chunk_logits` logits exist on a device at a time, in the forward and in the backward pass (which
+    computes them again): all positions, and as much of the vocabulary as fits. So each part of a sharded head is
+    gathered, and its gradient reduced, once a pass, however many positions there are.
 
-    Returns logp and entropy at the token's own place: [b, t] belongs to tokens[b, t] and comes from hidden[b, t - 1].
-    Both are 0 at t = 0. At the first token of a later segment of a packed row they are finite but mean nothing (the
-    prediction crosses from the segment before): its weight must be 0. The entropy is that of the whole distribution.
+    Args:
+        hidden: the final, normed activations. head: [D, V], or with `head_is_embedding` the tied embedding [V, D]. The
+            products have hidden's dtype (the head is cast to it, and its gradient is summed in the head's own dtype:
+            pass float32 master weights) and yield float32 logits, divided by `temperature` (> 0).
 
-    At most about `chunk_logits` logits a device exist at a time, in the forward and in the backward pass (which
-    computes them again): all positions, and as much of the vocabulary as fits. A part of the head is so gathered and
-    its gradient reduced once a pass, however many positions there are.
+    Returns:
+        logp and entropy at the token's own index: [b, t] belongs to tokens[b, t] and comes from hidden[b, t - 1]. Both
+        are 0 at t = 0. At the first token of a later segment of a packed row they are finite but mean nothing (the
+        prediction crosses from the segment before): its weight must be 0. The entropy is that of the whole distribution.
     """
     if chunk_logits < 1:
         raise InputError(f"chunk_logits={chunk_logits} must be at least 1")
@@ -98,17 +98,16 @@ def token_logprobs(
 
 @dataclasses.dataclass(frozen=True)
 class _Chunks:
-    """How the vocabulary is cut: it lies in X equal shards over the tensor axis, and a chunk is `width` columns of
-    each. A head in parts is [D, X, V / X], or [X, V / X, D] where it is the embedding; their letters are D, N (what is
-    sharded over `tensor`) and C."""
+    """How the vocabulary is cut. It has N equal shards over the mesh axis `tensor`, and a chunk has `width` columns of
+    each. A head in parts is [D, N, C], or [N, C, D] if it is the embedding, where C is the size of a shard."""
 
     shards: int
-    size: int  # of a shard
+    size: int
     width: int
     embedding: bool
 
     @classmethod
-    def of(cls, hidden: Array, head: Array, embedding: bool, chunk_logits: int) -> _Chunks:
+    def of(cls, hidden: ArrayLike, head: ArrayLike, embedding: bool, chunk_logits: int) -> _Chunks:
         mesh, V = jax.sharding.get_abstract_mesh(), head.shape[0 if embedding else 1]
         tensor = 1 if mesh.empty else mesh.shape["tensor"]
         rows = 1 if mesh.empty else rows_divisor(mesh)
@@ -124,8 +123,8 @@ class _Chunks:
     def axis(self) -> int:
         return self.dims.index("C")
 
-    def split(self, head: Array) -> Array:
-        """[D, V] or [V, D] in parts."""
+    def split(self, head: ArrayLike) -> ArrayLike:
+        """Reshape [D, V] or [V, D] into parts."""
         D = head.shape[1 if self.embedding else 0]
         parts = (self.shards, self.size, D) if self.embedding else (D, self.shards, self.size)
         return head.reshape(parts)
@@ -134,30 +133,30 @@ class _Chunks:
     def count(self) -> int:
         return -(-self.size // self.width)
 
-    def start(self, i: Array) -> Array:
-        """The last chunk ends with the shard, and so begins among the columns of the one before."""
+    def start(self, i: ArrayLike) -> Array:
+        """The first column of chunk i. The last chunk ends with the shard, so it may overlap the one before."""
         return jnp.minimum(i * self.width, self.size - self.width)
 
-    def logits(self, i: Array, hidden: Array, head: Array, temperature: Array) -> tuple[Array, Array]:
-        """[B, T, X, width] float32 of a chunk, -inf where a column was in the chunk before; and the chunk of the head
-        in hidden's dtype, whole on every row shard."""
+    def logits(self, i: Array, hidden: ArrayLike, head: ArrayLike, temperature: ArrayLike) -> tuple[Array, Array]:
+        """The logits of a chunk, [B, T, N, width] float32, -inf where a column was in the chunk before; and the chunk
+        of the head in hidden's dtype, whole on every row shard."""
         part = lax.dynamic_slice_in_dim(head, self.start(i), self.width, self.axis)
-        # Pinned where it lies, lest the whole head be gathered and then cut.
+        # Constrain the slice first: otherwise the whole head would be gathered and then cut.
         part = constrain(constrain_weight(part, self.dims).astype(hidden.dtype), self.dims)
         logits = jnp.einsum(f"BTD,{self.dims}->BTNC", hidden, part, preferred_element_type=jnp.float32) / temperature
         fresh = self.start(i) + jnp.arange(self.width) >= i * self.width
         return constrain(jnp.where(fresh, logits, -jnp.inf), "BTNC"), part
 
     def is_target(self, i: Array, targets: Array) -> Array:
-        """[B, T, X, width] bool."""
+        """Where a logit is that of the target, [B, T, N, width] bool."""
         columns = self.start(i) + jnp.arange(self.width) + self.size * jnp.arange(self.shards)[:, None]
         return targets[:, :, None, None] == columns
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _logprobs(chunks: _Chunks, with_entropy: bool, hidden: Array, head: Array, targets: Array, temperature: Array):
-    """hidden [B, T, D] predicts targets [B, T]; head in parts. The backward pass is written out, as autodiff would keep
-    every chunk's logits or go through the running sums again."""
+def _logprobs(chunks: _Chunks, with_entropy: bool, hidden, head, targets, temperature):
+    """hidden [B, T, D] predicts targets [B, T]; the head is in parts. The backward pass is written by hand, because
+    automatic differentiation would keep every chunk's logits, or differentiate the running sums."""
     return _logprobs_forward(chunks, with_entropy, hidden, head, targets, temperature)[0]
 
 
@@ -167,8 +166,8 @@ def _logprobs_forward(chunks: _Chunks, with_entropy: bool, hidden, head, targets
         logits, _ = chunks.logits(i, hidden, head, temperature)
         higher = jnp.maximum(highest, jnp.max(logits, axis=(2, 3)))
         scale, weights = jnp.exp(highest - higher), jnp.exp(logits - higher[..., None, None])
-        # A masked sum fuses, and stays local where the vocabulary is sharded; a gather would do neither. Only the first
-        # chunk that has a column counts it.
+        # A masked sum fuses, and stays local where the vocabulary is sharded; a gather would do neither. A column is
+        # counted only in the first chunk that has it.
         is_target = chunks.is_target(i, targets) & (logits > -jnp.inf)
         chosen += jnp.sum(jnp.where(is_target, logits, 0.0), axis=(2, 3))
         total = total * scale + jnp.sum(weights, axis=(2, 3))

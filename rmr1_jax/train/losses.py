@@ -34,7 +34,7 @@ LOG_RATIO_LIMIT = 20.0  # exp(20) is still far from overflow; the reference trai
 K3_LIMIT = 10.0
 
 
-def sft_loss(logp: Float[Array, "B T"], weights: Float[Array, "B T"]) -> Float[Array, ""]:
+def sft_loss(logp: Float[Array, "B T"], weights: Float[Array | np.ndarray, "B T"]) -> Float[Array, ""]:
     """Cross-entropy: -sum(weights * logp).
 
     With weights of 1 / (trained tokens in the mini-batch) it is the mean over tokens, and micro-batches add up to it.
@@ -71,14 +71,14 @@ def group_advantages(
 
 def aggregation_weights(
     response_lengths: Int[np.ndarray, " S"],
-    kind: AggregationKind,
+    kind: str,
     *,
     micro_batch_of: Int[np.ndarray, " S"] | None = None,
     max_length: int | None = None,
 ) -> Float[np.ndarray, " S"]:
     """The weight of each trained token of each sequence of a mini-batch, so that loss = sum of weight * term.
 
-    response_lengths: trained tokens of each sequence. The result is float32. Kinds:
+    response_lengths: trained tokens of each sequence. The result is float32. kind: an `AggregationKind`:
     - "sequence": the mean over each sequence, then over sequences (the paper).
     - "micro_batch": the mean over the tokens of a micro-batch, then over micro-batches (the released trainer);
       needs `micro_batch_of` [S], the micro-batch each sequence is in.

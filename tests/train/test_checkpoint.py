@@ -78,7 +78,7 @@ def test_which_checkpoints_stay(tmp_path, options, left):
 def test_when_a_checkpoint_is_due(tmp_path, monkeypatch):
     now = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    checkpoints = Checkpointer(tmp_path, keep=1, every=4, minutes=2)
+    checkpoints = Checkpointer(tmp_path, keep=1, every=4, minutes=2.0)
     assert [step for step in range(1, 9) if checkpoints.due(step)] == [4, 8]
     monkeypatch.setattr(time, "time", lambda: 1e12)  # the clock on the wall jumps
     now[0] += 119
