@@ -26,7 +26,7 @@ from rmr1_jax.quickstart.cases import REASONING
 from rmr1_jax.report.training import STAGES
 from rmr1_jax.sampler.sample import SamplingConfig
 from rmr1_jax.train.config import SftConfig
-from rmr1_jax.train.losses import PolicyLossConfig, policy_loss
+from rmr1_jax.train.losses import LossInputs, PolicyLossConfig, policy_loss
 from rmr1_jax.train.metrics import read_metrics
 from rmr1_jax.train.sft import sft
 
@@ -104,7 +104,8 @@ def test_the_research_example_is_short_and_trains(folder):
     x = jnp.ones((1, 4))
     given = {"old_logp": x, "ref_logp": x, "sampler_logp": x, "entropy": x, "advantages": x, "weights": x}
     config = PolicyLossConfig(importance_cap=2.0)
-    metrics = policy_loss(config, logp=x, segment_ids=x.astype(int), max_segments=1, **given)[1]
+    inputs = LossInputs(logp=x, segment_ids=x.astype(int), max_segments=1, **given)
+    metrics = policy_loss(config, inputs)[1]
     assert_documented("metrics.jsonl", "of GRPO", set(rows[0]) | set(metrics) - {"tokens"})
 
 
@@ -125,8 +126,8 @@ def facts(pattern: str) -> list[re.Match]:
 
 
 def test_the_arguments_of_a_loss():
-    taken = policy_loss.__kwdefaults__.keys() | set(policy_loss.__annotations__) - {"config", "return"}
-    for said in facts(r"keyword arguments\s+of\s+`losses.policy_loss`: (.*?)\."):
+    taken = {field.name for field in dataclasses.fields(LossInputs)}
+    for said in facts(r"`LossInputs`\s+with\s+the\s+fields\s+(.*?)\."):
         assert set(re.findall(r"`(\w+)`", said[1])) == taken
 
 

@@ -86,7 +86,7 @@ def token_logprobs(
     Returns:
         logp and entropy at the token's own index: [b, t] belongs to tokens[b, t] and comes from hidden[b, t - 1]. Both
         are 0 at t = 0. At the first token of a later segment of a packed row they are finite but mean nothing (the
-        prediction crosses from the segment before): its weight must be 0. The entropy is that of the whole distribution.
+        prediction crosses from the segment before): its weight must be 0. The entropy is of the whole distribution.
     """
     if chunk_logits < 1:
         raise InputError(f"chunk_logits={chunk_logits} must be at least 1")

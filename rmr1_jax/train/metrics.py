@@ -10,6 +10,7 @@ import math
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -62,7 +63,7 @@ def say(text: str) -> None:
         tqdm.write(text)
 
 
-def as_floats(metrics: Mapping[str, jax.Array]) -> dict[str, float]:
+def as_floats(metrics: Mapping[str, Any]) -> dict[str, float]:
     """Device scalars as Python numbers; waits for them."""
     return {k: float(v) for k, v in jax.device_get(dict(metrics)).items()}
 

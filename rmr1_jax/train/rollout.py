@@ -113,7 +113,7 @@ def roll_out(
     }
 
     def make_groups(sampling: SamplingConfig, share: Sequence[RlPrompt]) -> tuple[list[Group], SampleStats]:
-        token_ids = [p.tokens for p in share]
+        token_ids = [p.tokens.tolist() for p in share]
         engine = Engine.for_prompts(policy.model, weights, token_ids, sampling, mesh=local_mesh(mesh))
         watched = first() and sys.stderr.isatty()
         samples, stats = engine.generate(weights, token_ids, policy.tokenizer.stop_ids, bar=watched)
