@@ -9,7 +9,6 @@ from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
 from planning import MODEL, small_grpo, small_sft
@@ -155,9 +154,9 @@ def product_flops(function, *arguments) -> float:
     return count(jax.make_jaxpr(function)(*arguments).jaxpr)
 
 
-def row_batch(rows: int, length: int) -> dict[str, np.ndarray]:
+def row_batch(rows: int, length: int) -> dict[str, jax.Array]:
     names = ("tokens", "positions", "segment_ids")
-    return {name: np.ones((rows, length), np.int32) for name in names} | {"weights": np.ones((rows, length), "f")}
+    return {name: jnp.ones((rows, length), jnp.int32) for name in names} | {"weights": jnp.ones((rows, length), "f")}
 
 
 @pytest.mark.parametrize("remat", ["none", "dots", "full"])
