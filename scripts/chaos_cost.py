@@ -31,6 +31,7 @@ def _measure(work: Path, count: int, seed: int, report: Path) -> int:
     import jax
 
     from rmr1_jax.data.packing import sft_batches
+    from rmr1_jax.model.qwen import split
     from rmr1_jax.policy import fresh_policy
     from rmr1_jax.quickstart import world
     from rmr1_jax.quickstart.quickstart import MODEL, SFT, sft_examples
@@ -51,7 +52,7 @@ def _measure(work: Path, count: int, seed: int, report: Path) -> int:
     with jax.set_mesh(policy.mesh), Checkpointer(work, keep=SFT.keep) as checkpoints:
         optimizer = make_optimizer(SFT.optimizer, total)
         state = init_state(master_weights(policy.params, keep=True), optimizer)
-        loss = functools.partial(sft_micro_loss, policy.config, **forward_options(SFT, policy.mesh))
+        loss = functools.partial(sft_micro_loss, split(policy.model)[0], **forward_options(SFT, policy.mesh))
         step = compile_update(state, loss=loss, optimizer=optimizer, clip=SFT.optimizer.clip)
         for stretch in range(-2, 2 * count):
             saves, began, used = bool(stretch % 2), time.perf_counter(), time.process_time()
