@@ -38,6 +38,8 @@ CONFIGS = {
 ALL_CONFIGS = tuple(kind for kinds in CONFIGS.values() for kind in kinds)
 MODULES = (cli, data, evaluation, judging, train)
 OTHER_PROGRAMS = {
+    "echo",
+    "cat",
     "hf",
     "source",
     "git",

@@ -26,6 +26,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
 from rmr1_jax.distributed.mesh import constrain, constrain_weight, single_device_mesh, weight_sharding
@@ -168,14 +169,14 @@ class Transformer(nnx.Module):
         """The structure of one block, for its parameters without the axis L."""
         return nnx.split(self.Block(self.config))[0]
 
-    def embedded(self, tokens: Int[Array, "B T"], dtype: Any) -> Float[Array, "B T D"]:
+    def embedded(self, tokens: Int[ArrayLike, "B T"], dtype: Any) -> Float[Array, "B T D"]:
         return self.embed.get_value()[tokens].astype(dtype)
 
     def hidden_states(
         self,
-        tokens: Int[Array, "B T"],
-        positions: Int[Array, "B T"] | None = None,
-        segment_ids: Int[Array, "B T"] | None = None,
+        tokens: Int[ArrayLike, "B T"],
+        positions: Int[ArrayLike, "B T"] | None = None,
+        segment_ids: Int[ArrayLike, "B T"] | None = None,
         *,
         dtype: Any = jnp.float32,
         remat: Remat = "none",
@@ -227,9 +228,9 @@ class Qwen(Transformer):
 
     def __call__(
         self,
-        tokens: Int[Array, "B T"],
-        positions: Int[Array, "B T"] | None = None,
-        segment_ids: Int[Array, "B T"] | None = None,
+        tokens: Int[ArrayLike, "B T"],
+        positions: Int[ArrayLike, "B T"] | None = None,
+        segment_ids: Int[ArrayLike, "B T"] | None = None,
         **options: Any,
     ) -> Float[Array, "B T V"]:
         """Logits for whole rows, float32. Training never calls this: see `train/logprobs.py` for the head in chunks.

@@ -8,6 +8,7 @@ import math
 
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
 from rmr1_jax.model.config import QwenConfig, RopeScaling
@@ -15,7 +16,7 @@ from rmr1_jax.model.config import QwenConfig, RopeScaling
 Rope = tuple[Float[Array, "B T 1 h"], Float[Array, "B T 1 h"]]  # cosines and sines of H/2 angles a position, float32
 
 
-def rope_table(config: QwenConfig, positions: Int[Array, "B T"]) -> Rope:
+def rope_table(config: QwenConfig, positions: Int[ArrayLike, "B T"]) -> Rope:
     """The cosine and sine of every position's angles, in float32: bfloat16 cannot tell position 4096 from 4097."""
     frequencies, scale = rope_inverse_frequencies(config)
     angles = positions[..., None, None].astype(jnp.float32) * frequencies

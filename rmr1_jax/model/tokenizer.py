@@ -151,7 +151,7 @@ class Tokenizer:
         return sorted(ids, key=lambda i: i != self.hf.eos_token_id)
 
 
-def completion_text(tokenizer: Tokenizer, prompt: Sequence[int], token_ids: Sequence[int]) -> str:
+def completion_text(tokenizer: Any, prompt: Sequence[int], token_ids: Sequence[int]) -> str:
     """The text of a completion `token_ids` of `prompt`, with the `<think>` that the chat template opens for it."""
     text = tokenizer.decode(token_ids)
     # A thought that the chat template opens belongs to the text: one that never ends must not pass for a judgement.

@@ -1,8 +1,8 @@
 """Policies for tests: a scripted one, and a tiny one with random weights."""
 
+import dataclasses
 import functools
 import tempfile
-from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -14,13 +14,30 @@ from rmr1_jax.quickstart.tokenizer import train_tokenizer
 from rmr1_jax.quickstart.world import world_texts
 from rmr1_jax.sampler.sample import Sample
 
+CONFIG = QwenConfig(
+    model_type="qwen2",
+    vocab_size=640,
+    hidden_size=32,
+    intermediate_size=64,
+    num_layers=1,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    max_position_embeddings=512,
+    rope_theta=1e4,
+    rms_norm_eps=1e-6,
+    tie_word_embeddings=True,
+    qkv_bias=True,
+    qk_norm=False,
+)
+
 
 class ScriptedPolicy:
     """Writes `script(prompt, number)`. A token is a byte; a prompt is its last message, then `opening`."""
 
     def __init__(self, script, positions: int = 20_000, opening: str = ""):
         self.script, self.opening, self.calls = script, opening, []
-        self.config = SimpleNamespace(max_position_embeddings=positions, sliding_window=None)
+        self.config = dataclasses.replace(CONFIG, max_position_embeddings=positions)
         self.tokenizer = self
 
     def render(self, messages) -> list[int]:
@@ -58,24 +75,8 @@ def says(verdicts: str):
 @functools.cache
 def tiny_policy() -> Policy:
     """Random weights, one layer, the small world's tokenizer; made once, for it takes seconds."""
-    config = QwenConfig(
-        model_type="qwen2",
-        vocab_size=640,
-        hidden_size=32,
-        intermediate_size=64,
-        num_layers=1,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=8,
-        max_position_embeddings=512,
-        rope_theta=1e4,
-        rms_norm_eps=1e-6,
-        tie_word_embeddings=True,
-        qkv_bias=True,
-        qk_norm=False,
-    )
     tokenizer = train_tokenizer(world_texts(200), tempfile.mkdtemp(prefix="rmr1-test-tokenizer-"))
-    return fresh_policy(config, tokenizer, seed=0)
+    return fresh_policy(CONFIG, tokenizer, seed=0)
 
 
 def shapes_of(config: QwenConfig) -> dict:
