@@ -1,5 +1,7 @@
 """Tests of the judge: votes, both orders, pairs that are not judged; with a scripted policy and with a tiny one."""
 
+import dataclasses
+
 import pytest
 from jax.errors import JaxRuntimeError
 from policies import ScriptedPolicy, answer, prefers, says, tiny_policy
@@ -207,7 +209,7 @@ def test_limits_follow_the_model():
     policy = ScriptedPolicy(says("A"), positions=512)
     judge = Judge(policy)
     assert (judge.max_new_tokens, judge.max_prompt_tokens) == (256, 256)
-    policy.config.sliding_window = 100
+    policy.config = dataclasses.replace(policy.config, sliding_window=100)
     assert (Judge(policy).max_new_tokens, Judge(policy).max_prompt_tokens) == (50, 50)
 
 
