@@ -52,7 +52,7 @@ def load_tokenizer(model: str) -> Tokenizer:
     return Tokenizer(locate(model, kind="model", patterns=TOKENIZER_FILES))
 
 
-def read_source(
+def read_training_rows(
     paths: Sequence[Path], prompt: Prompt | None, *, seed: int = 0, **reading: Any
 ) -> Iterator[PublishedRow]:
     """Read rendered rows from `paths`, or the pairs of the only path and render them with `prompt`.

@@ -34,18 +34,8 @@ from pydantic import NonNegativeInt, PositiveInt
 from tqdm import tqdm
 
 from rmr1_jax.config import config_dataclass
-from rmr1_jax.data.examples import Example, Stage, Target, load_tokenizer, make_example, read_source
-from rmr1_jax.data.store import (
-    FORMAT,
-    LENGTHS,
-    MANIFEST,
-    REJECTS,
-    ROWS,
-    PreparedExamples,
-    SetWriter,
-    flush_and_hash,
-    publish,
-)
+from rmr1_jax.data import store
+from rmr1_jax.data.examples import Example, Stage, Target, load_tokenizer, make_example, read_training_rows
 from rmr1_jax.errors import InputError, RunError
 from rmr1_jax.files.append import lock_for_writing
 from rmr1_jax.files.hub import locate
@@ -85,11 +75,11 @@ class PrepareConfig:
     def __post_init__(self):
         if not self.data:
             raise InputError("data names no rows; give a file, a folder or a hub id")
-        if self.prompt is not None and not isinstance(self.data, str):
-            raise InputError(
-                "data: with a prompt, give one file or folder of pairs; `rmr1 data mix` makes one of several"
-            )
-        if self.prompt is not None and (self.stage, self.target) == ("sft", "trace"):
+        if self.prompt is None:
+            return
+        if not isinstance(self.data, str):
+            raise InputError("data: a prompt renders one file or folder of pairs; `rmr1 data mix` makes one of several")
+        if (self.stage, self.target) == ("sft", "trace"):
             raise InputError(
                 f"prompt={self.prompt!r}: pairs hold no traces, which stage sft learns; set target=verdict (the answer "
                 "alone) or stage=grpo, or make traces with `rmr1 data chains`"
@@ -112,10 +102,10 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
             tokenizer = load_tokenizer(config.model)
             with writing(out, then="make room, then run the same command again"):
                 shutil.rmtree(partial, ignore_errors=True)  # left by a run that was killed
-                (partial / ROWS).mkdir(parents=True)
+                (partial / store.ROWS).mkdir(parents=True)
                 manifest = _write_set(config, tokenizer, partial)
-                PreparedExamples(partial)  # check that it opens before it is published
-                publish(partial, out)
+                store.PreparedExamples(partial)  # check that it opens before it is published
+                store.publish(partial, out)
         except BrokenProcessPool as e:
             raise RunError("a worker process was killed, perhaps for memory; run again with fewer workers") from e
         finally:
@@ -126,9 +116,8 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
 
 def summary_line(manifest: Mapping[str, Any]) -> str:
     """Describe a set in a line. The counts of rows add up: read = kept + rejected + too long + left out."""
-    lengths = manifest["lengths"]
-    trained = lengths["trained"]["sum"] if "trained" in lengths else 0
-    return f"rows: {_in_words(manifest['counts'])}; tokens: {lengths['tokens']['sum']}, {trained} of them trained"
+    tokens, trained = (manifest["lengths"].get(kind, {"sum": 0})["sum"] for kind in ("tokens", "trained"))
+    return f"rows: {_in_words(manifest['counts'])}; tokens: {tokens}, {trained} of them trained"
 
 
 def _in_words(counts: Mapping[str, int]) -> str:
@@ -139,13 +128,13 @@ def _write_set(config: PrepareConfig, tokenizer: Tokenizer, partial: Path) -> di
     """Write all files of the set into the directory `partial`, and return its manifest."""
     prompt = None if config.prompt is None else get_prompt(config.prompt)
     paths = [locate(path) for path in ([config.data] if isinstance(config.data, str) else config.data)]
-    rejects = partial / REJECTS
+    rejects = partial / store.REJECTS
     bad_rows = rejects if config.on_bad_row == "quarantine" else None
-    rows = functools.partial(read_source, paths, prompt, seed=config.seed, rejects=bad_rows)
+    rows = functools.partial(read_training_rows, paths, prompt, seed=config.seed, rejects=bad_rows)
     total = sum(1 for _ in rows())
     count = min(config.limit or total, total)
     chosen = np.isin(np.arange(total), np.random.default_rng(config.seed).choice(total, count, replace=False))
-    report, examples, drops = ReadReport(), SetWriter(partial / ROWS), Counter()
+    report, examples, drops = ReadReport(), store.SetWriter(partial / store.ROWS), Counter()
     workers = min(config.workers or _cores(), -(-count // CHUNK) or 1)
     outcomes = _tokenize(config, tokenizer, itertools.compress(rows(report=report), chosen), workers)
     every = 0.1 if sys.stderr.isatty() else 30.0  # in a log file, a line every half minute
@@ -175,9 +164,9 @@ def _write_set(config: PrepareConfig, tokenizer: Tokenizer, partial: Path) -> di
     }
     if not counts["kept"]:
         raise InputError(f"{config.data}: no row is left ({_in_words(counts)})")
-    np.save(partial / LENGTHS, examples.lengths())
+    np.save(partial / store.LENGTHS, examples.lengths())
     manifest = {
-        "format": FORMAT,
+        "format": store.FORMAT,
         "stage": config.stage,
         "target": "prompt" if config.stage == "grpo" else config.target,
         "fingerprint": tokenizer.fingerprint,
@@ -185,9 +174,9 @@ def _write_set(config: PrepareConfig, tokenizer: Tokenizer, partial: Path) -> di
         "config": dataclasses.asdict(config),
         "counts": counts,
         **examples.summary(),
-        "files": flush_and_hash(partial),
+        "files": store.flush_and_hash(partial),
     }
-    (partial / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    (partial / store.MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     return manifest
 
 

@@ -10,8 +10,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from rmr1_jax.data.examples import Example, load_tokenizer, make_example, read_source
-from rmr1_jax.data.store import PreparedExamples, is_prepared, read_manifest
+from rmr1_jax.data.examples import Example, load_tokenizer, make_example, read_training_rows
+from rmr1_jax.data.store import PreparedExamples, is_prepared
 from rmr1_jax.errors import InputError
 from rmr1_jax.files.hub import locate
 from rmr1_jax.model.tokenizer import Tokenizer
@@ -36,16 +36,15 @@ def show(
     """
     if count < 1:
         raise InputError(f"-n {count}: expected at least 1 row")
-    prepared = is_prepared(path)
-    name = model or (read_manifest(path)["config"]["model"] if prepared else None)
+    examples = PreparedExamples(path) if is_prepared(path) else None
+    name = model or (examples and examples.manifest["config"]["model"])
     if name is None:
         raise InputError(f"{path}: tokens depend on a model; give --model, a directory or hub id")
     tokenizer = load_tokenizer(name)
-    if prepared:
-        examples = PreparedExamples(path)
+    if examples:
         examples.check_tokenizer(tokenizer)
     else:
-        rows = read_source([locate(path)], None if prompt is None else get_prompt(prompt))
+        rows = read_training_rows([locate(path)], None if prompt is None else get_prompt(prompt))
         examples = (make_example(tokenizer, row, "sft" if row.trace else None) for row in rows)
     for example in itertools.islice(examples, count):
         yield show_example(example, tokenizer, colour=colour)
@@ -54,17 +53,16 @@ def show(
 def show_example(example: Example, tokenizer: Tokenizer, *, colour: bool = False) -> str:
     """Format an example: a line of facts, then its text with the trained tokens marked."""
     trained = int(example.trained.sum())
-    facts = [f"{len(example)} tokens: {len(example) - trained} of the prompt, {trained} trained"]
-    facts += [f"source {example.source}"] if example.source else []
-    facts += [f"better {example.better}"] if example.better else []
-    head = f"{example.id}  ({'; '.join(facts)})"
+    facts = f"{len(example)} tokens: {len(example) - trained} of the prompt, {trained} trained"
+    facts += f"; source {example.source}" if example.source else ""
+    facts += f"; better {example.better}" if example.better else ""
     shown = []
     for number, (text, is_trained) in enumerate(pieces(example, tokenizer)):
         if colour:
             shown.append(f"{_COLOURS[is_trained, number % 2]}{text}\x1b[0m")
         else:
             shown.append(f"\u27e6{text}\u27e7" if is_trained else text)
-    return f"{visible(head)}\n{''.join(shown)}\n"
+    return f"{visible(f'{example.id}  ({facts})')}\n{''.join(shown)}\n"
 
 
 def pieces(example: Example, tokenizer: Tokenizer) -> Iterator[tuple[str, bool]]:
@@ -73,19 +71,15 @@ def pieces(example: Example, tokenizer: Tokenizer) -> Iterator[tuple[str, bool]]
     A token that ends within a character is joined with the next ones up to the character's end.
     """
     waiting: list[int] = []
-    for token, trained in zip(example.tokens.tolist(), example.trained.tolist(), strict=True):
+    for end, (token, trained) in enumerate(zip(example.tokens.tolist(), example.trained.tolist(), strict=True), 1):
         waiting.append(token)
         text = tokenizer.hf.decode(waiting, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        if text.endswith("\ufffd") and len(waiting) < 4:  # a character has four bytes at most
+        if text.endswith("\ufffd") and len(waiting) < 4 and end < len(example):  # a character has at most four bytes
             continue
         yield visible(text), trained
         waiting = []
-    if waiting:
-        yield visible(tokenizer.hf.decode(waiting, skip_special_tokens=False)), trained
 
 
 def visible(text: str) -> str:
     """Escape control characters and invisible characters, because rows are untrusted."""
-    return _INVISIBLE.sub(
-        lambda found: f"\\x{ord(found[0]):02x}" if ord(found[0]) < 256 else f"\\u{ord(found[0]):04x}", text
-    )
+    return _INVISIBLE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)

@@ -80,10 +80,10 @@ class PreparedExamples(Sequence[Example]):
         try:
             row = self._rows[number]
             trained = np.arange(len(row["tokens"])) >= row["prompt_length"]
-            text = {name: row[name].decode() for name in ("id", "source", "better")}
+            id, source, better = (row[name].decode() for name in ("id", "source", "better"))
         except Exception as e:  # the record reader, the decoder and the disk each raise their own errors
             raise RunError(f"{self.directory}: row {number} cannot be read ({e}); prepare or copy it again") from e
-        return Example(text["id"], row["tokens"], trained, text["source"], text["better"] or None)
+        return Example(id, row["tokens"], trained, source, better or None)
 
     def check_tokenizer(self, tokenizer: Tokenizer) -> None:
         """Refuse a tokenizer or chat template other than the one that made the token ids.
@@ -132,20 +132,15 @@ def read_manifest(directory: str | Path) -> dict[str, Any]:
     path = Path(directory) / MANIFEST
     try:
         manifest = json.loads(path.read_bytes())
-        if manifest["format"] != FORMAT:
-            raise InputError(
-                f"{path}: format {manifest['format']!r}, this version reads {FORMAT}; prepare the set again"
-            )
-        _ = manifest["fingerprint"].items(), manifest["counts"]["kept"], manifest["stage"], manifest["config"]["model"]
-        _ = [facts["bytes"] for facts in manifest["files"].values()]
+        if (version := manifest["format"]) == FORMAT:
+            _ = manifest["fingerprint"].items(), manifest["counts"]["kept"], manifest["stage"]
+            _ = manifest["config"]["model"], [facts["bytes"] for facts in manifest["files"].values()]
     except OSError as e:
         raise InputError(f"{path}: cannot be read ({e.strerror}); give a directory of `rmr1 data prepare`") from e
-    except InputError:
-        raise
     except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise InputError(
-            f"{path}: not what `rmr1 data prepare` writes ({type(e).__name__}: {e}); prepare it again"
-        ) from e
+        raise InputError(f"{path}: not what `rmr1 data prepare` writes ({e!r}); prepare it again") from e
+    if version != FORMAT:
+        raise InputError(f"{path}: format {version!r}, this version reads {FORMAT}; prepare the set again")
     return manifest
 
 
@@ -205,7 +200,7 @@ class SetWriter:
     def close(self) -> None:
         self._flush(last=True)
 
-    def _flush(self, last: bool = False) -> None:
+    def _flush(self, *, last: bool = False) -> None:
         try:
             self._writer.add_examples({"train": self._buffer})
             if last:

@@ -121,9 +121,8 @@ def read_known_pairs(config: ChainsConfig) -> list[PreferencePair]:
 def make_chains(
     config: ChainsConfig, pairs: Sequence[PreferencePair], teacher: Teacher, second: Teacher | None = None
 ) -> Ledger:
-    """Ask for the chains that `config.out` lacks, and write the results. The pairs stay in memory.
-
-    Returns the ledger, in which pairs are open if a budget ended the run.
+    """Ask for the chains that `config.out` lacks, and write the results. The pairs stay in memory. Returns the ledger,
+    in which pairs are open if a budget ended the run.
 
     Raises:
         InputError: `config.out` was made with another config, or another run is using it; a teacher accepts no request
@@ -231,10 +230,7 @@ def _settings(config: ChainsConfig, prompt: Prompt, teacher: Teacher, second: Te
     return {
         "pairs": f"{path.name} (sha256 {files_digest(source_files(path))})",
         "prompt": prompt.identity,
-        "escape_untrusted": config.escape_untrusted,
-        "seed": config.seed,
-        "tries": config.tries,
-        "keep_thinking": config.keep_thinking,
+        **{name: getattr(config, name) for name in ("escape_untrusted", "seed", "tries", "keep_thinking")},
         "teacher": teacher.settings(),
         "second": {**second.settings(), "note": f"sha256 {note_digest}"} if second else None,
     }

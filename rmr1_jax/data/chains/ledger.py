@@ -16,7 +16,7 @@ Next: `chains.py`, which asks the teachers; `prompts/trace.py`, which parses the
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -98,10 +98,9 @@ class PairAttempts:
         if f"[[{right}]]" not in chain[-LAST_CHARS:]:
             return Rejection("wrong", f"its verdict is not the right one, [[{right}]]")
         trace = parse_trace(chain)
-        if missing := trace.missing(self.structure):
-            return Rejection("invalid", f"its form is not the one asked for (it lacks: {', '.join(missing)})")
-        if trace.flaws:
-            return Rejection("invalid", f"its form is not the one asked for ({'; '.join(trace.flaws)})")
+        missing = ", ".join(trace.missing(self.structure))
+        if flaws := f"it lacks: {missing}" if missing else "; ".join(trace.flaws):
+            return Rejection("invalid", f"its form is not the one asked for ({flaws})")
         if strict_verdict(chain) != right:
             return Rejection("invalid", "it does not end with one clear verdict")
         if not chain[: chain.rfind("<answer>")].strip():
@@ -132,12 +131,10 @@ class Ledger:
     sources: dict[str, dict[str, int]]
 
     def __str__(self) -> str:
-        def share(count: int) -> str:
-            return f"{count:,} ({count / self.read:.1%})"
-
+        counts = {state.replace("_", " "): getattr(self, state) for state in STATES}
+        shares = [f"{count:,} ({count / self.read:.1%}) {state}" for state, count in counts.items()]
         lines = [
-            f"{self.read:,} pairs: {share(self.right_at_first)} right at first, {share(self.right_at_second)} right at "
-            f"second, {share(self.failed)} failed, {share(self.open)} open",
+            f"{self.read:,} pairs: {', '.join(shares)}",
             f"{self.requests:,} requests and {self.retries:,} retries, "
             f"{self.prompt_tokens + self.completion_tokens:,} tokens ({self.completion_tokens:,} of them in answers)",
         ]
@@ -149,18 +146,16 @@ class Ledger:
 
 def make_ledger(all_attempts: Iterable[PairAttempts]) -> Ledger:
     """Count the attempts at all pairs."""
-    all_attempts = list(all_attempts)
-    answers = [attempt.answer for each in all_attempts for attempt in each.attempts]
-    by_turn: dict[Turn, Counter[str]] = {}
-    sources: dict[str, Counter[str]] = {}
+    by_turn, sources = defaultdict(Counter), defaultdict(Counter)
+    answers: list[Answer] = []
     for each in all_attempts:
+        sources[str(each.pair.meta.get("source", ""))][each.state] += 1
         for attempt in each.attempts:
-            reason = attempt.rejection.reason if attempt.rejection else "right"
-            by_turn.setdefault(attempt.turn, Counter())[reason] += 1
-        sources.setdefault(str(each.pair.meta.get("source", "")), Counter())[each.state] += 1
+            by_turn[attempt.turn][attempt.rejection.reason if attempt.rejection else "right"] += 1
+            answers.append(attempt.answer)
     total = sum(sources.values(), Counter())
     return Ledger(
-        read=len(all_attempts),
+        read=total.total(),
         **{state: total[state] for state in STATES},
         requests=len(answers),
         retries=sum(answer.tries - 1 for answer in answers),
@@ -179,9 +174,8 @@ def make_ledger(all_attempts: Iterable[PairAttempts]) -> Ledger:
 
 def attempt_row(id: str, attempt: Attempt) -> dict[str, Any]:
     """The row of an attempt in answers.jsonl; `read_attempt` reads it back."""
-    answer = dataclasses.asdict(attempt.answer)
-    row = {"id": id, "pass": attempt.turn[0], "try": attempt.turn[1], "text": answer.pop("text")}
-    return row | {name: value for name, value in answer.items() if value is not None}
+    answer = {name: value for name, value in dataclasses.asdict(attempt.answer).items() if value is not None}
+    return {"id": id, "pass": attempt.turn[0], "try": attempt.turn[1], **answer}
 
 
 def read_attempt(row: Mapping[str, Any]) -> tuple[str, Attempt]:

@@ -37,21 +37,19 @@ class PolicyTeacher:
     def ask(self, requests: Iterable[Request]) -> Iterator[tuple[Any, Answer]]:
         """Yield (key, answer) for each request, batch by batch, as they finish. A request whose prompt leaves no room
         for the answer is refused."""
-        requests = iter(requests)
-        while batch := list(itertools.islice(requests, self.config.batch_size)):
-            for number, same in itertools.groupby(batch, key=lambda request: request.number):
-                yield from self._ask(list(same), number)
+        for number, same in itertools.groupby(requests, key=lambda request: request.number):
+            while batch := list(itertools.islice(same, self.config.batch_size)):
+                yield from self._ask(batch, number)
 
     def _ask(self, requests: list[Request], number: int) -> Iterator[tuple[Any, Answer]]:
-        keys, prompts = [], []
+        prompts = {}
         for request in requests:
             prompt = self.policy.tokenizer.render(request.messages)
             if len(prompt) > self._max_prompt_tokens:
                 error = f"the prompt has {len(prompt)} tokens, the limit is {self._max_prompt_tokens}"
                 yield request.key, Answer(error=error, failure="refused")
             else:
-                keys.append(request.key)
-                prompts.append(prompt)
+                prompts[request.key] = prompt
         if not prompts:
             return
         sampling = SamplingConfig(
@@ -60,11 +58,13 @@ class PolicyTeacher:
             seed=self.config.seed + number,
             slots=self.config.slots,
         )
-        for k, _, sample in self.policy.stream(prompts, sampling):
+        asked = list(prompts.items())
+        for k, _, sample in self.policy.stream(list(prompts.values()), sampling):
+            key, prompt = asked[k]
             answer = Answer(
-                text=completion_text(self.policy.tokenizer, prompts[k], sample.token_ids),
+                text=completion_text(self.policy.tokenizer, prompt, sample.token_ids),
                 finish_reason=sample.finish_reason,
-                prompt_tokens=len(prompts[k]),
+                prompt_tokens=len(prompt),
                 completion_tokens=len(sample.token_ids),
             )
-            yield keys[k], answer
+            yield key, answer

@@ -28,7 +28,7 @@ from rmr1_jax.config import config_dataclass, config_differences
 from rmr1_jax.data.mix.overlap import Benchmark, OverlapConfig, hash_ngrams, question_words
 from rmr1_jax.data.mix.sources import DROPPED, SourceConfig, SourceReport, read_source
 from rmr1_jax.errors import InputError
-from rmr1_jax.files.hub import commit_of, locate
+from rmr1_jax.files.hub import locate
 from rmr1_jax.files.write import hash_written, write_whole, writing
 from rmr1_jax.pairs.pair import Message, PreferencePair
 from rmr1_jax.pairs.read import read_pairs
@@ -105,21 +105,20 @@ def mix(config: MixtureConfig) -> MixReport:
     entries: list[Entry] = []
     with tqdm(desc="mix", unit="row", dynamic_ncols=True) as bar:
         for source, path in zip(config.sources, paths, strict=True):
-            report = SourceReport(name=source.name, path=source.path, commit=commit_of(path))
-            reports.append(report)
-            report.overlaps = {benchmark.name: {"exact": 0, "near": 0} for benchmark in benchmarks}
             rejects = out / f"rejects-{source.name}.jsonl" if config.on_bad_row == "quarantine" else None
-            entries += [(pair, report) for pair in read_source(source, path, report, rejects=rejects, bar=bar)]
+            pairs, report = read_source(source, path, rejects=rejects, bar=bar)
+            report.overlaps = {benchmark.name: {"exact": 0, "near": 0} for benchmark in benchmarks}
+            entries += [(pair, report) for pair in pairs]
+            reports.append(report)
     entries = _drop(_repeated(entries), entries)
     overlapping, examples = _overlapping(entries, benchmarks, ngram)
     if config.overlap.action == "remove":
         entries = _drop(dict.fromkeys(overlapping, "overlap"), entries)
     if not entries:
         raise InputError(f"of {sum(report.read for report in reports)} rows no pair is left; see the filters")
-    lines = _lines(entries, config.seed)
     with writing(out / "mixture.json"):
         (out / "mixture.json").unlink(missing_ok=True)  # it would describe other pairs
-    write_whole(out / "pairs.jsonl", lines)
+    write_whole(out / "pairs.jsonl", _lines(entries, config.seed))
     assert all(report.reconciles for report in reports)
     mixed = MixReport(
         config=settings,
@@ -145,9 +144,7 @@ def _make_output(out: Path, settings: dict[str, Any]) -> Path:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{made} is not what `rmr1 data mix` writes ({error!r}); give another out") from error
     if changed:
-        raise InputError(
-            f"{out} holds a mixture made with another {', '.join(changed)}; give another out, or remove it"
-        )
+        raise InputError(f"{out} holds a mixture made with another {', '.join(changed)}; remove it or give another out")
     return out
 
 
@@ -178,27 +175,23 @@ def _drop(reasons: dict[int, str], entries: list[Entry]) -> list[Entry]:
     return [entry for place, entry in enumerate(entries) if place not in reasons]
 
 
-def _overlapping(
-    entries: list[Entry], benchmarks: list[Benchmark], ngram: int
-) -> tuple[set[int], list[dict[str, str]]]:
+def _overlapping(entries: list[Entry], benchmarks: list[Benchmark], ngram: int) -> tuple[set[int], list[dict]]:
     """Find the places of pairs whose question is in a benchmark, counted by benchmark; and examples of them."""
     places: set[int] = set()
-    examples: list[dict[str, str]] = []
+    examples: list[dict] = []
     if not benchmarks:
         return places, examples
     for place, (pair, report) in enumerate(tqdm(entries, "overlap", unit="pair", dynamic_ncols=True)):
         words = question_words(pair)
         hashes = hash_ngrams(words, ngram)
         for benchmark in benchmarks:
-            overlap = benchmark.find(words, hashes)
-            if overlap is None:
-                continue
-            places.add(place)
-            counts = report.overlaps[benchmark.name]
-            counts[overlap.kind] += 1
-            if sum(counts.values()) <= EXAMPLES:
-                example = {"source": report.name, "id": f"{report.name}/{pair.id}", "benchmark": benchmark.name}
-                examples.append(example | {"kind": overlap.kind, "benchmark_id": overlap.id, "words": overlap.words})
+            if overlap := benchmark.find(words, hashes):
+                places.add(place)
+                counts = report.overlaps[benchmark.name]
+                counts[overlap.kind] += 1
+                if sum(counts.values()) <= EXAMPLES:
+                    facts = {"source": report.name, "id": f"{report.name}/{pair.id}", "benchmark": benchmark.name}
+                    examples.append(facts | {"kind": overlap.kind, "benchmark_id": overlap.id, "words": overlap.words})
     return places, examples
 
 

@@ -74,19 +74,14 @@ class Benchmark:
 
     def __init__(self, name: str, pairs: Iterable[PreferencePair], ngram: int):
         self.name, self._ngram = name, ngram
-        self._numbers: dict[str, int] = {}  # the words of each distinct question, joined by spaces -> its number
-        self._ids: list[str] = []  # for each question, the first pair that asks it
-        hashes: list[np.ndarray] = []
+        self._ids: dict[str, str] = {}  # the words of each distinct question, joined by spaces -> the first pair's id
         for pair in pairs:
-            words = question_words(pair)
-            text = " ".join(words)
-            if words and text not in self._numbers:
-                self._numbers[text] = len(self._ids)
-                self._ids.append(pair.id)
-                hashes.append(hash_ngrams(words, ngram))
-        if not hashes:
+            self._ids.setdefault(" ".join(question_words(pair)), pair.id)
+        self._ids.pop("", None)
+        if not self._ids:
             raise InputError(f"overlap.benchmarks: {name} holds no questions")
-        self.questions = list(self._numbers)
+        self.questions = list(self._ids)
+        hashes = [hash_ngrams(question.split(" "), ngram) for question in self.questions]
         # All n-gram hashes, sorted and unique; and for each the number of the first question that has it.
         self.hashes, first = np.unique(np.concatenate(hashes), return_index=True)
         self.owners = np.repeat(np.arange(len(hashes), dtype=np.int32), [len(each) for each in hashes])[first]
@@ -94,16 +89,16 @@ class Benchmark:
     def find(self, words: Sequence[str], hashes: np.ndarray) -> Overlap | None:
         """Find the overlap of a question, given its words and their n-gram hashes (`hash_ngrams`)."""
         text = " ".join(words)
-        if (same := self._numbers.get(text)) is not None:
-            return Overlap("exact", self._ids[same], text[:200])
+        if text in self._ids:
+            return Overlap("exact", self._ids[text], text[:200])
         if not len(hashes) or not len(self.hashes):
             return None
         places = np.minimum(np.searchsorted(self.hashes, hashes), len(self.hashes) - 1)
         for start in np.flatnonzero(self.hashes[places] == hashes).tolist():
-            owner = int(self.owners[places[start]])
+            question = self.questions[self.owners[places[start]]]
             shared = " ".join(words[start : start + self._ngram])
-            if f" {shared} " in f" {self.questions[owner]} ":  # hashes may collide
-                return Overlap("near", self._ids[owner], shared)
+            if f" {shared} " in f" {question} ":  # hashes may collide
+                return Overlap("near", self._ids[question], shared)
         return None
 
 

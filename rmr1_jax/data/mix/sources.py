@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from rmr1_jax.config import config_dataclass
 from rmr1_jax.errors import InputError
+from rmr1_jax.files.hub import commit_of
 from rmr1_jax.pairs.pair import PreferencePair
 from rmr1_jax.pairs.read import BENCHMARKS, FORMATS, read_pairs, source_format
 from rmr1_jax.pairs.rows import ReadReport, Row
@@ -68,8 +69,8 @@ class SourceReport:
 
     name: str
     path: str
-    format: str = ""
-    commit: str | None = None
+    format: str
+    commit: str | None
     read: int = 0
     kept: int = 0
     rejected: int = 0
@@ -91,15 +92,16 @@ class SourceReport:
 
 
 def read_source(
-    source: SourceConfig, path: Path, report: SourceReport, *, rejects: Path | None, bar: tqdm
-) -> list[PreferencePair]:
-    """Read, filter and draw the pairs of a source, without those whose answers are the same; update `report`.
+    source: SourceConfig, path: Path, *, rejects: Path | None, bar: tqdm
+) -> tuple[list[PreferencePair], SourceReport]:
+    """Read, filter and draw the pairs of a source, without those whose answers are the same.
 
     Args:
         path: where the source is on this machine. rejects: the file for bad rows, removed if there were none; None: a
             bad row is an error. bar: is advanced by the rows read.
     """
-    report.format = source_format(path) if source.format == "auto" else source.format
+    format = source_format(path) if source.format == "auto" else source.format
+    report = SourceReport(name=source.name, path=source.path, format=format, commit=commit_of(path))
     if report.format in BENCHMARKS:
         raise InputError(
             f"source {source.name}: {source.path} is an evaluation set ({report.format}); a judge that trains on it "
@@ -121,7 +123,7 @@ def read_source(
     different = [pair for pair in pairs if pair.response_a.strip() != pair.response_b.strip()]
     report.alike = len(pairs) - len(different)
     report.both_empty = sum("both_empty" in pair.meta for pair in pairs)
-    return different
+    return different, report
 
 
 class _RowFilter:
