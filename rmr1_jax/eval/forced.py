@@ -113,7 +113,7 @@ def _questions(
                 thinking = after_thinking(cut) == len(cut) and not cut.endswith("</think>")
                 ending, choices = _ending(tokenizer, CLOSE if thinking else "")
                 question = _Question([*prompt, *begun, *ending], choices, place)
-                if (known := read(cut)) or len(question.tokens) > _longest(judge):
+                if (known := read(cut)) or len(question.tokens) > judge.policy.config.max_length:
                     yield place, known
                 else:
                     yield question
@@ -129,18 +129,13 @@ def _ending(tokenizer: Any, close: str) -> tuple[list[int], tuple[int, int]]:
 def _answers(judge: Judge, asked: list[_Question], batch_tokens: int) -> Iterator[tuple[_Question, str]]:
     policy, rows = judge.policy, [question.tokens for question in asked]
     divisor = rows_divisor(policy.mesh)
-    for batch in batches(rows, longest=_longest(judge), batch_tokens=batch_tokens, divisor=divisor):
+    for batch in batches(rows, longest=policy.config.max_length, batch_tokens=batch_tokens, divisor=divisor):
         choices = np.zeros((len(batch.counts), 2), np.int32)
         choices[: len(batch.numbers)] = [asked[number].choices for number in batch.numbers]
         with jax.set_mesh(policy.mesh):
             found = _logits(*split(policy.model), *batch[1:], choices, dtype=DTYPES[policy.dtype])
         for number, (a, b) in zip(batch.numbers, np.asarray(found).tolist(), strict=False):
             yield asked[number], "A" if a >= b else "B"
-
-
-def _longest(judge: Judge) -> int:
-    positions = judge.policy.config.max_position_embeddings
-    return min(positions, judge.policy.config.sliding_window or positions)
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "dtype"))

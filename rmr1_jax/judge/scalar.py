@@ -96,12 +96,6 @@ class ScalarModel:
     def config(self) -> QwenConfig:
         return self.model.config
 
-    @property
-    def max_tokens(self) -> int:
-        """The length of the longest conversation that the model can score."""
-        positions = self.config.max_position_embeddings
-        return min(positions, self.config.sliding_window or positions)
-
     def render(self, conversation: Sequence[Message]) -> list[int]:
         """Render a conversation that ends with the answer by the model's chat template; returns token ids."""
         return self.tokenizer.render([message._asdict() for message in conversation], answered=True)
@@ -110,10 +104,10 @@ class ScalarModel:
         """Yield (index of the row, its score); see `batches` for the order.
 
         Args:
-            rows: token ids, each 1 to `max_tokens` long. batch_tokens: positions of one batch, padding included.
+            rows: token ids, each 1 to `config.max_length` long. batch_tokens: positions of one batch, padding included.
         """
         divisor = rows_divisor(self.mesh)
-        for batch in batches(rows, longest=self.max_tokens, batch_tokens=batch_tokens, divisor=divisor):
+        for batch in batches(rows, longest=self.config.max_length, batch_tokens=batch_tokens, divisor=divisor):
             with jax.set_mesh(self.mesh):
                 found = _scores(*split(self.model), batch.tokens, batch.counts, dtype=DTYPES[self.dtype])
             yield from zip(batch.numbers, np.asarray(found)[: len(batch.numbers)].tolist(), strict=True)
@@ -169,7 +163,7 @@ class ScalarJudge(AnyJudge):
         waiting: dict[int, list[int]] = defaultdict(list)  # the pairs of each row
         for number, pair in enumerate(pairs):
             own = [self.model.render(conversation) for conversation in (pair.conversation_a, pair.conversation_b)]
-            if found := both_empty(pair) or too_long("a conversation", own, self.model.max_tokens):
+            if found := both_empty(pair) or too_long("a conversation", own, self.model.config.max_length):
                 yield number, found
             else:
                 a, b = (rows.setdefault(tuple(ids), len(rows)) for ids in own)
@@ -192,7 +186,7 @@ class ScalarJudge(AnyJudge):
             raise InputError(
                 "a scalar reward model scores each answer by itself; give it neither votes nor both orders"
             )
-        return {"kind": "scalar", "max_tokens": self.model.max_tokens}
+        return {"kind": "scalar", "max_tokens": self.model.config.max_length}
 
 
 def _judgement(a: float, b: float) -> Judgement:

@@ -204,6 +204,11 @@ class QwenConfig:
     max_window_layers: int | None = None  # first layer with the window; carried so that an export says so again
     scalar: bool = False  # a reward model: one score of the last token in the place of a head over the vocabulary
 
+    @property
+    def max_length(self) -> int:
+        """The length in tokens of the longest row that the model can read."""
+        return min(self.max_position_embeddings, self.sliding_window or self.max_position_embeddings)
+
 
 def read_config(model_dir: str | Path, *, scalar: bool = False) -> QwenConfig:
     """Reads `model_dir/config.json`: of a policy, or with `scalar` of a scalar reward model.

@@ -95,8 +95,7 @@ def token_limits(
     Raises:
         InputError: a limit is below 1, or the new tokens leave no position for the prompt.
     """
-    positions = config.max_position_embeddings
-    positions = min(positions, config.sliding_window or positions)
+    positions = config.max_length
     new = min(LONGEST, positions // 2) if max_new_tokens is None else max_new_tokens
     if not 1 <= new < positions:
         raise InputError(

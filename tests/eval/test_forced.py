@@ -12,6 +12,7 @@ from rmr1_jax.eval.summary import write_summary
 from rmr1_jax.judge.file import Output, judge_file, judgement_row
 from rmr1_jax.judge.judge import Judge
 from rmr1_jax.judge.judgement import Voting
+from rmr1_jax.model.tokenizer import Tokenizer
 from rmr1_jax.pairs.pair import PreferencePair, render_pair
 from rmr1_jax.prompts.prompt import Prompt
 
@@ -102,9 +103,10 @@ def test_a_killed_run_goes_on_and_other_judgements_are_refused(run, tmp_path):
         force_verdicts(judge, tmp_path, budgets=(4,), progress=False)
 
 
-class Spelling:
+class Spelling(Tokenizer):
     """A tokenizer of letters whose text is thought, up to `</think>`: enough to see what is written after a cut."""
 
+    __init__ = object.__init__
     encode = staticmethod(lambda text: list(text.encode()))
     decode = staticmethod(lambda ids: bytes(ids).decode())
     render = staticmethod(lambda messages: list(b"prompt<think>"))
@@ -119,9 +121,7 @@ def test_an_open_thought_is_closed_before_the_answer(budget, closed):
     from rmr1_jax.eval.forced import _Question, _questions
 
     text = "<think>\nhm hm</think>\nso it is <answer>[[A]]</answer>"
-    policy = SimpleNamespace(
-        tokenizer=Spelling, config=SimpleNamespace(max_position_embeddings=1000, sliding_window=None)
-    )
+    policy = SimpleNamespace(tokenizer=Spelling(), config=SimpleNamespace(max_length=1000))
     judge = SimpleNamespace(
         policy=policy,
         rule="eval",

@@ -9,6 +9,7 @@ import numpy as np
 
 from rmr1_jax.model.config import QwenConfig
 from rmr1_jax.model.qwen import module_for, split
+from rmr1_jax.model.tokenizer import Tokenizer
 from rmr1_jax.policy import Policy, fresh_policy
 from rmr1_jax.quickstart.tokenizer import train_tokenizer
 from rmr1_jax.quickstart.world import world_texts
@@ -32,7 +33,7 @@ CONFIG = QwenConfig(
 )
 
 
-class ScriptedPolicy:
+class ScriptedPolicy(Tokenizer):
     """Writes `script(prompt, number)`. A token is a byte; a prompt is its last message, then `opening`."""
 
     def __init__(self, script, positions: int = 20_000, opening: str = ""):
