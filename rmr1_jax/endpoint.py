@@ -175,7 +175,8 @@ class Endpoint:
             try:
                 return self._ask_once(request, tries)
             except openai.APIStatusError as e:
-                error, status = self._shorten(f"{e.status_code}: {_message(e)}"), e.status_code
+                body = e.body if isinstance(e.body, Mapping) else {"message": e.body or e.message}
+                error, status = self._shorten(f"{e.status_code}: {body.get('message') or dict(body)}"), e.status_code
                 if status in FATAL:
                     raise InputError(f"{self.name} answered {error}; check the model, base_url and the key") from None
                 if status < 500 and status not in TRANSIENT:
@@ -242,13 +243,6 @@ def _key(config: EndpointConfig) -> str:
             f"the environment variable {config.key_variable} holds no API key: it has spaces or non-ASCII characters"
         )
     return key
-
-
-def _message(error: Any) -> str:
-    body = error.body
-    if isinstance(body, Mapping):
-        return str(body.get("message") or dict(body))
-    return str(body or error.message)
 
 
 def _retry_after(header: str | None) -> float:

@@ -23,18 +23,11 @@ class Chip(NamedTuple):
 # From Google's pages on the TPU versions: bfloat16 peak, HBM bandwidth, half of the bidirectional bandwidth of the
 # links (400, 800, 1200 GB/s), and the data center's bandwidth per pod (6.4 and 25.6 Tb/s for 256 chips) or per chip
 # (50 Gb/s).
-V5E = Chip(197e12, 819e9, 200e9, 3.125e9)
-V5P = Chip(459e12, 2765e9, 600e9, 6.25e9)
-V6E = Chip(918e12, 1638e9, 400e9, 12.5e9)
-
 CHIPS = {
     "TPU v4": Chip(275e12),
-    "TPU v5 lite": V5E,
-    "TPU v5e": V5E,
-    "TPU v5": V5P,
-    "TPU v5p": V5P,
-    "TPU v6 lite": V6E,
-    "TPU v6e": V6E,
+    **dict.fromkeys(("TPU v5 lite", "TPU v5e"), Chip(197e12, 819e9, 200e9, 3.125e9)),
+    **dict.fromkeys(("TPU v5", "TPU v5p"), Chip(459e12, 2765e9, 600e9, 6.25e9)),
+    **dict.fromkeys(("TPU v6 lite", "TPU v6e"), Chip(918e12, 1638e9, 400e9, 12.5e9)),
     # The kind of a GPU is its product's name, such as "NVIDIA H100 80GB HBM3".
     "A100": Chip(312e12),
     "H100": Chip(989e12),

@@ -20,8 +20,6 @@ from rmr1_jax.errors import InputError
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
 
-DATA_FILES = tuple(f"*{suffix}" for suffix in SUFFIXES)
-
 _LOCAL = {"dataset": "file or folder", "model": "directory"}  # what a local source of each kind is
 
 # A path in a repository requires a revision. Otherwise a misspelt local path would be requested from the hub.
@@ -49,7 +47,7 @@ def locate(
     revision: str | None = None,
     *,
     kind: str = "dataset",
-    patterns: Sequence[str] = DATA_FILES,
+    patterns: Sequence[str] = tuple(f"*{suffix}" for suffix in SUFFIXES),
 ) -> Path:
     """Return the local file or folder that `source` names, after a download if it is a hub id.
 
