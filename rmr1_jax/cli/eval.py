@@ -87,9 +87,8 @@ class Eval(JudgeOptions):
         hashed = f"{Path(self.data).name} (sha256 {files_digest(source_files(data))})"
         judge = dataclasses.replace(judge, identity={**judge.identity, "data": hashed})
         pairs = load(self.benchmark, data, self.limit)
-        counts, scores = evaluate(
-            self.benchmark, judge, pairs, self.out, voting, batch_size=self.batch_size, total=total
-        )
+        sizes = {"batch_size": self.batch_size, "total": total}
+        counts, scores = evaluate(self.benchmark, judge, pairs, self.out, voting, **sizes)
         if self.forced_budgets:
             from rmr1_jax.eval.forced import force_verdicts
             from rmr1_jax.eval.summary import write_summary
@@ -125,8 +124,8 @@ def make_judge(command: Eval) -> NamedJudge:
             max_tokens=command.max_new_tokens or LONGEST,
             concurrency=command.concurrency,
         )
-        reading, temperature = command.reading(), command.temperature
-        judge = EndpointJudge(Endpoint(config), command.prompt, temperature=temperature, **reading)
+        options = {"temperature": command.temperature, **command.reading()}
+        judge = EndpointJudge(Endpoint(config), command.prompt, **options)
         return NamedJudge(judge=judge, name=command.model_name())
     if command.judge == "scalar":
         from rmr1_jax.judge.scalar import ScalarJudge, load_scalar
@@ -178,10 +177,8 @@ class Score:
     def run(self) -> None:
         from rmr1_jax.eval.evaluate import score_logs
 
-        rule = None if self.rule == "as-logged" else self.rule
-        scores, failures = score_logs(
-            self.benchmark, self.logs, self.out, released=self.compat == "released", rule=rule
-        )
+        rule, released = None if self.rule == "as-logged" else self.rule, self.compat == "released"
+        scores, failures = score_logs(self.benchmark, self.logs, self.out, released=released, rule=rule)
         if scores:
             print(f"{_lines(self.benchmark, scores)}\nwritten: {self.out}\nnext:    rmr1 report {self.out}")
         if failures:

@@ -99,10 +99,8 @@ def append_rows(path: Path, rows: Iterable[Mapping[str, Any]], *, sync: bool = T
         RunError: the rows cannot be written.
     """
     lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
-    with (
-        writing(path, len(lines), "the rows written so far stand, run the same command again"),
-        path.open("ab") as file,
-    ):
+    advice = "the rows written so far stand, run the same command again"
+    with writing(path, len(lines), advice), path.open("ab") as file:
         file.write(lines)
         file.flush()
         if sync:
