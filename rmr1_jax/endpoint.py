@@ -46,7 +46,7 @@ class Request(NamedTuple):
     number: int = 0
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@config_dataclass
 class Answer:
     """The answer to a request, or the failure.
 

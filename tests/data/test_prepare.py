@@ -40,11 +40,11 @@ def test_sides_traces_and_pairs_give_their_targets(tmp_path, world_tokenizer, to
 
     for data, settings in ((sides, {}), (chains, {}), (pairs, {"prompt": "cor"})):
         for i, example in enumerate(made(data, target="verdict", **settings)):
-            answer = tokenizer.decode(example.tokens[example.trained])
+            answer = tokenizer.decode(example.tokens[example.trained].tolist())
             assert answer == f"<answer>[[{'AB'[i % 2]}]]</answer>" and example.better == "AB"[i % 2]
         for i, example in enumerate(made(data, stage="grpo", **settings)):
             assert not example.trained.any() and example.better == "AB"[i % 2]
-            assert tokenizer.decode(example.tokens).endswith("assistant\n")
+            assert tokenizer.decode(example.tokens.tolist()).endswith("assistant\n")
     assert example.source == "7" and example.id == "p1"
     assert len(made(pairs, stage="grpo", prompt="reasoning")[0]) != len(example)
 
