@@ -13,7 +13,7 @@ from rmr1_jax.config import config_differences, load_config
 from rmr1_jax.data.chains.chains import ChainsConfig
 from rmr1_jax.data.mix.mixture import MixtureConfig
 from rmr1_jax.data.prepare import PrepareConfig
-from rmr1_jax.prompts.cor import get_prompt
+from rmr1_jax.prompts.prompt import get_prompt
 from rmr1_jax.train.config import GrpoConfig, SftConfig
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -55,7 +55,7 @@ class JudgeOptions:
         """Load the policy; `options` are more arguments of `Judge`."""
         from rmr1_jax.judge.judge import Judge
         from rmr1_jax.policy import load
-        from rmr1_jax.prompts.cor import get_prompt
+        from rmr1_jax.prompts.prompt import get_prompt
 
         prompt = get_prompt(self.prompt)  # before the weights, so that a mistake in it shows at once
         return Judge(

@@ -43,7 +43,7 @@ from rmr1_jax.files.write import writing
 from rmr1_jax.model.tokenizer import Tokenizer
 from rmr1_jax.pairs.rows import ReadReport
 from rmr1_jax.pairs.training_sets import PublishedRow
-from rmr1_jax.prompts.cor import get_prompt
+from rmr1_jax.prompts.prompt import get_prompt
 
 CHUNK = 64  # rows a process takes at a time
 

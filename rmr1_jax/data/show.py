@@ -15,7 +15,7 @@ from rmr1_jax.data.store import PreparedExamples, is_prepared
 from rmr1_jax.errors import InputError
 from rmr1_jax.files.hub import locate
 from rmr1_jax.model.tokenizer import Tokenizer
-from rmr1_jax.prompts.cor import get_prompt
+from rmr1_jax.prompts.prompt import get_prompt
 
 # Colours by (trained, the token's number is odd): neighbouring tokens differ in colour.
 _COLOURS = {(False, 0): "\x1b[2m", (False, 1): "\x1b[90m", (True, 0): "\x1b[30;42m", (True, 1): "\x1b[30;102m"}

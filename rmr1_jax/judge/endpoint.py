@@ -28,8 +28,7 @@ from rmr1_jax.judge.judgement import (
     not_asked,
 )
 from rmr1_jax.pairs.pair import PreferencePair, render_pair
-from rmr1_jax.prompts.cor import get_prompt
-from rmr1_jax.prompts.prompt import Prompt
+from rmr1_jax.prompts.prompt import Prompt, get_prompt
 
 # Parts of the errors for a prompt that does not fit, from OpenAI, vLLM, SGLang and others.
 _TOO_LONG = ("context_length_exceeded", "context length", "context window", "too long", "too many tokens")

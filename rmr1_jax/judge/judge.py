@@ -27,8 +27,7 @@ from rmr1_jax.judge.judgement import (
 )
 from rmr1_jax.model.tokenizer import completion_text
 from rmr1_jax.pairs.pair import PreferencePair, render_pair
-from rmr1_jax.prompts.cor import get_prompt
-from rmr1_jax.prompts.prompt import Prompt
+from rmr1_jax.prompts.prompt import Prompt, get_prompt
 from rmr1_jax.sampler.sample import Sample, SamplingConfig, token_limits
 
 if TYPE_CHECKING:

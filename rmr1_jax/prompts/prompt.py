@@ -4,11 +4,16 @@ A prompt is a system text (or none) and two frames: the fixed texts before, betw
 or a multi-turn comparison. Rendering only joins strings, so an answer that holds braces, tags or delimiters cannot
 change the frame, and the instructions and delimiters are never cut.
 
-Next: `prompts/cor.py`, the prompts by name; `prompts/recover.py`, which recovers a published prompt from rendered rows.
+The project's own prompts are the files in `prompts/named/`: Chain-of-Rubrics, the prompt for reasoning models, and two
+ablations. Their wording is ours. The tags and delimiters are the published ones, because checkpoints expect them to the
+letter; a published checkpoint also expects its own sentences, which `recover_prompt` takes from rows of its training.
+
+Next: `prompts/named/cor.yaml`; `prompts/trace.py`, which parses the text that the judge writes; `prompts/recover.py`.
 """
 
 from __future__ import annotations
 
+import difflib
 import functools
 import hashlib
 import json
@@ -42,6 +47,8 @@ CONVERSATIONS = (
 # The placeholders of a prompt file.
 SINGLE_PARTS = ("{question}", "{response_a}", "{response_b}")
 MULTI_PARTS = ("{conversation_a}", "{conversation_b}")
+
+OWN_PROMPTS = ("cor", "reasoning", "compare", "rubric")  # the project's own prompts, files in `named/`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,6 +176,25 @@ class _PromptFile:
     system: str | None
     single_turn: str
     multi_turn: str
+
+
+def get_prompt(name_or_path: str | Path | Prompt) -> Prompt:
+    """Return the prompt of that name (one of `OWN_PROMPTS`) or YAML file; a `Prompt` unchanged.
+
+    Raises InputError for a name that is neither, and names the nearest known one; and as `load_prompt`.
+    """
+    if isinstance(name_or_path, Prompt):
+        return name_or_path
+    name, path = str(name_or_path), Path(name_or_path)
+    if name in OWN_PROMPTS:
+        return load_prompt(Path(__file__).parent / "named" / f"{name}.yaml")
+    if path.suffix in (".yaml", ".yml") or path.is_file():
+        return load_prompt(path)
+    nearest = difflib.get_close_matches(name, OWN_PROMPTS, n=1, cutoff=0.0)[0]
+    raise InputError(
+        f"prompt {name!r} is neither a name nor a file; the nearest name is {nearest!r} "
+        f"(names: {', '.join(OWN_PROMPTS)}; a prompt file ends in .yaml)"
+    )
 
 
 def load_prompt(path: str | Path) -> Prompt:

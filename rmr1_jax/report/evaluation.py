@@ -2,7 +2,7 @@
 
 An evaluation is a directory with `summary.json`, `judgements.jsonl` or both, as `rmr1 eval` and `rmr1 score` write
 them. A page may show several; every two of the same benchmark are compared judgement by judgement. This module reads
-the summaries and lays out the tables.
+the summaries and lays out the tables; the published scores are in `paper.yaml`.
 
 Read next: `judgements.py`, which reads the judgements; `templates/evaluation.html.j2`.
 """
@@ -15,16 +15,17 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+from rmr1_jax.config import read_yaml
 from rmr1_jax.errors import InputError
 from rmr1_jax.eval.compare import compare
 from rmr1_jax.eval.logs import JUDGEMENTS
 from rmr1_jax.files.untrusted import read_object
 from rmr1_jax.report.curves import make_chart
 from rmr1_jax.report.judgements import FILTERS, STYLES, pack, shown_judgements
-from rmr1_jax.report.paper import COLUMNS, ROWS, SIZES, SOURCE
 from rmr1_jax.report.reading import find_holders
 
 SUMMARY = "summary.json"
+PAPER = Path(__file__).parent / "paper.yaml"  # the published results
 TITLES = {"rewardbench": "RewardBench", "rm-bench": "RM-Bench", "rmb": "RMB", "judgebench": "JudgeBench"}
 # Table of summary.json -> title, what it counts, what its percentages are.
 BREAKDOWNS = {
@@ -70,9 +71,12 @@ def evaluation_page(roots: Sequence[tuple[str, Path]], evaluated: Mapping[str, S
             judge["quotes"] = 100 * quotes.count("found") / len(quotes) if quotes else None
             judges.append(judge | _summary(path, rows, warnings))
     index, pieces = pack(judged)
-    names = [judge["name"] for judge in judges]
+    names, paper = [judge["name"] for judge in judges], read_yaml(PAPER)
     benchmarks = list(dict.fromkeys(judge["benchmark"] for judge in judges))
-    groups = [_group(benchmark, [j for j in judges if j["benchmark"] == benchmark]) for benchmark in benchmarks]
+    groups = [
+        _group(benchmark, [j for j in judges if j["benchmark"] == benchmark], paper["benchmarks"].get(benchmark, {}))
+        for benchmark in benchmarks
+    ]
     for first, second in combinations(range(len(judges)), 2):
         if judged[first] and judged[second] and judges[first]["benchmark"] == judges[second]["benchmark"]:
             right = [{row["id"]: row["winner"] == row["better"] for row in judged[i]} for i in (first, second)]
@@ -87,7 +91,7 @@ def evaluation_page(roots: Sequence[tuple[str, Path]], evaluated: Mapping[str, S
         "data": index
         | {"names": names, "benchmarks": [benchmarks.index(j["benchmark"]) for j in judges], "order": FILTERS},
         "pieces": pieces,
-        "source": SOURCE,
+        "source": paper["source"],
         "styles": STYLES,
         "budgets": BUDGETS,
     }
@@ -118,12 +122,12 @@ def _summary(path: Path, rows: Sequence[Mapping[str, Any]], warnings: list[str])
     }
 
 
-def _group(benchmark: str, judges: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _group(benchmark: str, judges: Sequence[dict[str, Any]], published: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the evaluations of one benchmark: scores, breakdowns with a column for each judge, and charts."""
-    columns, size = COLUMNS.get(benchmark, {"Score": ""}), SIZES.get(benchmark)
+    columns, size = published.get("columns", {"Score": ""}), published.get("pairs")
     paper = [
         {"name": name, "cells": [*row, *[None] * (len(columns) - len(row))]}
-        for name, row in ROWS.get(benchmark, {}).items()
+        for name, row in published.get("models", {}).items()
     ]
     breakdowns = []
     for key, (title, unit, measure) in BREAKDOWNS.items():

@@ -10,7 +10,7 @@ from rmr1_jax.errors import InputError, RunError
 from rmr1_jax.judge.judge import Judge
 from rmr1_jax.judge.judgement import Voting, settle
 from rmr1_jax.pairs.pair import PreferencePair
-from rmr1_jax.prompts.cor import PROMPTS
+from rmr1_jax.prompts.prompt import get_prompt
 from rmr1_jax.quickstart.world import world_prompt
 
 
@@ -104,8 +104,8 @@ def test_several_votes_are_sampled_and_one_is_greedy():
 
 def test_a_prompt_that_does_not_fit_is_not_asked_and_not_cut():
     policy = ScriptedPolicy(prefers("five"), positions=1000)
-    judge = Judge(policy, PROMPTS["cor"], max_new_tokens=400)
-    room = 600 - len(policy.render(PROMPTS["cor"].render("q", "five", "")))
+    judge = Judge(policy, get_prompt("cor"), max_new_tokens=400)
+    room = 600 - len(policy.render(get_prompt("cor").render("q", "five", "")))
     fits, misses, fits_not = ("q", "five", "x" * room), ("q", "six", "five"), ("q", "five", "x" * (room + 1))
     found = judge.compare_many([fits_not, fits, misses, fits_not])
     assert [j.status for j in found] == ["too_long", "ok", "ok", "too_long"]

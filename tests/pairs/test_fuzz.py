@@ -18,8 +18,7 @@ from rmr1_jax.files.append import resume_rows
 from rmr1_jax.pairs.read import read_pairs
 from rmr1_jax.pairs.rows import ReadReport
 from rmr1_jax.pairs.training_sets import read_published
-from rmr1_jax.prompts.cor import get_prompt
-from rmr1_jax.prompts.prompt import load_prompt, save_prompt
+from rmr1_jax.prompts.prompt import get_prompt, load_prompt, save_prompt
 
 ROWS = 5
 MESSAGES = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]

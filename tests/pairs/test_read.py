@@ -14,7 +14,7 @@ from rmr1_jax.pairs.pair import Message, PreferencePair, render_pair
 from rmr1_jax.pairs.read import read_pairs
 from rmr1_jax.pairs.rows import BadRow, ReadReport
 from rmr1_jax.pairs.training_sets import read_published
-from rmr1_jax.prompts.cor import get_prompt
+from rmr1_jax.prompts.prompt import get_prompt
 from rmr1_jax.prompts.recover import recover_prompt
 
 FLAG = "Is_Chosen_Answer_Shuffled_toPositionB"

@@ -34,8 +34,7 @@ from rmr1_jax.files.write import write_whole, writing
 from rmr1_jax.pairs.pair import PreferencePair, render_pair
 from rmr1_jax.pairs.read import read_pairs
 from rmr1_jax.pairs.rows import source_files
-from rmr1_jax.prompts.cor import get_prompt
-from rmr1_jax.prompts.prompt import Prompt
+from rmr1_jax.prompts.prompt import Prompt, get_prompt
 
 
 @config_dataclass

@@ -3,7 +3,7 @@
 The second teacher gets the task as the first one had it, the chain that was rejected, and the right verdict. Its answer
 becomes a training target for a judge that is given no verdict: `revealing_words` finds chains that mention theirs.
 
-Next: `chains.py`, which runs the two passes; `prompts/cor.py`, the prompt of the first.
+Next: `chains.py`, which runs the two passes; `prompts/named/cor.yaml`, the prompt of the first.
 """
 
 from __future__ import annotations

@@ -22,8 +22,7 @@ from rmr1_jax.pairs.pair import render_pair
 from rmr1_jax.pairs.read import read_pairs
 from rmr1_jax.pairs.training_sets import read_published
 from rmr1_jax.policy import load
-from rmr1_jax.prompts.cor import get_prompt
-from rmr1_jax.prompts.prompt import Prompt, published_frames, save_prompt
+from rmr1_jax.prompts.prompt import Prompt, get_prompt, published_frames, save_prompt
 from rmr1_jax.prompts.verdict import other_side
 
 

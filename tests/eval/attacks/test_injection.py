@@ -22,12 +22,12 @@ from rmr1_jax.eval.evaluate import NamedJudge
 from rmr1_jax.judge.judge import Judge
 from rmr1_jax.model.tokenizer import Tokenizer
 from rmr1_jax.pairs.pair import render_pair
-from rmr1_jax.prompts.cor import PROMPTS, get_prompt
 from rmr1_jax.prompts.escape import _folded, escape_text, frame_delimiters
-from rmr1_jax.prompts.prompt import CONVERSATIONS, QUESTION, RESPONSES, split_frame
+from rmr1_jax.prompts.prompt import CONVERSATIONS, OWN_PROMPTS, QUESTION, RESPONSES, get_prompt, split_frame
 from rmr1_jax.prompts.verdict import eval_verdict, strict_verdict
 from rmr1_jax.quickstart.tokenizer import DELIMITERS
 
+PROMPTS = {name: get_prompt(name) for name in OWN_PROMPTS}
 ESCAPING = {name: dataclasses.replace(prompt, escape_untrusted=True) for name, prompt in PROMPTS.items()}
 FORGED = [attack for attack in attacks() if attack.kind == STRUCTURE]
 FRAME = [text.strip() for text in (QUESTION, *RESPONSES, *CONVERSATIONS)]

@@ -3,16 +3,19 @@
 import dataclasses
 import json
 import re
+from pathlib import Path
 
 import pytest
 
+import rmr1_jax
 from rmr1_jax.errors import InputError
-from rmr1_jax.prompts.cor import PROMPTS, get_prompt
 from rmr1_jax.prompts.prompt import (
     CONVERSATIONS,
+    OWN_PROMPTS,
     QUESTION,
     RESPONSES,
     Prompt,
+    get_prompt,
     load_prompt,
     published_frames,
     save_prompt,
@@ -39,7 +42,7 @@ def prompt_for_tests(**changes):
 
 
 def test_own_prompts_have_the_published_delimiters_in_order():
-    for prompt in PROMPTS.values():
+    for prompt in map(get_prompt, OWN_PROMPTS):
         user = prompt.render("QQ", "AA", "BB")[-1]["content"]
         places = [
             user.index(text) for text in (QUESTION + "QQ", RESPONSES[0] + "AA" + RESPONSES[1], RESPONSES[2] + "BB")
@@ -53,7 +56,7 @@ def test_own_prompts_have_the_published_delimiters_in_order():
 
 
 def test_own_prompts_ask_for_their_parts():
-    systems = {name: get_prompt(name).system for name in PROMPTS}
+    systems = {name: get_prompt(name).system for name in OWN_PROMPTS}
     for tag in ("type", "solution", "rubric", "justify", "eval", "answer"):
         assert f"<{tag}>" in systems["cor"] and f"</{tag}>" in systems["cor"]
     for tag in ("quote_A", "summary_A", "quote_B", "summary_B"):
@@ -63,7 +66,7 @@ def test_own_prompts_ask_for_their_parts():
     ]
     assert "<type>" not in systems["rubric"] and "<rubric>" in systems["rubric"]
     assert "<rubric>" not in systems["compare"] and "<type>" not in systems["compare"]
-    assert {name: prompt.structure for name, prompt in PROMPTS.items()} == {
+    assert {name: get_prompt(name).structure for name in OWN_PROMPTS} == {
         "cor": "cor",
         "reasoning": "verdict",
         "compare": "compare",
@@ -83,7 +86,7 @@ def test_own_wording_shares_no_sentence_with_the_published_one(shared_data):
     for name in ROW_FILES:
         published = sentences(recover_prompt(published_rows(shared_data, name)))
         assert published
-        for prompt in PROMPTS.values():
+        for prompt in map(get_prompt, OWN_PROMPTS):
             assert not published & sentences(prompt)
 
 
@@ -109,6 +112,13 @@ def test_get_prompt_by_name_file_or_itself(tmp_path):
     assert get_prompt(mine) is mine
     save_prompt(get_prompt("rubric"), tmp_path / "p.yaml")
     assert get_prompt(str(tmp_path / "p.yaml")) == get_prompt("rubric")
+
+
+def test_own_prompt_files_are_as_save_prompt_writes_them(tmp_path):
+    for name in OWN_PROMPTS:
+        own = Path(rmr1_jax.__file__).parent / "prompts" / "named" / f"{name}.yaml"
+        save_prompt(get_prompt(name), tmp_path / "p.yaml")
+        assert get_prompt(name).name == name and (tmp_path / "p.yaml").read_bytes() == own.read_bytes()
 
 
 @pytest.mark.parametrize(("given", "nearest"), [("reasonning", "reasoning"), ("core", "cor"), ("rubrics", "rubric")])
