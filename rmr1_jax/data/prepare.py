@@ -149,7 +149,7 @@ def _write_set(config: PrepareConfig, tokenizer: Tokenizer, partial: Path) -> di
             else:
                 drops[outcome.kind] += 1
                 dropped.write(json.dumps({"id": outcome.id, "reason": outcome.reason}).encode() + b"\n")
-        examples.close()
+        examples.flush(last=True)
         dropped.seek(0)
         with rejects.open("ab") as end:
             shutil.copyfileobj(dropped, end)

@@ -86,11 +86,7 @@ class PreparedExamples(Sequence[Example]):
         return Example(id, row["tokens"], trained, source, better or None)
 
     def check_tokenizer(self, tokenizer: Tokenizer) -> None:
-        """Refuse a tokenizer or chat template other than the one that made the token ids.
-
-        Raises:
-            InputError: names each difference.
-        """
+        """Raise InputError, which names each difference, unless this tokenizer and its template made the token ids."""
         differences = [
             f"{name} {was} there, {tokenizer.fingerprint.get(name)} in {tokenizer.directory}"
             for name, was in self.manifest["fingerprint"].items()
@@ -124,11 +120,7 @@ def is_prepared(path: str | Path) -> bool:
 
 
 def read_manifest(directory: str | Path) -> dict[str, Any]:
-    """Read `prepared.json`.
-
-    Raises:
-        InputError: the file is missing, or is not one that `rmr1 data prepare` writes.
-    """
+    """Read `prepared.json`. Raises InputError if it is missing, or is not one that `rmr1 data prepare` writes."""
     path = Path(directory) / MANIFEST
     try:
         manifest = json.loads(path.read_bytes())
@@ -183,24 +175,21 @@ class SetWriter:
         self._writer.initialize_splits(["train"])
         self._directory, self._buffer = directory, []
         self.tokens, self.prompts = array("i"), array("i")  # of each example
-        self.sources: Counter[str] = Counter()
-        self.better: Counter[str] = Counter()
+        self.sources, self.better = Counter(), Counter()
 
     def add(self, example: Example) -> None:
         prompt = len(example) - int(example.trained.sum())
         row = {"id": example.id, "source": example.source, "better": example.better or ""}
         self._buffer.append(row | {"tokens": example.tokens, "prompt_length": prompt})
         if len(self._buffer) == ROWS_PER_WRITE:  # each write rewrites the data set's description
-            self._flush()
+            self.flush()
         self.tokens.append(len(example))
         self.prompts.append(prompt)
         self.sources[example.source] += 1
         self.better[example.better or "unknown"] += 1
 
-    def close(self) -> None:
-        self._flush(last=True)
-
-    def _flush(self, *, last: bool = False) -> None:
+    def flush(self, *, last: bool = False) -> None:
+        """Write the rows that are buffered; with `last`, close the files too."""
         try:
             self._writer.add_examples({"train": self._buffer})
             if last:

@@ -99,9 +99,8 @@ class Teacher(Protocol):
 
 def read_known_pairs(config: ChainsConfig) -> list[PreferencePair]:
     """Read the pairs. Raises InputError for a bad row, and for a pair whose better answer is not known."""
-    rejects = None
-    if config.on_bad_row == "quarantine":
-        rejects = Path(config.out) / "rejects.jsonl"
+    rejects = Path(config.out) / "rejects.jsonl" if config.on_bad_row == "quarantine" else None
+    if rejects:
         with writing(rejects):
             rejects.parent.mkdir(parents=True, exist_ok=True)
     pairs = list(read_pairs(config.pairs, seed=config.seed, rejects=rejects))
