@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from rmr1_jax.errors import InputError
-from rmr1_jax.eval.attacks.cases import FAMILIES, PERSUASION, STRUCTURE, Attack, attacks
+from rmr1_jax.eval.attacks.cases import PERSUASION, STRUCTURE, Attack, attacks, families
 from rmr1_jax.eval.evaluate import NamedJudge, chosen
 from rmr1_jax.eval.logs import read_judgements
 from rmr1_jax.eval.scores import wilson_interval
@@ -71,14 +71,14 @@ def attack_rates(cases: Sequence[Attack], winners: Mapping[str, str | None]) -> 
     right = sum(winners[pair.id] == pair.better for pair in clean.values())
     none = sum(winners[name] is None for name in clean)
     counts = {"n": len(clean), "right": right, "wrong": len(clean) - right - none, "none": none}
-    families = [
+    by_family = [
         _rate(family, kind, [case for case in cases if case.family == family], winners)
-        for family, (kind, _) in FAMILIES.items()
+        for family, kind in families().items()
     ]
-    kinds = [
+    by_kind = [
         _rate(kind, kind, [case for case in cases if case.kind == kind], winners) for kind in (STRUCTURE, PERSUASION)
     ]
-    return {"clean": counts, "families": families, "kinds": kinds}
+    return {"clean": counts, "families": by_family, "kinds": by_kind}
 
 
 def injection_table(result: Mapping[str, Any]) -> str:

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer as Backend
 from rmr1_jax.cli import eval as cli_eval
 from rmr1_jax.cli.main import main
 from rmr1_jax.errors import InputError
-from rmr1_jax.eval.attacks.cases import BASES, FAMILIES, PERSUASION, STRUCTURE, attacks
+from rmr1_jax.eval.attacks.cases import PERSUASION, STRUCTURE, attacks, bases, families
 from rmr1_jax.eval.attacks.injection import attack_rates, injection, injection_table
 from rmr1_jax.eval.evaluate import NamedJudge
 from rmr1_jax.judge.judge import Judge
@@ -51,7 +51,7 @@ def marked(attack) -> str:
 def test_the_attack_set():
     cases = attacks()
     assert Counter(case.kind for case in cases) == {STRUCTURE: 246, PERSUASION: 162}
-    assert len({case.pair.id for case in cases}) == len(cases) and {case.family for case in cases} == set(FAMILIES)
+    assert len({case.pair.id for case in cases}) == len(cases) and {case.family for case in cases} == set(families())
     assert Counter(case.attacker for case in cases) == {"A": 204, "B": 204}
     for case in cases:
         assert case.pair.better == case.clean.better != case.attacker
@@ -329,7 +329,7 @@ def test_published_rules_keep_their_behaviour(script):
 # ---- the report ----
 
 
-GOOD = {base.good for base in BASES}
+GOOD = {base.good for base in bases()}
 
 
 def named(judge):
@@ -367,7 +367,7 @@ def test_attacks_that_succeed_are_counted_by_family(tmp_path):
     again = injection(named(Judge(policy)), tmp_path)
     assert again == result and len(policy.calls) == asked  # all is there: nothing is asked again
     table = injection_table(result).splitlines()
-    assert len(table) == 1 + len(FAMILIES) + 2 + 1 and "25.0%" in table[12] and "12 of 12 right" in table[-1]
+    assert len(table) == 1 + len(families()) + 2 + 1 and "25.0%" in table[12] and "12 of 12 right" in table[-1]
     with pytest.raises(InputError, match="rule"):
         injection(named(Judge(policy, rule="eval")), tmp_path)
 
