@@ -151,11 +151,6 @@ def conversations(row: Judged) -> tuple[Conversation, Conversation]:
 # ---- published entries ----
 
 
-def as_messages(conversation: Conversation) -> list[dict[str, str]]:
-    """A conversation in the form of the published logs."""
-    return [{"content": content, "role": role} for role, content in conversation]
-
-
 def shown_text(row: Judged) -> str:
     """The one text that a published log has for the judgement: from the first order, naming the winner if one does."""
     if not row["texts"]:
@@ -171,34 +166,17 @@ def extras(row: Judged) -> dict[str, Any]:
     return {key: row[key] for key in EXTRAS if key in row and not (key == "texts" and shown)}
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Published:
-    """The fields of a published entry, unchecked but for the conversations and the text. in_b: whether the chosen
-    answer was shown in B. ours: what our own entries have beyond the format."""
-
-    chosen: Conversation
-    rejected: Conversation
-    text: str
-    result: object
-    in_b: object
-    ours: object
-
-    @classmethod
-    def of(cls, entry: Row) -> Published:
-        """The fields of an entry of RewardBench or RMB."""
-        chosen, rejected = (entry.messages(name, ROLES, last="assistant") for name in ("text_chosen", "text_rejected"))
-        return cls(
-            chosen=chosen,
-            rejected=rejected,
-            text=entry.text("answers"),
-            result=entry.get("results"),
-            in_b=entry.get(FLAG),
-            ours=entry.value.get(OURS),
-        )
+def published(row: Judged) -> dict[str, Any]:
+    """The fields that an entry of RewardBench or RMB has for a judgement row."""
+    chosen, rejected = (
+        [{"content": content, "role": role} for role, content in conversation] for conversation in conversations(row)
+    )
+    entry = {"text_chosen": chosen, "text_rejected": rejected, "results": int(row["correct"])}
+    return {**entry, "answers": shown_text(row), FLAG: row["better"] == "B", OURS: extras(row)}
 
 
-def judged(entry: Row, id: str, published: Published, meta: Mapping[str, Any]) -> Judged:
-    """Our row for an entry of a published log.
+def judged(entry: Row, id: str, meta: Mapping[str, Any]) -> Judged:
+    """Our row for an entry of a published log, with the fields that `published` gives.
 
     The log's own result counts; a tie (0.5) is not right. If the text says otherwise by the published rule, the row's
     `note` says so.
@@ -206,15 +184,16 @@ def judged(entry: Row, id: str, published: Published, meta: Mapping[str, Any]) -
     Raises:
         BadRow: a result or a flag that is none.
     """
-    result, text, in_b = published.result, published.text, published.in_b
+    chosen, rejected = (entry.messages(name, ROLES, last="assistant") for name in ("text_chosen", "text_rejected"))
+    text, result, in_b, ours = entry.text("answers"), entry.get("results"), entry.get(FLAG), entry.value.get(OURS)
     if isinstance(result, bool) or result not in (0, 1, 0.5):
         raise entry.bad("results", f"is {describe(result)}, expected 1 or 0")
     if not isinstance(in_b, bool):
         raise entry.bad(FLAG, f"is {describe(in_b)}, expected true or false")
-    pair = PreferencePair.from_preference(id, published.chosen, published.rejected, chosen_in_b=in_b, meta=meta)
+    pair = PreferencePair.from_preference(id, chosen, rejected, chosen_in_b=in_b, meta=meta)
     verdict = eval_verdict(text)
     winner = pair.better if result == 1 else verdict if verdict == other_side(pair.better) else None
-    contradiction = text and (verdict == pair.better) != (result == 1) and not isinstance(published.ours, dict)
+    contradiction = text and (verdict == pair.better) != (result == 1) and not isinstance(ours, dict)
     judgement = Judgement(
         winner=winner,
         status="ok" if winner else "invalid",
@@ -224,7 +203,7 @@ def judged(entry: Row, id: str, published: Published, meta: Mapping[str, Any]) -
         verdicts=((verdict,),),
         note=f"the log says {result}, its text says {verdict or 'nothing'}" if contradiction else None,
     )
-    return with_ours(entry, judgement_row(pair, judgement), published.ours)
+    return with_ours(entry, judgement_row(pair, judgement), ours)
 
 
 def with_ours(entry: Row, row: Judged, ours: object) -> Judged:

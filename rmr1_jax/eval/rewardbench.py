@@ -16,7 +16,7 @@ from typing import Any
 from rmr1_jax.errors import InputError
 from rmr1_jax.eval import logs
 from rmr1_jax.eval.benchmark import Benchmark
-from rmr1_jax.eval.logs import FLAG, OURS, ArrayFiles, Judged
+from rmr1_jax.eval.logs import OURS, ArrayFiles, Judged
 from rmr1_jax.eval.scores import Items, Place, Statistic, score
 from rmr1_jax.pairs.order import LegacyFlags
 from rmr1_jax.pairs.pair import PreferencePair
@@ -78,11 +78,9 @@ class RewardBench(Benchmark):
 
     def write_logs(self, files: ArrayFiles, rows: Iterable[Judged], judge: str) -> None:
         for row in rows:
-            chosen, rejected = logs.conversations(row)
-            entry = {"text_chosen": logs.as_messages(chosen), "text_rejected": logs.as_messages(rejected)}
-            entry |= {"results": int(row["correct"]), "answers": logs.shown_text(row), FLAG: row["better"] == "B"}
-            meta = row["meta"]
-            files.add(LOG, {**entry, "subset": meta["subset"], "id": meta.get("id"), OURS: logs.extras(row)})
+            meta, entry = row["meta"], logs.published(row)
+            ours = entry.pop(OURS)
+            files.add(LOG, {**entry, "subset": meta["subset"], "id": meta.get("id"), OURS: ours})
 
     def find_logs(self, path: Path) -> list[Path]:
         return logs.log_files(path, lambda file: file.name == "logs.json", "logs.json")
@@ -91,7 +89,7 @@ class RewardBench(Benchmark):
         for entry in entries:
             subset, number = entry.text("subset"), entry.identifier("id")
             meta = {"benchmark": self.name, "subset": subset, "id": entry.value["id"], "section": _section(subset)}
-            yield logs.judged(entry, f"{subset}/{number}", logs.Published.of(entry), meta)
+            yield logs.judged(entry, f"{subset}/{number}", meta)
 
     def place(self, row: Mapping[str, Any]) -> Place:
         subset = str(row["meta"]["subset"])

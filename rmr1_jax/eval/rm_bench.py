@@ -167,17 +167,17 @@ def _without_file_2(bits: int) -> int:
 def _entry(rows: list[Judged]) -> dict[str, Any]:
     """An item in one file: its three chosen styles, each with the rejected answer it was compared with."""
     meta = rows[0]["meta"]
-    sides = [logs.conversations(row) for row in rows]
+    styles = [logs.published(row) for row in rows]
     return {
         "id": meta["item"],
-        "prompt": sides[0][0][0][1],
-        "chosen": [chosen[-1][1] for chosen, _ in sides],
-        "rejected": [rejected[-1][1] for _, rejected in sides],
+        "prompt": styles[0]["text_chosen"][0]["content"],
+        "chosen": [style["text_chosen"][-1]["content"] for style in styles],
+        "rejected": [style["text_rejected"][-1]["content"] for style in styles],
         "domain": meta["domain"],
-        "result": [int(row["correct"]) for row in rows],
-        "output": [logs.shown_text(row) for row in rows],
-        FLAG: [row["better"] == "B" for row in rows],
-        OURS: [logs.extras(row) for row in rows],
+        "result": [style["results"] for style in styles],
+        "output": [style["answers"] for style in styles],
+        FLAG: [style[FLAG] for style in styles],
+        OURS: [style[OURS] for style in styles],
     }
 
 
@@ -196,15 +196,14 @@ def _judged_styles(entry: Row, file: int) -> Iterator[Judged]:
         chosen, rejected, text = (
             entry.checked_text(fields[name][i], f"{name}[{i}]") for name in ("chosen", "rejected", "output")
         )
-        published = logs.Published(
-            chosen=[("user", question), ("assistant", chosen)],
-            rejected=[("user", question), ("assistant", rejected)],
-            text=text,
-            result=fields["result"][i],
-            in_b=fields[FLAG][i],
-            ours=ours[i],
-        )
-        yield logs.judged(entry, f"{item}#{i}-{j}", published, {**meta, "chosen_style": i, "rejected_style": j})
+        asked = {"role": "user", "content": question}
+        style = {
+            "text_chosen": [asked, {"role": "assistant", "content": chosen}],
+            "text_rejected": [asked, {"role": "assistant", "content": rejected}],
+            **{"answers": text, "results": fields["result"][i], FLAG: fields[FLAG][i], OURS: ours[i]},
+        }
+        own = Row(value=style, place=entry.place, raw=entry.raw)
+        yield logs.judged(own, f"{item}#{i}-{j}", {**meta, "chosen_style": i, "rejected_style": j})
 
 
 def _domain(name: str) -> str:

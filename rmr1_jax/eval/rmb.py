@@ -38,6 +38,14 @@ SETS = MappingProxyType(
 
 _LOG_NAMES = MappingProxyType({"Pairwise_set": "logs.json", "BoN_set": "raw_logs.json"})
 
+# The fields of an entry in their published order.
+_FIELDS = MappingProxyType(
+    {
+        "Pairwise_set": ["pair_uid", "category_path", "text_chosen", "text_rejected", "results", "subset", "answers"],
+        "BoN_set": ["text_chosen", "text_rejected", "bon_uid", "category_path", "subset", "idx", "results", "answers"],
+    }
+)
+
 
 class Rmb(Benchmark):
     name = "rmb"
@@ -60,16 +68,10 @@ class Rmb(Benchmark):
             folder = f"{kind}_{goal}"
             items[folder] = items.get(folder, -1) + (last.get(folder) != meta["item"])
             last[folder] = meta["item"]
-            chosen, rejected = map(logs.as_messages, logs.conversations(row))
-            sides = {"text_chosen": chosen, "text_rejected": rejected}
-            uid = meta["item"].removeprefix(f"{meta['category']}#")
-            path, result = {"category_path": meta["category"]}, {"results": int(row["correct"])}
-            if kind == "Pairwise_set":
-                entry = {"pair_uid": uid, **path, **sides, **result, "subset": meta["category"]}
-            else:
-                entry = {**sides, "bon_uid": uid, **path, "subset": "train", "idx": items[folder], **result}
-            entry |= {"answers": logs.shown_text(row), FLAG: row["better"] == "B", OURS: logs.extras(row)}
-            files.add(f"RMB/{folder}/{_LOG_NAMES[kind]}", entry)
+            uid, category = meta["item"].removeprefix(f"{meta['category']}#"), meta["category"]
+            entry = {**logs.published(row), "pair_uid": uid, "bon_uid": uid, "category_path": category}
+            entry |= {"subset": category if kind == "Pairwise_set" else "train", "idx": items[folder]}
+            files.add(f"RMB/{folder}/{_LOG_NAMES[kind]}", {key: entry[key] for key in (*_FIELDS[kind], FLAG, OURS)})
 
     def find_logs(self, path: Path) -> list[Path]:
         names = set(_LOG_NAMES.values())
@@ -83,7 +85,7 @@ class Rmb(Benchmark):
             item = f"{category}#{entry.identifier('pair_uid' if pairwise else 'bon_uid')}"
             meta = {"benchmark": self.name, "kind": "pairwise" if pairwise else "best-of-n", "category": category}
             meta |= {"item": item, "section": set_of(category)}
-            yield logs.judged(entry, item if pairwise else f"{item}-{seen[item]}", logs.Published.of(entry), meta)
+            yield logs.judged(entry, item if pairwise else f"{item}-{seen[item]}", meta)
             seen[item] += 1
 
     def items(self) -> Items:
