@@ -22,10 +22,12 @@ class Benchmark(Scoring, ABC):
     """A benchmark. Paths of files are relative to a run's directory.
 
     name: as the command line and `meta["benchmark"]` have it. main_scores: the published file with the main scores.
+    log_names: the patterns of the names of its published logs.
     """
 
     name: ClassVar[str]
     main_scores: ClassVar[str]
+    log_names: ClassVar[tuple[str, ...]]
 
     @abstractmethod
     def load(self, path: Path) -> Iterator[PreferencePair]:
@@ -34,10 +36,6 @@ class Benchmark(Scoring, ABC):
     @abstractmethod
     def write_logs(self, files: ArrayFiles, rows: Iterable[Judged], judge: str) -> None:
         """Write the published logs of judgement rows in data-set order. `judge` is the judge's name."""
-
-    @abstractmethod
-    def find_logs(self, path: Path) -> list[Path]:
-        """The log files that `path` stands for: itself, or those in a folder."""
 
     @abstractmethod
     def judgements_of(self, entries: Iterable[Row]) -> Iterator[Judged]:

@@ -11,6 +11,7 @@ Next: `scores.py` for the tests and for the score, whose difference is resampled
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -69,7 +70,7 @@ def compare(a: str | Path, b: str | Path) -> dict[str, Any]:
     if scoring is None:
         raise InputError(f"{path_a} and {path_b} have no id in common; compare two runs on the same pairs")
     n = sum(map(sum, right))
-    headline = scoring.statistics(items_b)[0]
+    headline, kappa = scoring.statistics(items_b)[0], cohen_kappa(table)
     score_a, score_b = (score(items.strata_of(headline)) for items in (items_a, items_b))
     return {
         **_names(a, b),
@@ -85,11 +86,11 @@ def compare(a: str | Path, b: str | Path) -> dict[str, Any]:
         "score_a": percent(score_a),
         "score_b": percent(score_b),
         "difference": percent(score_a - score_b),
-        "interval": percents(bootstrap_interval(items_a.differences(items_b, headline))),
+        "interval": percents(bootstrap_interval(items_a.strata_of(headline, minus=items_b))),
         "p": mcnemar(right[1][0], right[0][1]),
         "test": "McNemar, exact",
         "agreement": 100 * sum(table[k][k] for k in range(len(_CLASSES))) / n,
-        "kappa": _number(cohen_kappa(table)),
+        "kappa": None if math.isnan(kappa) else kappa,
     }
 
 
@@ -142,8 +143,3 @@ def _rows(path: Path) -> Iterator[Judged]:
             raise InputError(f"{path}: two rows have the id {row['id']!r}; give a file that has each id once")
         seen.add(row["id"])
         yield row
-
-
-def _number(value: float) -> float | None:
-    """The value, or None for NaN, which JSON does not have."""
-    return None if value != value else value

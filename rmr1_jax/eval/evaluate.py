@@ -21,7 +21,16 @@ from typing import Any
 
 from rmr1_jax.errors import InputError
 from rmr1_jax.eval.benchmark import Benchmark
-from rmr1_jax.eval.logs import JUDGEMENTS, ArrayFiles, Judged, is_ours, read_judgements, whole_rows
+from rmr1_jax.eval.logs import (
+    JUDGEMENTS,
+    ArrayFiles,
+    Judged,
+    is_ours,
+    log_files,
+    read_judgements,
+    settings_of,
+    whole_rows,
+)
 from rmr1_jax.eval.registry import BENCHMARKS
 from rmr1_jax.eval.summary import write_summary
 from rmr1_jax.files.append import files_digest
@@ -124,7 +133,7 @@ def score_logs(
         InputError: there is no log, none can be read, or `out` holds judgements that `rmr1 eval` made.
     """
     found = BENCHMARKS[benchmark]
-    paths = found.find_logs(logs)
+    paths = log_files(logs, found.log_names)
     output = out / JUDGEMENTS
     failures: list[InputError] = []
     if [path.resolve() for path in paths] == [output.resolve()] and rule is None:
@@ -133,7 +142,8 @@ def score_logs(
     else:
         failures = _convert(found, paths, output, rule)
     try:
-        scores = _score(found.as_released() if released else found, out, _judge_name(paths))
+        judge = str(settings_of(paths[0]).get("judge") or paths[0].resolve().parent.name)
+        scores = _score(found.as_released() if released else found, out, judge)
     except InputError as e:
         if not failures:
             raise _located(logs, e) from e
@@ -156,7 +166,7 @@ def _convert(benchmark: Benchmark, paths: list[Path], output: Path, rule: str | 
     """Write the judgements of log files into judgements.jsonl. Returns the errors of the files that cannot be read; no
     row of them is kept."""
     side = output.with_name(f"{JUDGEMENTS}.run.json")
-    if output.exists() and _settings(side).get("made_by") != _MADE_BY:
+    if output.exists() and settings_of(output).get("made_by") != _MADE_BY:
         raise InputError(f"{output} holds judgements that `{_MADE_BY}` did not make; give another --out")
     good: list[Path] = []
     failures: list[InputError] = []
@@ -182,7 +192,7 @@ def _convert(benchmark: Benchmark, paths: list[Path], output: Path, rule: str | 
         if not good:
             partial.unlink()
             raise failures[0]
-        old = _settings(good[0].with_name(side.name)) if is_ours(good[0]) else {}
+        old = settings_of(good[0]) if is_ours(good[0]) else {}
         new = {"rule": rule or old.get("rule", "eval"), "made_by": _MADE_BY}
         new |= {"logs": [path.name for path in good], "logs_sha256": files_digest(good)}
         write_whole(side, json.dumps({"benchmark": benchmark.name, **old, **new}, indent=2) + "\n")
@@ -219,17 +229,3 @@ def _read_again(row: Judged, rule: str) -> Judged:
 def _located(path: Path, error: InputError) -> InputError:
     """The error with the path of the file that it is about."""
     return error if str(path) in str(error) else InputError(f"{path}: {error}")
-
-
-def _settings(side: Path) -> dict[str, Any]:
-    """The settings in a side file; empty if it cannot be read."""
-    try:
-        found = json.loads(side.read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def _judge_name(paths: list[Path]) -> str:
-    """The name of the judge that made the logs; the folder's name if they do not say."""
-    return str(_settings(paths[0].with_name(f"{JUDGEMENTS}.run.json")).get("judge") or paths[0].resolve().parent.name)

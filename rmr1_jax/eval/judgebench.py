@@ -34,6 +34,7 @@ _DECISION = MappingProxyType({"A": "A>B", "B": "B>A", None: None})
 class JudgeBench(Benchmark):
     name = "judgebench"
     main_scores = "JudgeBench/score.json"
+    log_names = ("*,judge_name=*.jsonl",)
 
     def load(self, path: Path) -> Iterator[PreferencePair]:
         # A folder may hold other files beside the data. A row with some of the fields is a bad row, not another file's.
@@ -56,11 +57,6 @@ class JudgeBench(Benchmark):
             ]
             answers = meta["response_model"].replace("/", "_")
             files.add(LOG.format(answers=answers, model=judge), {**entry, OURS: logs.extras(row)})
-
-    def find_logs(self, path: Path) -> list[Path]:
-        return logs.log_files(
-            path, lambda file: ",judge_name=" in file.name, "dataset=judgebench,*,judge_name=*.jsonl", "*.jsonl"
-        )
 
     def judgements_of(self, entries: Iterable[Row]) -> Iterator[Judged]:
         for entry in entries:

@@ -77,19 +77,18 @@ class Budgets:
         """The verdicts under a budget, in the letters of the first order."""
         if self.forced is not None and row["id"] in self.forced:
             return self.forced[row["id"]][str(budget)]
+
+        def read_cut(text: str, order: int) -> str | None:
+            verdict = self.read(self.cut(text, budget)) if self.cut else None
+            return other_side(verdict) if order else verdict
+
         return [
             [
-                verdict if count <= budget else self._read_cut(row, order, vote, budget)
+                verdict if count <= budget else read_cut(row["texts"][order][vote], order)
                 for vote, (verdict, count) in enumerate(zip(verdicts, counts, strict=True))
             ]
             for order, (verdicts, counts) in enumerate(zip(row["verdicts"], tokens, strict=True))
         ]
-
-    def _read_cut(self, row: Mapping[str, Any], order: int, vote: int, budget: int) -> str | None:
-        if self.cut is None:
-            return None
-        verdict = self.read(self.cut(row["texts"][order][vote], budget))
-        return other_side(verdict) if order else verdict
 
     def listed(self, headline: Statistic) -> list[dict[str, Any]]:
         """{tokens, accuracy (of pairs), score (the benchmark's), invalid (pairs), truncated (texts)} of each budget."""

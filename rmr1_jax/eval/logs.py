@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -20,6 +20,7 @@ from typing import Annotated, Any, Literal
 import pydantic
 
 from rmr1_jax.errors import InputError
+from rmr1_jax.files.untrusted import read_object
 from rmr1_jax.files.write import writing
 from rmr1_jax.judge.file import judgement_row
 from rmr1_jax.judge.judgement import Judgement, Status, count_votes
@@ -63,12 +64,10 @@ class _Meta(pydantic.BaseModel, strict=True):
     number: int = 0  # the pair's place in the data set
 
 
-class _JudgementRow(_Outcome):
+class _JudgementRow(_VerdictRow):
     """A row of judgements.jsonl, without the pair's texts."""
 
     better: Side
-    winner: Verdict
-    correct: bool
     status: Status
     meta: _Meta
 
@@ -214,17 +213,25 @@ def with_ours(entry: Row, row: Judged, ours: object) -> Judged:
     return {**row, **{key: ours[key] for key in EXTRAS if key in ours}}
 
 
-def log_files(path: Path, wanted: Callable[[Path], bool], expected: str, pattern: str = "*.json") -> list[Path]:
+def log_files(path: Path, patterns: Sequence[str]) -> list[Path]:
     """The log files that `path` stands for: a file itself; of a folder our judgements.jsonl in it, otherwise all files
-    below it that are `wanted`. `expected` describes them in the error for a folder without any."""
+    below it whose names match one of the patterns."""
     if not path.is_dir():
         return source_files(path)
     if (path / JUDGEMENTS).is_file():
         return [path / JUDGEMENTS]
-    found = [file for file in sorted(path.rglob(pattern)) if wanted(file)]
+    found = sorted(file for pattern in patterns for file in path.rglob(pattern))
     if not found:
-        raise InputError(f"{path}: holds no {JUDGEMENTS} and no {expected}")
+        raise InputError(f"{path}: holds no {JUDGEMENTS} and no {' or '.join(patterns)}")
     return found
+
+
+def settings_of(judgements: Path) -> dict[str, Any]:
+    """The settings beside a file of judgements; empty if there are none that can be read."""
+    try:
+        return read_object(judgements.with_name(f"{JUDGEMENTS}.run.json"))
+    except InputError:
+        return {}
 
 
 def is_ours(path: Path) -> bool:

@@ -68,6 +68,7 @@ _SECTION_OF = MappingProxyType({subset: name for name, subsets in SECTIONS.items
 class RewardBench(Benchmark):
     name = "rewardbench"
     main_scores = "reward_bench/score_result/main_score.json"
+    log_names = ("logs.json",)
 
     def load(self, path: Path) -> Iterator[PreferencePair]:
         # The repository on the hub has the split `raw` beside `filtered`.
@@ -81,9 +82,6 @@ class RewardBench(Benchmark):
             meta, entry = row["meta"], logs.published(row)
             ours = entry.pop(OURS)
             files.add(LOG, {**entry, "subset": meta["subset"], "id": meta.get("id"), OURS: ours})
-
-    def find_logs(self, path: Path) -> list[Path]:
-        return logs.log_files(path, lambda file: file.name == "logs.json", "logs.json")
 
     def judgements_of(self, entries: Iterable[Row]) -> Iterator[Judged]:
         for entry in entries:

@@ -48,6 +48,7 @@ class RmBench(Benchmark):
     released: bool = False
     name = "rm-bench"
     main_scores = "RM-Bench/final_result.json"
+    log_names = ("total_dataset_[123]_*.json",)
 
     def load(self, path: Path) -> Iterator[PreferencePair]:
         for number, pair in enumerate(read_pairs(path, self.name, flags=LegacyFlags(0))):
@@ -65,9 +66,6 @@ class RmBench(Benchmark):
                 for file in range(STYLES):
                     styles = [by_style[i, (i + file) % STYLES] for i in range(STYLES)]
                     files.add(LOG.format(file=file + 1, model=judge), _entry(styles))
-
-    def find_logs(self, path: Path) -> list[Path]:
-        return logs.log_files(path, lambda file: bool(_LOG_NAME.fullmatch(file.name)), "total_dataset_{1,2,3}_*.json")
 
     def judgements_of(self, entries: Iterable[Row]) -> Iterator[Judged]:
         """One row for each chosen style. The number in the file's name tells the rejected styles."""
@@ -90,23 +88,22 @@ class RmBench(Benchmark):
         return Place(_domain(str(meta["domain"])), str(meta["item"]), _CELLS.index(cell))
 
     def statistics(self, items: Items) -> list[Statistic]:
-        domains = [name for name in DOMAINS if name in items.strata]
-        by_difficulty = [Statistic(name, dict.fromkeys(domains, 1.0), cells) for name, cells in DIFFICULTIES.items()]
-        return [*equal_sections(domains), *by_difficulty]
+        headline, *domains = equal_sections(_present(items))
+        by_difficulty = [Statistic(name, headline.weights, cells) for name, cells in DIFFICULTIES.items()]
+        return [headline, *domains, *by_difficulty]
 
     def score_files(self, items: Items) -> dict[str, Any]:
         """Raises InputError if an item lacks a pair."""
         by_domain = {}
-        for name in DOMAINS:
-            if name in items.strata:
-                self._check_complete(items, name)
-                matrix = np.array(_matrix(items, name))
-                pairs = STYLES * (STYLES - 1) / 2
-                by_domain[name] = {
-                    "hard": np.sum(np.triu(matrix, 1)) / pairs,
-                    "normal": np.mean(np.diag(matrix)),
-                    "easy": np.sum(np.tril(matrix, -1)) / pairs,
-                }
+        for name in _present(items):
+            self._check_complete(items, name)
+            matrix = np.array(_matrix(items, name))
+            pairs = STYLES * (STYLES - 1) / 2
+            by_domain[name] = {
+                "hard": np.sum(np.triu(matrix, 1)) / pairs,
+                "normal": np.mean(np.diag(matrix)),
+                "easy": np.sum(np.tril(matrix, -1)) / pairs,
+            }
         result = {name: float(np.mean(list(own.values()))) for name, own in by_domain.items()}
         total = float(np.mean(list(result.values())))
         for difficulty in DIFFICULTIES:
@@ -117,10 +114,9 @@ class RmBench(Benchmark):
         return RmBench(released=True)
 
     def styles(self, items: Items) -> dict[str, Any]:
-        present = [name for name in DOMAINS if name in items.strata]
         return {
             name: [[None if share is None else 100 * share for share in row] for row in _matrix(items, name)]
-            for name in present
+            for name in _present(items)
         }
 
     def notes(self, items: Items) -> list[str]:
@@ -143,6 +139,10 @@ class RmBench(Benchmark):
                     raise InputError(
                         f"item {item!r} has no judgement of chosen style {i}, rejected style {j}: file {file + 1}"
                     )
+
+
+def _present(items: Items) -> list[str]:
+    return [name for name in DOMAINS if name in items.strata]
 
 
 def _matrix(items: Items, domain: str) -> list[list[float | None]]:

@@ -50,6 +50,7 @@ _FIELDS = MappingProxyType(
 class Rmb(Benchmark):
     name = "rmb"
     main_scores = "RMB/META_RESULT.json"
+    log_names = tuple(_LOG_NAMES.values())
 
     def load(self, path: Path) -> Iterator[PreferencePair]:
         """The pairs of every set below `path`. The A/B order of each set is drawn by itself, from seed 0."""
@@ -72,10 +73,6 @@ class Rmb(Benchmark):
             entry = {**logs.published(row), "pair_uid": uid, "bon_uid": uid, "category_path": category}
             entry |= {"subset": category if kind == "Pairwise_set" else "train", "idx": items[folder]}
             files.add(f"RMB/{folder}/{_LOG_NAMES[kind]}", {key: entry[key] for key in (*_FIELDS[kind], FLAG, OURS)})
-
-    def find_logs(self, path: Path) -> list[Path]:
-        names = set(_LOG_NAMES.values())
-        return logs.log_files(path, lambda file: file.name in names, " or ".join(sorted(names)))
 
     def judgements_of(self, entries: Iterable[Row]) -> Iterator[Judged]:
         seen: Counter[str] = Counter()

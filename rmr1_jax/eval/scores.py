@@ -158,21 +158,15 @@ class Items:
             counts[group] = right + (value == 1), n + 1
         return dict(sorted(counts.items()))
 
-    def strata_of(self, statistic: Statistic) -> list[Stratum]:
-        """The strata of a score, for `score` and `bootstrap_interval`."""
-        return self._strata(statistic, lambda stratum: (value for _, value in self.values(stratum, statistic.cells)))
-
-    def differences(self, other: Items, statistic: Statistic) -> list[Stratum]:
-        """The strata of the difference of a score, item by item, self - other. Both must hold the same items."""
-
-        def paired(stratum: str) -> Iterator[float]:
-            others = dict(other.values(stratum, statistic.cells))
-            return (value - others[key] for key, value in self.values(stratum, statistic.cells))
-
-        return self._strata(statistic, paired)
-
-    def _strata(self, statistic: Statistic, values: Callable[[str], Iterator[float]]) -> list[Stratum]:
-        return [Stratum(weight, Counter(values(name))) for name, weight in statistic.weights.items()]
+    def strata_of(self, statistic: Statistic, minus: Items | None = None) -> list[Stratum]:
+        """The strata of a score, for `score` and `bootstrap_interval`; with `minus`, which must hold the same items,
+        those of the difference item by item."""
+        found = []
+        for name, weight in statistic.weights.items():
+            others = dict(minus.values(name, statistic.cells)) if minus else None
+            values = self.values(name, statistic.cells)
+            found.append(Stratum(weight, Counter(value - others[key] if others else value for key, value in values)))
+        return found
 
 
 class Scoring:

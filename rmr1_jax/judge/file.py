@@ -50,11 +50,10 @@ class Summary:
     @classmethod
     def of(cls, outcomes: Iterable[Outcome]) -> Summary:
         """Count outcomes."""
-        counts, known = Counter[str](), []
-        for status, correct in outcomes:
-            counts[status] += 1
-            known += [] if correct is None else [correct]
-        return cls(**{status: counts[status] for status in STATUSES}, known=len(known), correct=sum(known))
+        counts = Counter(outcomes)
+        by_status = {status: sum(counts[status, correct] for correct in (True, False, None)) for status in STATUSES}
+        correct, wrong = (sum(counts[status, known] for status in STATUSES) for known in (True, False))
+        return cls(**by_status, known=correct + wrong, correct=correct)
 
     @property
     def pairs(self) -> int:

@@ -86,12 +86,12 @@ class Judge(AnyJudge):
         sampling = self._sampling(voting)
         prompts: list[_Prompt] = []
         for number, pair in enumerate(pairs):
-            own = [_Prompt(number, order, self._render(shown)) for order, shown in enumerate(voting.shown(pair))]
-            found = both_empty(pair) or too_long("the prompt", [p.tokens for p in own], self.max_prompt_tokens)
+            rows = [self.policy.tokenizer.render(render_pair(self.prompt, shown)) for shown in voting.shown(pair)]
+            found = both_empty(pair) or too_long("the prompt", rows, self.max_prompt_tokens)
             if found:
                 yield number, found
             else:
-                prompts += own
+                prompts += [_Prompt(number, order, row) for order, row in enumerate(rows)]
         if not prompts:
             return
         pending = Pending[Text](voting)
@@ -138,6 +138,3 @@ class Judge(AnyJudge):
             seed=voting.seed,
             slots=self.slots,
         )
-
-    def _render(self, pair: PreferencePair) -> list[int]:
-        return self.policy.tokenizer.render(render_pair(self.prompt, pair))

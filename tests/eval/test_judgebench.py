@@ -9,6 +9,7 @@ from eval_worker import ScriptedJudge, run_benchmark
 from rmr1_jax.errors import InputError
 from rmr1_jax.eval.evaluate import score_logs
 from rmr1_jax.eval.judgebench import LOG, SOURCES, JudgeBench
+from rmr1_jax.eval.logs import log_files
 from rmr1_jax.pairs.rows import BadRow, read_rows
 
 BENCHMARK = JudgeBench()
@@ -84,7 +85,7 @@ def test_all_pairs_of_decisions_count_as_published(tmp_path):
 def test_our_log_extends_the_published_one_and_is_read_back(data, tmp_path):
     out = tmp_path / "out"
     _, scores = run_benchmark("judgebench", ScriptedJudge(), data, out, name="m", both_orders=True)
-    (log,) = BENCHMARK.find_logs(out / "JudgeBench")
+    (log,) = log_files(out / "JudgeBench", BENCHMARK.log_names)
     assert log == out / LOG.format(answers=ROW["response_model"], model="m")
     entries = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
     assert list(entries[0]) == [*ROW, "judge_name", "judgments", "rmr1"]

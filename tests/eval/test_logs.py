@@ -139,13 +139,13 @@ def test_the_shown_text_is_of_the_first_order_and_names_the_winner():
 
 def test_log_files_of_a_folder(tmp_path):
     with pytest.raises(InputError, match=r"holds no judgements\.jsonl and no logs\.json"):
-        log_files(tmp_path, lambda file: True, "logs.json")
+        log_files(tmp_path, ["logs.json"])
     for name in ("b/logs.json", "a/logs.json", "a/score.json"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("[]")
-    found = log_files(tmp_path, lambda file: file.name == "logs.json", "logs.json")
+    found = log_files(tmp_path, ["logs.json"])
     assert found == [tmp_path / "a/logs.json", tmp_path / "b/logs.json"]
     (tmp_path / "judgements.jsonl").write_text("")
-    (own,) = log_files(tmp_path, lambda file: True, "logs.json")
+    (own,) = log_files(tmp_path, ["*.json"])
     assert own == tmp_path / "judgements.jsonl" and is_ours(own) and not is_ours(found[0])
-    assert log_files(found[0], lambda file: False, "") == [found[0]]
+    assert log_files(found[0], []) == [found[0]]

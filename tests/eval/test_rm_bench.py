@@ -7,7 +7,7 @@ import pytest
 from eval_worker import ScriptedJudge
 
 from rmr1_jax.errors import InputError
-from rmr1_jax.eval.logs import FLAG, OURS, ArrayFiles
+from rmr1_jax.eval.logs import FLAG, OURS, ArrayFiles, log_files
 from rmr1_jax.eval.rm_bench import LOG, RmBench
 from rmr1_jax.judge.file import judgement_row
 from rmr1_jax.judge.judgement import Voting
@@ -118,7 +118,7 @@ def test_missing_judgements_are_named():
 
 
 def test_every_result_of_the_published_logs_follows_from_its_text(shared_data):
-    files = BENCHMARK.find_logs(shared_data / "rm_bench/logs")
+    files = log_files(shared_data / "rm_bench/logs", BENCHMARK.log_names)
     assert [file.name for file in files] == [f"total_dataset_{k}_{MODEL}.json" for k in (1, 2, 3)]
     rows = {}
     for number, file in enumerate(files, 1):
@@ -146,7 +146,7 @@ def test_every_result_of_the_published_logs_follows_from_its_text(shared_data):
 
 def test_the_nine_pairs_of_the_published_items_are_ours(shared_data, tmp_path):
     """An item of the logs, loaded as data, gives the same nine pairs, and their log is the published entry."""
-    files = BENCHMARK.find_logs(shared_data / "rm_bench/logs")
+    files = log_files(shared_data / "rm_bench/logs", BENCHMARK.log_names)
     published = [json.loads(file.read_text(encoding="utf-8")) for file in files]
     items = [{key: entry[key] for key in ("id", "prompt", "chosen", "rejected", "domain")} for entry in published[0]]
     (tmp_path / "data.json").write_text(json.dumps(items))
@@ -184,5 +184,5 @@ def test_a_log_by_another_name_is_refused(tmp_path):
     (tmp_path / "mine.json").write_text('[{"id": 1}]')
     with pytest.raises(InputError, match=r"mine\.json: expected total_dataset_1_\*\.json, _2_ or _3_"):
         list(BENCHMARK.judgements_of(read_rows(tmp_path / "mine.json")))
-    with pytest.raises(InputError, match=r"holds no judgements\.jsonl and no total_dataset_\{1,2,3\}_"):
-        BENCHMARK.find_logs(tmp_path)
+    with pytest.raises(InputError, match=r"holds no judgements\.jsonl and no total_dataset_\[123\]_"):
+        log_files(tmp_path, BENCHMARK.log_names)
