@@ -60,7 +60,11 @@ class Checkpointer:
     ):
         self.root = (directory / "checkpoints").absolute()
         self._every, self._best, self._about = every, best, dict(about or {})
-        self._kept = AnyPreservationPolicy([LatestN(keep), *([_best_policy(best)] if best else [])])
+        kept: list[Any] = [LatestN(keep)]
+        if best:
+            lowest = best.mode == "min"
+            kept.append(BestN(get_metric_fn=float, reverse=lowest, n=1, keep_checkpoints_without_metrics=False))
+        self._kept = AnyPreservationPolicy(kept)
         self._seconds = math.inf if minutes is None else 60 * minutes
         self._last_save = time.monotonic()
         self._verified: int | None = None  # the newest step that was verified
@@ -111,7 +115,7 @@ class Checkpointer:
         size = sum(x.nbytes for x in jax.tree.leaves(state))
         about = self._about | {"step": step, "cursor": dict(cursor), **_placement(state)}
         if self._best:
-            about["best"] = _metric_value(metrics, self._best.metric)
+            about["best"] = None if metrics is None else _metric_value(metrics, self._best.metric)
         path = self.root / f"{step}{SAVING}"
         with self._refused(step, size):
             self._orbax.save(path, args=ocp.args.StandardSave(state))
@@ -120,11 +124,7 @@ class Checkpointer:
         return time.perf_counter() - began
 
     def finish(self) -> None:
-        """Wait until no save is in progress.
-
-        Raises:
-            RunError: see `save`.
-        """
+        """Wait until no save is in progress. Raises RunError as `save`."""
         if self._pending:
             step, size, future = self._pending
             self._pending = None
@@ -133,16 +133,12 @@ class Checkpointer:
             self._verified = step
 
     def check(self) -> None:
-        """Raise the failure of a save that has ended. Does not wait."""
+        """Raise the failure of a save that has ended, as `save`. Does not wait."""
         if not self.saving:
             self.finish()
 
     def close(self) -> None:
-        """Wait, and check that the last checkpoint still exists.
-
-        Raises:
-            RunError: see `save`.
-        """
+        """Wait, and check that the last checkpoint still exists. Raises RunError as `save`."""
         try:
             self.finish()
             if self._verified is not None and first():
@@ -155,10 +151,7 @@ class Checkpointer:
 
     def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
         """Read the newest undamaged checkpoint, laid out as `like` is (whose arrays give shapes, dtypes and shardings).
-
-        Returns:
-            The state and the cursor, or None where there is no checkpoint. Damaged checkpoints are reported and
-            skipped.
+        Returns the state and the cursor, or None where there is no checkpoint. Damaged checkpoints are reported.
 
         Raises:
             RunError: all checkpoints are damaged. InputError: the state has other shapes.
@@ -174,13 +167,12 @@ class Checkpointer:
                 f"checkpoint {step} was written on {_described(was)}; the run continues on {_described(now)}: "
                 "the numbers are the same to about 1e-5"
             )
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-        state = restored(self._orbax, self.root / str(step), abstract, ocp.args.StandardRestore)
+        state = restored(self.root / str(step), jax.tree.map(ocp.utils.to_shape_dtype_struct, like))
         self._verified = step
-        return TrainState(*state), about["cursor"]
+        return state, about["cursor"]
 
     def _complete(self, path: Path, step: int, about: dict[str, Any]) -> None:
-        """In the background: verify what was written, make it a checkpoint, and remove older ones."""
+        """Verify in the background what was written, make it a checkpoint, and remove older ones."""
         self._orbax.wait_until_finished()
         if not first():
             return
@@ -229,12 +221,7 @@ def restore_params(directory: Path, like: Any) -> Any:
     found = newest_undamaged(root)
     if found is None:
         raise InputError(f"{directory} holds no checkpoint; expected {root}/<step>")
-
-    def partial(item):
-        restore_args = ocp.checkpoint_utils.construct_restore_args(item)
-        return ocp.args.PyTreeRestore(item=item, restore_args=restore_args, partial_restore=True)
-
-    return restored(ocp.PyTreeCheckpointer(), root / str(found[0]), {"params": like}, partial)["params"]
+    return restored(root / str(found[0]), {"params": like})["params"]
 
 
 def steps_of(root: Path) -> list[int]:
@@ -245,11 +232,8 @@ def steps_of(root: Path) -> list[int]:
 def newest_undamaged(root: Path) -> tuple[int, dict[str, Any]] | None:
     """Find the newest checkpoint whose every file is as it was written. The processes share the reading.
 
-    Returns:
-        Its step and the facts in its manifest, or None where there is no checkpoint. Damaged ones are reported.
-
-    Raises:
-        RunError: all are damaged.
+    Returns its step and the facts in its manifest, or None where there is no checkpoint. Damaged ones are reported.
+    Raises RunError if all are damaged.
     """
     damaged = []
     for step in reversed(gather(steps_of(root))[0]):
@@ -258,7 +242,7 @@ def newest_undamaged(root: Path) -> tuple[int, dict[str, Any]] | None:
             found = manifest.read_manifest(path)
             if found["about"]["step"] != step:
                 raise Damage(f"{manifest.NAME}: expected to be of step {step}, found {found['about']['step']}")
-            wrong = manifest.check_files(path, found["files"], own_share(sorted(found["files"])))
+            wrong = manifest.check_files(path, dict(own_share(sorted(found["files"].items()))))
         except Damage as e:
             wrong = [str(e)]
         wrong = sorted({line for lines in gather(wrong) for line in lines})
@@ -283,11 +267,6 @@ def _described(placement: Mapping[str, Any]) -> str:
     return f"a mesh of {axes} in {placement['processes']} process{'es' if placement['processes'] != 1 else ''}"
 
 
-def _best_policy(best: BestConfig) -> BestN:
-    sign = 1 if best.mode == "max" else -1
-    return BestN(get_metric_fn=lambda value: sign * value, n=1, keep_checkpoints_without_metrics=False)
-
-
 def _best_value(path: Path) -> float | None:
     """The value of the `best` metric in a checkpoint's manifest."""
     with suppress(Damage):
@@ -295,14 +274,8 @@ def _best_value(path: Path) -> float | None:
     return None
 
 
-def _metric_value(metrics: Mapping[str, Any] | None, name: str) -> float | None:
-    """The value of the `best` metric at a step, or None where it is not finite or there are no metrics.
-
-    Raises:
-        InputError: there is no such metric.
-    """
-    if metrics is None:
-        return None
+def _metric_value(metrics: Mapping[str, Any], name: str) -> float | None:
+    """The value of the `best` metric at a step, or None where it is not finite. Raises InputError if there is none."""
     if name not in metrics:
         raise InputError(f"best.metric={name!r} is not a metric of this stage, which has {', '.join(sorted(metrics))}")
     value = metrics[name]

@@ -1,4 +1,4 @@
-"""The settings of a training run: `SftConfig` and `GrpoConfig`, checked by their types. Next: `run.py`."""
+"""The settings of a training run, those of both stages and of each, checked by their types. Next: `run.py`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from rmr1_jax.train.losses import AggregationKind, PolicyLossConfig
 from rmr1_jax.train.optim import Memory, OptimConfig
 
 Dtype = Literal["float32", "bfloat16"]
-OnNonfinite = Literal["stop", "skip"]
 RewardKind = Literal["verdict", "cold_start"]
 
 
@@ -36,57 +35,84 @@ class BestConfig:
 
 
 @config_dataclass
-class GrpoConfig:
-    """A GRPO run; the defaults are RM-R1's recipe for its 7B Instruct model. Lengths are in tokens.
+class RunConfig:
+    """The settings that both stages have. Lengths are in tokens.
 
-    model: the policy to start from and, frozen, the reference. data: a prepared set (`rmr1 data prepare`), or rows with
-    `winner` = model_a | model_b. prompts_per_step: P, prompts in a rollout batch; sampling.n: R, samples of each.
-    mini_batch_prompts: prompts of an update; a step has prompts_per_step / mini_batch_prompts updates. row_length,
-    micro_rows: the shape of a packed micro-batch. dynamic_sampling: the most rounds of sampling to fill a batch with
-    groups of mixed rewards (DAPO); 1 is off. reward: verdict, or cold_start, which also rewards the form. structure:
-    what a complete trace is, for that reward and for the metric `valid` (`Prompt.structure`). max_segments: the most
-    sequences in a packed row. reference_memory: where the reference's weights are between their uses. sampling_tensor:
-    the tensor axis of sampling, which stays within a process; default the mesh's. sampling.slots and
-    sampling.cache_gib count all processes together. The last five: as in `SftConfig`.
+    model: the policy to start from, a Hugging Face directory or hub id. data: a prepared set (`rmr1 data prepare`), or
+    published rows, JSONL or parquet. out: the run directory. row_length, micro_rows: the shape of a packed micro-batch,
+    the rows that are on the devices at once. on_nonfinite: what to do if the loss or gradient of an update is not
+    finite: stop the run, or skip and count the update. save_every, save_minutes: a checkpoint after so many steps, and
+    so many minutes after the last one. keep: how many of the newest are kept; best: one more.
     """
 
     model: str = ""
     data: str = ""
     out: str
     seed: NonNegativeInt = 0
+    row_length: PositiveInt = 12288
+    micro_rows: PositiveInt = 8
+    optimizer: OptimConfig = OptimConfig()
+    dtype: Dtype = "bfloat16"
+    remat: Remat = "full"
+    attention: Implementation = "auto"
+    mesh: MeshConfig = MeshConfig()
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    save_every: PositiveInt = 100
+    save_minutes: PositiveFloat | None = None
+    keep: PositiveInt = 2
+    best: BestConfig | None = None
+
+
+@config_dataclass
+class SftConfig(RunConfig):
+    """A distillation run. The winner of its rows is the trace. A step accumulates rows_per_step / micro_rows
+    micro-batches of packed rows."""
+
+    epochs: PositiveInt = 1
+    max_steps: PositiveInt | None = None
+    rows_per_step: PositiveInt = 8
+    on_too_long: Literal["error", "drop"] = "error"
+
+    def __post_init__(self):
+        if self.rows_per_step % self.micro_rows:
+            raise InputError(f"rows_per_step={self.rows_per_step} must be a multiple of micro_rows={self.micro_rows}")
+
+
+@config_dataclass
+class GrpoConfig(RunConfig):
+    """A GRPO run; the defaults are RM-R1's recipe for its 7B Instruct model. The model is also, frozen, the reference.
+    The winner of the rows is model_a or model_b.
+
+    prompts_per_step: P, prompts in a rollout batch; sampling.n: R, samples of each. mini_batch_prompts: prompts of an
+    update; a step has prompts_per_step / mini_batch_prompts updates. dynamic_sampling: the most rounds of sampling to
+    fill a batch with groups of mixed rewards (DAPO); 1 is off. reward: verdict, or cold_start, which also rewards the
+    form. structure: what a complete trace is, for that reward and for the metric `valid` (`Prompt.structure`).
+    max_segments: the most sequences in a packed row. reference_memory: where the reference's weights are between their
+    uses. sampling_tensor: the tensor axis of sampling, which stays within a process; default the mesh's. sampling.slots
+    and sampling.cache_gib count all processes together.
+    """
+
+    optimizer: OptimConfig = OptimConfig(lr=1e-6, schedule="constant", warmup_ratio=0.0, b2=0.999, weight_decay=0.01)
+    save_every: PositiveInt = 10
     steps: PositiveInt | None = None
     prompts_per_step: PositiveInt = 1024
     mini_batch_prompts: PositiveInt = 128
     max_prompt_length: PositiveInt = 4096
-    row_length: PositiveInt = 12288
-    micro_rows: PositiveInt = 8
     sampling: SamplingConfig = SamplingConfig(n=7, max_new_tokens=8192)
     loss: PolicyLossConfig = PolicyLossConfig()
     aggregation: AggregationKind = "sequence"
     normalize_std: bool = True
     dynamic_sampling: PositiveInt = 1
     max_segments: PositiveInt = 64
-    optimizer: OptimConfig = OptimConfig(lr=1e-6, schedule="constant", warmup_ratio=0.0, b2=0.999, weight_decay=0.01)
     reward: RewardKind = "verdict"
     structure: Annotated[str, AfterValidator(_known_structure)] = "cor"
-    dtype: Dtype = "bfloat16"
-    remat: Remat = "full"
-    attention: Implementation = "auto"
     reference_memory: Memory = "device"
-    mesh: MeshConfig = MeshConfig()
     sampling_tensor: PositiveInt | None = None
-    on_nonfinite: OnNonfinite = "stop"
-    save_every: PositiveInt = 10
-    save_minutes: PositiveFloat | None = None
-    keep: PositiveInt = 2
-    best: BestConfig | None = None
 
     def __post_init__(self):
-        if self.prompts_per_step % self.mini_batch_prompts:
-            raise InputError(
-                f"prompts_per_step={self.prompts_per_step} must be a multiple of "
-                f"mini_batch_prompts={self.mini_batch_prompts}"
-            )
+        prompts, size = self.prompts_per_step, self.mini_batch_prompts
+        if prompts % size:
+            raise InputError(f"prompts_per_step={prompts} must be a multiple of mini_batch_prompts={size}")
         longest = self.max_prompt_length + self.sampling.max_new_tokens
         if longest > self.row_length:
             raise InputError(
@@ -97,40 +123,3 @@ class GrpoConfig:
     @property
     def updates_per_step(self) -> int:
         return self.prompts_per_step // self.mini_batch_prompts
-
-
-@config_dataclass
-class SftConfig:
-    """A distillation run. Lengths are in tokens, batches in packed rows.
-
-    model: a Hugging Face directory or hub id. data: a prepared set (`rmr1 data prepare`), or rows (`context_messages`,
-    `winner` = the trace), JSONL or parquet. out: the run directory. micro_rows: rows that are on the devices at once; a
-    step accumulates rows_per_step / micro_rows micro-batches. on_nonfinite: what to do if the loss or gradient of an
-    update is not finite: stop the run, or skip and count the update. save_every, save_minutes: a checkpoint after so
-    many steps, and so many minutes after the last one. keep: how many of the newest are kept; best: one more.
-    """
-
-    model: str = ""
-    data: str = ""
-    out: str
-    seed: NonNegativeInt = 0
-    epochs: PositiveInt = 1
-    max_steps: PositiveInt | None = None
-    row_length: PositiveInt = 12288
-    rows_per_step: PositiveInt = 8
-    micro_rows: PositiveInt = 8
-    on_too_long: Literal["error", "drop"] = "error"
-    optimizer: OptimConfig = OptimConfig()
-    dtype: Dtype = "bfloat16"
-    remat: Remat = "full"
-    attention: Implementation = "auto"
-    mesh: MeshConfig = MeshConfig()
-    on_nonfinite: OnNonfinite = "stop"
-    save_every: PositiveInt = 100
-    save_minutes: PositiveFloat | None = None
-    keep: PositiveInt = 2
-    best: BestConfig | None = None
-
-    def __post_init__(self):
-        if self.rows_per_step % self.micro_rows:
-            raise InputError(f"rows_per_step={self.rows_per_step} must be a multiple of micro_rows={self.micro_rows}")

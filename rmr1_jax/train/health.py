@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from rmr1_jax.distributed.exchange import first
 from rmr1_jax.errors import RunError
 from rmr1_jax.files.write import write_whole
-from rmr1_jax.train.config import GrpoConfig, SftConfig
+from rmr1_jax.train.config import RunConfig
 from rmr1_jax.train.metrics import say
 from rmr1_jax.train.optim import TrainState
 
@@ -39,7 +39,7 @@ def check_finite(
     *,
     state: TrainState,
     describe: Callable[[], Any],
-    config: SftConfig | GrpoConfig,
+    config: RunConfig,
 ) -> bool:
     """Whether an update was applied. One that was not leaves `nonfinite_step_N.json` in the run directory, with its
     metrics, the norms of the weights and moments, and a description of its batch.

@@ -20,16 +20,16 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, Shaped
 
 from rmr1_jax.distributed.mesh import constrain, constrain_weight, rows_divisor
-from rmr1_jax.errors import InputError
 from rmr1_jax.model.attention import choose
 from rmr1_jax.model.qwen import Qwen
 from rmr1_jax.policy import DTYPES
+from rmr1_jax.train.config import RunConfig
 
 CHUNK_LOGITS = 2**26  # the most logits on a device at a time: 256 MiB in float32
 LANES = 128  # a chunk has a multiple of so many columns
 
 
-def forward_options(config: Any, mesh: Mesh) -> dict[str, Any]:
+def forward_options(config: RunConfig, mesh: Mesh) -> dict[str, Any]:
     """The options of `row_logprobs` that a run's config decides."""
     return {"dtype": DTYPES[config.dtype], "remat": config.remat, "attention": choose(config.attention, mesh)}
 
@@ -88,8 +88,6 @@ def token_logprobs(
         are 0 at t = 0. At the first token of a later segment of a packed row they are finite but mean nothing (the
         prediction crosses from the segment before): its weight must be 0. The entropy is of the whole distribution.
     """
-    if chunk_logits < 1:
-        raise InputError(f"chunk_logits={chunk_logits} must be at least 1")
     targets = jnp.pad(tokens[:, 1:], [(0, 0), (0, 1)])
     chunks = _Chunks.of(hidden, head, head_is_embedding, chunk_logits)
     out = _logprobs(chunks, with_entropy, hidden, chunks.split(head), targets, temperature)
@@ -125,9 +123,8 @@ class _Chunks:
 
     def split(self, head: ArrayLike) -> ArrayLike:
         """Reshape [D, V] or [V, D] into parts."""
-        D = head.shape[1 if self.embedding else 0]
-        parts = (self.shards, self.size, D) if self.embedding else (D, self.shards, self.size)
-        return head.reshape(parts)
+        parts = (self.shards, self.size)
+        return head.reshape((*parts, -1) if self.embedding else (-1, *parts))
 
     @property
     def count(self) -> int:
@@ -138,7 +135,7 @@ class _Chunks:
         return jnp.minimum(i * self.width, self.size - self.width)
 
     def logits(self, i: Array, hidden: ArrayLike, head: ArrayLike, temperature: ArrayLike) -> tuple[Array, Array]:
-        """The logits of a chunk, [B, T, N, width] float32, -inf where a column was in the chunk before; and the chunk
+        """The logits of chunk i, [B, T, N, width] float32, -inf where a column was in the chunk before; and the chunk
         of the head in hidden's dtype, whole on every row shard."""
         part = lax.dynamic_slice_in_dim(head, self.start(i), self.width, self.axis)
         # Constrain the slice first: otherwise the whole head would be gathered and then cut.
@@ -147,10 +144,10 @@ class _Chunks:
         fresh = self.start(i) + jnp.arange(self.width) >= i * self.width
         return constrain(jnp.where(fresh, logits, -jnp.inf), "BTNC"), part
 
-    def is_target(self, i: Array, targets: Array) -> Array:
-        """Where a logit is that of the target, [B, T, N, width] bool."""
+    def is_target(self, i: Array, targets: Array, logits: Array) -> Array:
+        """Where a logit is that of the target, [B, T, N, width] bool, only in the first chunk that has its column."""
         columns = self.start(i) + jnp.arange(self.width) + self.size * jnp.arange(self.shards)[:, None]
-        return targets[:, :, None, None] == columns
+        return (targets[:, :, None, None] == columns) & (logits > -jnp.inf)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -166,10 +163,8 @@ def _logprobs_forward(chunks: _Chunks, with_entropy: bool, hidden, head, targets
         logits, _ = chunks.logits(i, hidden, head, temperature)
         higher = jnp.maximum(highest, jnp.max(logits, axis=(2, 3)))
         scale, weights = jnp.exp(highest - higher), jnp.exp(logits - higher[..., None, None])
-        # A masked sum fuses, and stays local where the vocabulary is sharded; a gather would do neither. A column is
-        # counted only in the first chunk that has it.
-        is_target = chunks.is_target(i, targets) & (logits > -jnp.inf)
-        chosen += jnp.sum(jnp.where(is_target, logits, 0.0), axis=(2, 3))
+        # A masked sum fuses, and stays local where the vocabulary is sharded; a gather would do neither.
+        chosen += jnp.sum(jnp.where(chunks.is_target(i, targets, logits), logits, 0.0), axis=(2, 3))
         total = total * scale + jnp.sum(weights, axis=(2, 3))
         if with_entropy:
             weighted = weighted * scale + jnp.sum(jnp.where(weights > 0, weights * logits, 0.0), axis=(2, 3))
@@ -191,8 +186,7 @@ def _logprobs_backward(chunks: _Chunks, with_entropy: bool, saved, d_out: TokenL
         logits, part = chunks.logits(i, hidden, head, temperature)
         log_probs = logits - normalizer[..., None, None]
         probs = jnp.exp(log_probs)
-        is_target = chunks.is_target(i, targets) & (logits > -jnp.inf)
-        d_logits = d_out.logp[..., None, None] * (is_target - probs)
+        d_logits = d_out.logp[..., None, None] * (chunks.is_target(i, targets, logits) - probs)
         if with_entropy:
             surprise = jnp.where(logits > -jnp.inf, log_probs, 0.0) + entropy[..., None, None]
             d_logits -= d_out.entropy[..., None, None] * probs * surprise

@@ -35,10 +35,7 @@ K3_LIMIT = 10.0
 
 
 def sft_loss(logp: Float[Array, "B T"], weights: Float[Array | np.ndarray, "B T"]) -> Float[Array, ""]:
-    """Cross-entropy: -sum(weights * logp).
-
-    With weights of 1 / (trained tokens in the mini-batch) it is the mean over tokens, and micro-batches add up to it.
-    """
+    """Cross-entropy: -sum(weights * logp). With weights of 1 / (trained tokens in the mini-batch) it is their mean."""
     return -jnp.sum(weights * jnp.where(weights > 0, logp, 0.0))
 
 
@@ -57,16 +54,12 @@ def group_advantages(
     if rewards.ndim != 2:
         raise InputError(f"rewards have shape {rewards.shape}; expected [prompts, samples per prompt]")
     if not np.isfinite(rewards).all():
-        prompt, sample = np.argwhere(~np.isfinite(rewards))[0]
-        raise InputError(
-            f"the reward of prompt {prompt}, sample {sample} is {rewards[prompt, sample]}; a reward must be finite"
-        )
-    if rewards.shape[1] == 1:
-        mean, std = 0.0, 1.0
-    else:
+        p, r = np.argwhere(~np.isfinite(rewards))[0]
+        raise InputError(f"the reward of prompt {p}, sample {r} is {rewards[p, r]}; a reward must be finite")
+    mean, std = 0.0, 1.0
+    if rewards.shape[1] > 1:
         mean, std = rewards.mean(axis=1, keepdims=True), rewards.std(axis=1, ddof=1, keepdims=True)
-    centred = rewards - mean
-    return (centred / (std + eps) if normalize_std else centred).astype(np.float32)
+    return ((rewards - mean) / (std + eps if normalize_std else 1.0)).astype(np.float32)
 
 
 def aggregation_weights(
@@ -90,9 +83,9 @@ def aggregation_weights(
         raise InputError(f"aggregation={kind!r} is not known; give one of {', '.join(get_args(AggregationKind))}")
     lengths = np.asarray(response_lengths, np.float64)
     trained = lengths > 0
-    weights = np.zeros(lengths.shape)
+    weights = np.zeros(lengths.shape, np.float32)
     if not trained.any():
-        return weights.astype(np.float32)
+        return weights
     if kind == "sequence":
         weights[trained] = 1.0 / (trained.sum() * lengths[trained])
     elif kind == "token":
@@ -107,7 +100,7 @@ def aggregation_weights(
         _, group = np.unique(np.asarray(micro_batch_of)[trained], return_inverse=True)
         tokens = np.bincount(group, weights=lengths[trained])
         weights[trained] = 1.0 / (tokens.size * tokens[group])
-    return weights.astype(np.float32)
+    return weights
 
 
 # ---- the policy loss
@@ -125,6 +118,7 @@ def kl_estimate(logp: Float[Array, "*B"], ref_logp: Float[Array, "*B"], kind: KL
         return -d
     if kind == "k2":
         return 0.5 * d * d
+    assert kind == "k3", kind
     return jnp.clip(jnp.expm1(d) - d, -K3_LIMIT, K3_LIMIT)  # expm1: d is tiny early in training
 
 
@@ -181,16 +175,14 @@ def policy_loss(config: PolicyLossConfig, inputs: LossInputs) -> tuple[Float[Arr
     advantage are constant within a sequence (as ours are) its gradient is GSPO's; an importance weight scales its own
     token's gradient. A segment id above max_segments then gives NaN.
 
-    Returns:
-        (loss, metrics), float32 scalars. The metrics are sums over trained tokens, for `add_metrics` to join and
-        `mean_metrics` to divide: tokens, ratio_mean, ratio_max, clip_fraction (tokens whose surrogate the clip
-        changed); where their input is given, kl, entropy, and the sampler's importance ratio after the cap:
-        importance_mean, importance_max, importance_capped (only with a cap).
-
-    Raises:
-        InputError: the input that an option needs is missing.
+    Returns (loss, metrics), float32 scalars. The metrics are sums over trained tokens, for `add_metrics` to join and
+    `mean_metrics` to divide: tokens, ratio_mean, ratio_max, clip_fraction (tokens whose surrogate the clip changed);
+    where their input is given, kl, entropy, and the sampler's importance ratio after the cap: importance_mean,
+    importance_max, importance_capped (only with a cap). Raises InputError if the input that an option needs is missing.
     """
-    _check_inputs(config, inputs)
+    for option, name in (("kl_coef", "ref_logp"), ("importance_cap", "sampler_logp"), ("entropy_coef", "entropy")):
+        if (value := getattr(config, option)) and getattr(inputs, name) is None:
+            raise InputError(f"{option}={value} needs {name}, which was not given; pass it, or turn the option off")
     trained = inputs.weights > 0
 
     def only_trained(x: Array) -> Array:
@@ -198,7 +190,7 @@ def policy_loss(config: PolicyLossConfig, inputs: LossInputs) -> tuple[Float[Arr
 
     logp, advantages = only_trained(inputs.logp), only_trained(inputs.advantages)
     old_logp = only_trained(lax.stop_gradient(inputs.old_logp))
-    ratio = _ratio(config, logp, old_logp, trained, inputs.segment_ids, inputs.max_segments)
+    ratio = _ratio(config, inputs, logp, old_logp)
     terms, clipped = _surrogate(config, ratio, logp, advantages)
     metrics = {"tokens": trained, "clip_fraction": trained & clipped}
     metrics["ratio_mean"] = metrics["ratio_max"] = only_trained(ratio)
@@ -217,27 +209,14 @@ def policy_loss(config: PolicyLossConfig, inputs: LossInputs) -> tuple[Float[Arr
     return jnp.sum(inputs.weights * terms), lax.stop_gradient({k: _reduce(k, v) for k, v in metrics.items()})
 
 
-def _check_inputs(config: PolicyLossConfig, inputs: LossInputs) -> None:
-    needs = {
-        "ref_logp": (config.kl_coef != 0, f"kl_coef={config.kl_coef}"),
-        "sampler_logp": (config.importance_cap is not None, f"importance_cap={config.importance_cap}"),
-        "entropy": (config.entropy_coef != 0, f"entropy_coef={config.entropy_coef}"),
-    }
-    for name, (needed, why) in needs.items():
-        if needed and getattr(inputs, name) is None:
-            raise InputError(f"{why} needs {name}, which was not given; pass it, or turn the option off")
-
-
-def _ratio(
-    config: PolicyLossConfig, logp: Array, old_logp: Array, trained: Array, segment_ids: Array, max_segments: int
-) -> Array:
+def _ratio(config: PolicyLossConfig, inputs: LossInputs, logp: Array, old_logp: Array) -> Array:
     """The importance ratio of each token [B, T], differentiable in logp."""
     log_ratio = logp - old_logp
     if config.ratio == "sequence":
-        sums = partial(jax.ops.segment_sum, num_segments=max_segments + 1)
-        totals = jax.vmap(sums)(lax.stop_gradient(log_ratio), segment_ids)  # [B, max_segments + 1]
-        counts = jax.vmap(sums)(trained.astype(jnp.float32), segment_ids)
-        means = jnp.take_along_axis(totals / jnp.maximum(counts, 1.0), segment_ids, axis=1, mode="fill")
+        sums = jax.vmap(partial(jax.ops.segment_sum, num_segments=inputs.max_segments + 1))
+        totals = sums(lax.stop_gradient(log_ratio), inputs.segment_ids)  # [B, max_segments + 1]
+        counts = sums((inputs.weights > 0).astype(jnp.float32), inputs.segment_ids)
+        means = jnp.take_along_axis(totals / jnp.maximum(counts, 1.0), inputs.segment_ids, axis=1, mode="fill")
         # GSPO-token: the sequence's value, the token's own gradient.
         log_ratio = means + (logp - lax.stop_gradient(logp))
     return jnp.exp(jnp.clip(log_ratio, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -32,11 +32,7 @@ def write_manifest(directory: Path, about: Mapping[str, Any]) -> None:
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
-    """Read the manifest of a checkpoint, {"about", "files"}.
-
-    Raises:
-        Damage: the manifest is missing or not as it was written.
-    """
+    """Read a checkpoint's manifest, {"about", "files"}. Raises Damage if it is missing or not as it was written."""
     try:
         text = (directory / NAME).read_text(encoding="utf-8")
         manifest = json.loads(text)
@@ -51,22 +47,16 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     return manifest
 
 
-def check_files(directory: Path, files: Mapping[str, Any], names: Iterable[str] | None = None) -> list[str]:
-    """Compare the files (all, or those in `names`) with the manifest. Returns one line for each that differs."""
-    names = list(files if names is None else names)
-    return [line for line in _each(lambda name: _difference(directory / name, name, files[name]), names) if line]
+def check_files(directory: Path, files: Mapping[str, Any]) -> list[str]:
+    """Compare files with their entries in the manifest. Returns one line for each that differs."""
+    lines = _each(lambda entry: _difference(directory, *entry), list(files.items()))
+    return [line for line in lines if line]
 
 
-def verify(directory: Path) -> dict[str, Any]:
-    """Read every file, compare it with the manifest, and return the manifest.
-
-    Raises:
-        Damage: names every file that is not as it was written.
-    """
-    manifest = read_manifest(directory)
-    if wrong := check_files(directory, manifest["files"]):
+def verify(directory: Path) -> None:
+    """Compare every file with the manifest. Raises Damage, which names all that are not as they were written."""
+    if wrong := check_files(directory, read_manifest(directory)["files"]):
         raise Damage("; ".join(wrong))
-    return manifest
 
 
 def _sealed(manifest: Mapping[str, Any]) -> str:
@@ -80,10 +70,10 @@ def _each(function: Callable[..., Any], items: list) -> list:
         return list(pool.map(function, items))
 
 
-def _difference(path: Path, name: str, expected: Mapping[str, Any]) -> str | None:
+def _difference(directory: Path, name: str, expected: Mapping[str, Any]) -> str | None:
     """How a file differs from its entry in the manifest."""
     try:
-        with path.open("rb") as file:
+        with (directory / name).open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             if size != expected["bytes"]:
                 return f"{name}: expected {expected['bytes']} bytes, found {size}"

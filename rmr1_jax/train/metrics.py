@@ -35,11 +35,8 @@ class MetricsLog:
             write_whole(self.path, "".join(kept))
 
     def write(self, metrics: Mapping[str, float | int | str]) -> None:
-        """Append one step. Numbers that are not finite are written as null: JSON has no NaN.
-
-        Raises:
-            RunError: the file cannot be written. A half-written line is removed when the run is continued.
-        """
+        """Append one step. Numbers that are not finite are written as null: JSON has no NaN. Raises RunError if the
+        file cannot be written; a half-written line is removed when the run is continued."""
         if not first():
             return
         row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
@@ -52,9 +49,8 @@ class MetricsLog:
 def progress(start: int, total: int, name: str) -> tqdm:
     """A progress bar over the steps `start` to `total`. In a log file it prints a line every half minute."""
     every = 0.1 if sys.stderr.isatty() else 30.0
-    steps = range(start, total)
     shown = {"desc": name, "unit": "step", "dynamic_ncols": True, "mininterval": every, "disable": not first()}
-    return tqdm(steps, initial=start, total=total, **shown)
+    return tqdm(range(start, total), initial=start, total=total, **shown)
 
 
 def say(text: str) -> None:
@@ -69,11 +65,7 @@ def as_floats(metrics: Mapping[str, Any]) -> dict[str, float]:
 
 
 def read_metrics(directory: str | Path) -> list[dict]:
-    """Read every step of a run directory's metrics.jsonl.
-
-    Raises:
-        InputError: there is no such file.
-    """
+    """Read every step of a run directory's metrics.jsonl. Raises InputError if there is no such file."""
     path = Path(directory) / "metrics.jsonl"
     if not path.is_file():
         raise InputError(f"{path} does not exist; give the directory of a run")

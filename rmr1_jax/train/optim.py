@@ -45,10 +45,9 @@ class OptimConfig:
 
 def in_memory(tree: Any, memory: Memory) -> Any:
     """Move arrays to device or host memory; `ShapeDtypeStruct`s get a sharding in that memory."""
-    kind = MEMORY_KINDS[memory]
 
     def move(x):
-        sharding = x.sharding.with_memory_kind(kind)
+        sharding = x.sharding.with_memory_kind(MEMORY_KINDS[memory])
         if isinstance(x, jax.ShapeDtypeStruct):
             return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
         return jax.device_put(x, sharding)
@@ -83,14 +82,8 @@ def lr_schedule(config: OptimConfig, total_steps: int) -> optax.Schedule:
 
 def make_optimizer(config: OptimConfig, total_steps: int) -> optax.GradientTransformation:
     """AdamW on gradients that are already clipped."""
-    return optax.adamw(
-        lr_schedule(config, total_steps),
-        config.b1,
-        config.b2,
-        config.eps,
-        mu_dtype=config.mu_dtype,
-        weight_decay=config.weight_decay,
-    )
+    options = {k: getattr(config, k) for k in ("b1", "b2", "eps", "mu_dtype", "weight_decay")}
+    return optax.adamw(lr_schedule(config, total_steps), **options)
 
 
 def master_weights(params: Any, *, keep: bool) -> Any:
@@ -122,21 +115,15 @@ def init_state(params: Any, optimizer: optax.GradientTransformation, memory: Mem
     """A fresh state, whose moments are made in place with the sharding of their weights."""
     # Zeros have no operand to take a sharding from: by default XLA would replicate all of them.
     layout = jax.tree.map(lambda x: x.sharding, abstract_state(params, optimizer, memory))
-    init = jax.jit(
-        lambda weights: (optimizer.init(weights), jnp.int32(0)), out_shardings=(layout.opt_state, layout.step)
-    )
-    return TrainState(params, *init(params))
+    shardings = (layout.opt_state, layout.step)
+    return TrainState(params, *jax.jit(lambda w: (optimizer.init(w), jnp.int32(0)), out_shardings=shardings)(params))
 
 
 def compile_update(
     state: TrainState, *, loss: MicroLoss, optimizer: optax.GradientTransformation, clip: float
 ) -> Callable[[TrainState, dict[str, jax.Array], int], tuple[TrainState, dict[str, jax.Array]]]:
     """Compile `update` for one layout of the state, which it donates. Moments in host memory are on the devices only
-    during the update.
-
-    Args:
-        state: arrays or their description (`abstract_state`).
-    """
+    during the update. state: arrays or their description (`abstract_state`)."""
     layout = jax.tree.map(lambda x: x.sharding, state)
     on_device = jax.tree.map(lambda s: s.with_memory_kind(MEMORY_KINDS["device"]), layout.opt_state)
 
@@ -170,10 +157,9 @@ def update(
 ) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
     """One optimizer step over the first `count` of A micro-batches; a pure function to jit.
 
-    Returns:
-        The next state, and the metrics: the sums that `loss` returns, `loss`, and `grad_norm` before clipping. If the
-        loss or the norm is not finite, the weights and moments stay as they were, so that nothing broken can be saved;
-        only the step is counted.
+    Returns the next state, and the metrics: the sums that `loss` returns, `loss`, and `grad_norm` before clipping. If
+    the loss or the norm is not finite, the weights and moments stay as they were, so that nothing broken can be saved;
+    only the step is counted.
     """
     value_and_grad = jax.value_and_grad(loss, has_aux=True)
 

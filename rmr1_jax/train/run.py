@@ -19,6 +19,7 @@ from rmr1_jax.config import dump_config
 from rmr1_jax.distributed.preemption import Preempted, Preemption
 from rmr1_jax.errors import RunError
 from rmr1_jax.train.checkpoint import Checkpointer
+from rmr1_jax.train.config import RunConfig
 from rmr1_jax.train.metrics import MetricsLog, progress
 from rmr1_jax.train.optim import TrainState
 from rmr1_jax.train.run_directory import same_data
@@ -102,12 +103,9 @@ class Run:
 
 
 @contextmanager
-def open_run(config: Any, stage: str) -> Iterator[Run]:
-    """A run with the checkpoints that its config asks for, which ends cleanly after SIGTERM.
-
-    Raises:
-        RunError: the run does not fit in device memory; names the settings that change it.
-    """
+def open_run(config: RunConfig, stage: str) -> Iterator[Run]:
+    """A run with the checkpoints that its config asks for, which ends cleanly after SIGTERM. Raises RunError if the run
+    does not fit in device memory; it names the settings that change this."""
     policies = {"keep": config.keep, "every": config.save_every, "minutes": config.save_minutes, "best": config.best}
     about = {"config": yaml.safe_load(dump_config(config))}
     with Preemption() as preemption, Checkpointer(Path(config.out), **policies, about=about) as checkpoints:

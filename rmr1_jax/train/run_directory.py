@@ -18,6 +18,7 @@ from rmr1_jax.distributed.exchange import first, wait
 from rmr1_jax.errors import InputError
 from rmr1_jax.files.write import write_whole, writing
 from rmr1_jax.policy import Policy
+from rmr1_jax.train.config import RunConfig
 from rmr1_jax.train.metrics import say
 
 # Settings that may differ between a run and its continuation: those that change no number,
@@ -26,13 +27,13 @@ NO_EFFECT = {"out", "save_every", "save_minutes", "keep", "best", "on_nonfinite"
 ROUNDING = {"mesh", "sampling_tensor", "remat", "attention", "reference_memory", "optimizer.memory"}
 
 
-def start_run(config: Any, directory: Path) -> None:
+def start_run(config: RunConfig, directory: Path) -> None:
     """Make the run directory and write the resolved config, or check that the run there has the same one. Differences
     that do not matter are printed.
 
     Raises:
         InputError: the directory holds a run with another config; names every difference. RunError: it cannot be
-            written to.
+        written to.
     """
     if re.match(r"\w+:/", str(directory)):
         raise InputError(
@@ -57,11 +58,7 @@ def data_digest(examples: Sequence[Any]) -> str:
 
 
 def same_data(restored: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
-    """The cursor of a checkpoint, checked to be one into the present data.
-
-    Raises:
-        InputError: the data has changed.
-    """
+    """The cursor of a checkpoint, checked to be one into the present data. Raises InputError if that has changed."""
     if restored.get("data", now["data"]) != now["data"]:
         raise InputError(
             "the data has changed since the checkpoint was written (another number of examples, or other lengths), so "
@@ -71,36 +68,27 @@ def same_data(restored: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
 
 
 def save_model(policy: Policy, out: Path) -> Policy:
-    """Save the trained policy as `out/model`, and return it.
-
-    Raises:
-        RunError: it cannot be written; nothing half written remains there.
-    """
+    """Save the trained policy as `out/model`, and return it. Raises RunError if it cannot be written; nothing half
+    written remains there."""
     size = sum(x.nbytes for x in jax.tree.leaves(policy.params))
     with writing(out / "model", size, "the last checkpoint is valid; free some space and run the same command again"):
         policy.save(out / "model")
     return policy
 
 
-def _compare(path: Path, config: Any) -> None:
+def _compare(path: Path, config: RunConfig) -> None:
     """Raise InputError if the config in `path` differs in a setting that matters; print other differences."""
     old = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    changed = config_differences(old, yaml.safe_load(dump_config(config)))
-    fatal = {k for k in changed if not _is_in(k, NO_EFFECT | ROUNDING)}
-    if fatal:
-        raise InputError(
-            f"{path.parent} holds a run with another config ({_listed(changed, fatal)}); give another `out`, or remove "
-            "the directory"
-        )
+    differences = config_differences(old, yaml.safe_load(dump_config(config)))
+    changed = {k: f"{k} was {a!r}, is {b!r}" for k, (a, b) in differences.items()}
+
+    def listed(known: set[str], inside: bool = True) -> str:
+        """The changes of the settings that are, or whose section is, in `known`; or all others."""
+        return "; ".join(v for k, v in changed.items() if any(f"{k}.".startswith(f"{x}.") for x in known) == inside)
+
+    if fatal := listed(NO_EFFECT | ROUNDING, inside=False):
+        advice = "give another `out`, or remove the directory"
+        raise InputError(f"{path.parent} holds a run with another config ({fatal}); {advice}")
     for known, effect in ((NO_EFFECT - {"out"}, "no number"), (ROUNDING, "only the last bits of numbers")):
-        if noted := {k for k in changed if _is_in(k, known)}:
-            say(f"changed settings, which change {effect}: {_listed(changed, noted)}")
-
-
-def _is_in(key: str, known: set[str]) -> bool:
-    """Whether `key`, or the section that it is in, is in `known`."""
-    return any(key == k or key.startswith(f"{k}.") for k in known)
-
-
-def _listed(changed: dict[str, tuple[Any, Any]], keys: set[str]) -> str:
-    return "; ".join(f"{k} was {a!r}, is {b!r}" for k, (a, b) in changed.items() if k in keys)
+        if noted := listed(known):
+            say(f"changed settings, which change {effect}: {noted}")

@@ -13,26 +13,25 @@ from rmr1_jax.errors import InputError
 from rmr1_jax.model.qwen import Params
 
 
-def restored(checkpointer: ocp.Checkpointer, path: Path, like: Any, restore_args: Callable[[Any], Any]) -> Any:
-    """Restore the tree in `path` with the structure, shapes, dtypes and shardings of `like`.
-
-    Args:
-        restore_args: makes Orbax's arguments for a tree as it is stored.
+def restored(path: Path, like: Any) -> Any:
+    """Restore the tree in `path` with the structure, shapes, dtypes and shardings of `like`, which may be a part of it.
 
     Raises:
         InputError: the stored arrays have other names or shapes; the message has them, which Orbax's does not.
     """
-    stored = _shapes(ocp.PyTreeCheckpointer().metadata(path).item_metadata.tree)
+    checkpointer = ocp.PyTreeCheckpointer()
+    stored = _shapes(checkpointer.metadata(path).item_metadata.tree)
     flat = _map_params(_flat_layers, like)
     is_flat = _shapes(flat).keys() <= stored.keys()
     wanted = flat if is_flat else like
-    wrong = [
-        f"{k}: is {stored.get(k)}, expected {shape}" for k, shape in _shapes(wanted).items() if stored.get(k) != shape
-    ]
+    expected = _shapes(wanted).items()
+    wrong = [f"{k}: is {stored.get(k)}, expected {shape}" for k, shape in expected if stored.get(k) != shape]
     if wrong:
         named = "; ".join(wrong[:3]) + (f", and {len(wrong) - 3} more" if len(wrong) > 3 else "")
         raise InputError(f"{path} is of another model: {named}; give the model that the run began with")
-    tree = checkpointer.restore(path, args=restore_args(wanted))
+    restore_args = ocp.checkpoint_utils.construct_restore_args(wanted)
+    args = ocp.args.PyTreeRestore(item=wanted, restore_args=restore_args, partial_restore=True)
+    tree = checkpointer.restore(path, args=args)
     return _map_params(_nested_layers, like, tree) if is_flat else tree
 
 
