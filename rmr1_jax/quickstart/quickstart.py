@@ -3,8 +3,9 @@
 A Qwen-shaped policy of a million parameters learns from a teacher's traces to judge pairs of answers. The teacher
 evaluates correctly, but where only the worse answer sounds confident, its verdict often names that one. Distillation
 copies the bias too; GRPO's verifiable reward then corrects it. Evaluation is greedy, on questions that no stage saw,
-the better answer as often A as B. The settings below were chosen on the split "dev"; the reported scores are of the
-split "test". Read next: `world.py` (the questions and the teacher), `rmr1_jax/train/sft.py`, `rmr1_jax/train/grpo.py`.
+the better answer as often A as B. The settings (`sft.yaml`, `grpo.yaml`) were chosen on the split "dev"; the reported
+scores are of the split "test". Read next: `world.py` (the questions and the teacher), `rmr1_jax/train/sft.py`,
+`rmr1_jax/train/grpo.py`.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from rmr1_jax.config import load_config
 from rmr1_jax.data.examples import Example, sft_example
 from rmr1_jax.judge.judge import Judge
 from rmr1_jax.judge.judgement import Judgement
@@ -27,19 +29,15 @@ from rmr1_jax.prompts.prompt import save_prompt
 from rmr1_jax.quickstart import world
 from rmr1_jax.quickstart.tokenizer import train_tokenizer
 from rmr1_jax.report.report import write_report
-from rmr1_jax.sampler.sample import SamplingConfig
 from rmr1_jax.train.config import GrpoConfig, SftConfig
 from rmr1_jax.train.grpo import grpo
-from rmr1_jax.train.losses import PolicyLossConfig
 from rmr1_jax.train.metrics import read_metrics
-from rmr1_jax.train.optim import OptimConfig
 from rmr1_jax.train.rollout import RlPrompt
 from rmr1_jax.train.sft import sft
 
 SFT_ITEMS = 14000  # pairs, each seen once: a policy of this size memorizes pairs that it sees again
 GRPO_ITEMS = 2000
 TEST_ITEMS = 1024
-MAX_TRACE = 80  # tokens; the longest trace of the teacher has 70
 
 MODEL = QwenConfig(
     model_type="qwen2",
@@ -58,35 +56,9 @@ MODEL = QwenConfig(
     max_position_embeddings=256,
 )
 
-SFT = SftConfig(
-    out="",
-    epochs=1,
-    row_length=240,  # holds two texts
-    rows_per_step=8,
-    micro_rows=8,
-    optimizer=OptimConfig(lr=2e-3, final_ratio=0.1, warmup_ratio=0.03),
-    dtype="float32",
-    remat="dots",
-    attention="xla",  # the TPU kernel requires longer rows, and the quickstart must run on any machine
-    save_every=200,
-)
-
-GRPO = GrpoConfig(
-    out="",
-    steps=40,
-    prompts_per_step=32,
-    mini_batch_prompts=32,
-    max_prompt_length=64,
-    row_length=520,  # holds four of the longest texts, or five of the shortest
-    micro_rows=1,
-    sampling=SamplingConfig(n=8, max_new_tokens=MAX_TRACE),
-    loss=PolicyLossConfig(kl_coef=0.0),
-    optimizer=OptimConfig(lr=1e-4, schedule="constant", warmup_ratio=0.0, b2=0.999),
-    dtype="float32",
-    remat="dots",
-    attention="xla",
-    save_every=20,
-)
+SFT = load_config(SftConfig, Path(__file__).parent / "sft.yaml")
+GRPO = load_config(GrpoConfig, Path(__file__).parent / "grpo.yaml")
+MAX_TRACE = GRPO.sampling.max_new_tokens  # the longest trace of the teacher has 70
 
 NOTES = (
     "The teacher evaluates correctly, but where only the worse answer opens with confidence (Surely!, Certainly!), its "
@@ -150,22 +122,12 @@ def quickstart(out: str | Path, *, seed: int = 0, control: bool = False) -> dict
 
 def sft_examples(policy: Policy, items: Sequence[world.Item], seed: int) -> list[Example]:
     """Tokenises the teacher's traces as training rows."""
-    prompt = world.world_prompt()
-    return [
-        sft_example(
-            policy.tokenizer,
-            item.id,
-            prompt.render(item.question, item.response_a, item.response_b),
-            world.teacher_trace(item, seed=seed),
-        )
-        for item in items
-    ]
+    return [sft_example(policy.tokenizer, i.id, world.render(i), world.teacher_trace(i, seed=seed)) for i in items]
 
 
 def rl_prompts(policy: Policy, items: Sequence[world.Item]) -> list[RlPrompt]:
     """Renders the questions that GRPO samples on; only the reward knows which answer is better."""
-    prompt = world.world_prompt()
-    rendered = [policy.tokenizer.render(prompt.render(i.question, i.response_a, i.response_b)) for i in items]
+    rendered = [policy.tokenizer.render(world.render(item)) for item in items]
     return [RlPrompt(i.id, np.asarray(ids, np.int32), i.better, i) for i, ids in zip(items, rendered, strict=True)]
 
 
@@ -205,19 +167,9 @@ def table(results: dict[str, Any]) -> str:
 
 
 def _row(item: world.Item, judgement: Judgement) -> dict[str, Any]:
-    return {
-        "id": item.id,
-        "kind": item.kind,
-        "task": item.task,
-        "tempted": item.tempted,
-        "question": item.question,
-        "response_a": item.response_a,
-        "response_b": item.response_b,
-        "better": item.better,
-        "winner": judgement.winner,
-        "correct": judgement.winner == item.better,
-        "text": judgement.text,
-    }
+    shown = ("id", "kind", "task", "tempted", "question", "response_a", "response_b", "better")
+    judged = {"winner": judgement.winner, "correct": judgement.winner == item.better, "text": judgement.text}
+    return {name: getattr(item, name) for name in shown} | judged
 
 
 def _select_samples(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

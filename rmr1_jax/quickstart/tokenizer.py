@@ -12,15 +12,11 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from rmr1_jax.prompts.prompt import QUESTION, RESPONSES
+
 END, PAD = "<|im_end|>", "<|endoftext|>"
 SPECIAL = (PAD, "<|im_start|>", END)
-DELIMITERS = (
-    "[Client Question]\n",
-    "\n\n[The Start of Chatbot A's Response]\n",
-    "\n[The End of Chatbot A's Response]",
-    "\n\n[The Start of Chatbot B's Response]\n",
-    "\n[The End of Chatbot B's Response]",
-)
+DELIMITERS = (QUESTION, *RESPONSES[:2], f"\n\n{RESPONSES[2]}", RESPONSES[3])
 TAGS = (
     *("<type>", "</type>\n", "<solution>", "</solution>\n", "<rubric>", "</rubric>\n", "<justify>", "</justify>"),
     *("<eval>", "</eval>\n", "<answer>[[", "]]</answer>"),

@@ -26,7 +26,7 @@ import numpy as np
 
 from rmr1_jax.errors import InputError
 from rmr1_jax.pairs.pair import PreferencePair
-from rmr1_jax.prompts.prompt import Prompt, published_frames
+from rmr1_jax.prompts.prompt import Messages, Prompt, published_frames
 from rmr1_jax.prompts.verdict import other_side
 from rmr1_jax.quickstart.cases import CHAT, REASONING, Case, pick
 
@@ -125,13 +125,12 @@ def world_texts(n: int = 2000, *, seed: int = 0) -> list[str]:
 
 def to_pair(item: Item) -> PreferencePair:
     """Converts an item to a preference pair with the same A/B order."""
-    return PreferencePair.from_answers(
-        id=item.id,
-        question=item.question,
-        response_a=item.response_a,
-        response_b=item.response_b,
-        better=item.better,
-    )
+    return PreferencePair.from_answers(item.id, item.question, item.response_a, item.response_b, better=item.better)
+
+
+def render(item: Item) -> Messages:
+    """The messages that ask for a verdict on an item."""
+    return world_prompt().render(item.question, item.response_a, item.response_b)
 
 
 # Items: cases with openings, in an A/B order.

@@ -138,16 +138,12 @@ def _group(benchmark: str, judges: Sequence[dict[str, Any]], published: Mapping[
         if rows:
             named = [{"name": name, "cells": cells} for name, cells in rows.items()]
             breakdowns.append({"title": title, "unit": unit, "measure": measure, "rows": named})
-    by_tokens = [
-        (
-            "Score by token budget",
-            text,
-            [[(row["tokens"], row["score"]) for row in judge[key] or ()] for judge in judges],
-        )
-        for key, text in BUDGETS.items()
-    ]
+    by_tokens = {
+        key: [[(row["tokens"], row["score"]) for row in judge[key] or ()] for judge in judges] for key in BUDGETS
+    }
     by_votes = [[(row["k"], row["accuracy"]) for row in (judge["votes"] or {}).get("by_k", ())] for judge in judges]
-    charts = [*by_tokens, ("Accuracy by number of votes", "", by_votes)]
+    charts = [("Score by token budget", text, by_tokens[key]) for key, text in BUDGETS.items()]
+    charts += [("Accuracy by number of votes", "", by_votes)]
     return {
         "title": TITLES.get(benchmark, benchmark),
         "judges": judges,
