@@ -36,6 +36,8 @@ from rmr1_jax.sampler.shapes import CHUNKS, PREFILL_ROWS, common_prefix, free_ca
 from rmr1_jax.sampler.slots import Bank, LiveSample
 from rmr1_jax.sampler.weights import Weights
 
+Prompts = Sequence[Sequence[int] | np.ndarray]  # token ids of each prompt
+
 
 class Run:
     """One call of an engine: the queue of prompts, the banks, the cache, and the statistics."""
@@ -213,7 +215,7 @@ class Engine:
 
     @classmethod
     def for_prompts(
-        cls, model: Qwen, weights: Weights, prompts: Sequence[Sequence[int]], sampling: SamplingConfig, *, mesh: Mesh
+        cls, model: Qwen, weights: Weights, prompts: Prompts, sampling: SamplingConfig, *, mesh: Mesh
     ) -> Engine:
         """An engine whose shapes are settled for just these prompts."""
         longest, dtype = max(map(len, prompts), default=1), weights["final_norm"].dtype
@@ -248,7 +250,7 @@ class Engine:
     def stream(
         self,
         weights: Weights,
-        prompts: Sequence[Sequence[int]],
+        prompts: Prompts,
         stop_token_ids: Sequence[int],
         *,
         sampling: SamplingConfig | None = None,
@@ -283,7 +285,7 @@ class Engine:
     def generate(
         self,
         weights: Weights,
-        prompts: Sequence[Sequence[int]],
+        prompts: Prompts,
         stop_token_ids: Sequence[int],
         *,
         sampling: SamplingConfig | None = None,
@@ -302,9 +304,7 @@ class Engine:
         return programs.empty_cache(self.config, **sizes, width=width, dtype=self.dtype)
 
 
-def _check_prompts(
-    config: QwenConfig, prompts: Sequence[Sequence[int]], sampling: SamplingConfig, longest: int
-) -> None:
+def _check_prompts(config: QwenConfig, prompts: Prompts, sampling: SamplingConfig, longest: int) -> None:
     window = config.sliding_window or math.inf
     for i, prompt in enumerate(prompts):
         if len(prompt) == 0:

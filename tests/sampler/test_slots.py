@@ -1,4 +1,4 @@
-"""Who sits in which slot, on the host alone: a bank by itself, and the whole engine over a pretended device."""
+"""The host's record of slots and prompts: a bank by itself, and the whole engine over a simulated device."""
 
 import functools
 import zlib
@@ -20,7 +20,7 @@ STOP, STEPS = 1, programs.STEPS
 
 @functools.cache
 def script(hash_: int, sample: int, max_new: int, mean: float) -> np.ndarray:
-    """What a pretended model writes: tokens that no other sample has, a stop after a random number of them."""
+    """What a simulated model writes: tokens that no other sample has, a stop after a random number of them."""
     length = int(np.random.default_rng([hash_, sample]).geometric(1 / mean))
     tokens = 100 + (hash_ % 9973 * 31 + sample) * 1000 + np.arange(min(length, max_new))
     if length <= max_new:
@@ -28,7 +28,7 @@ def script(hash_: int, sample: int, max_new: int, mean: float) -> np.ndarray:
     return tokens.astype(np.int32)
 
 
-def pretend(slots, leave_at: int, max_new: int, mean: float):
+def simulate(slots, leave_at: int, max_new: int, mean: float):
     """`programs.decode` for one bank: tokens, and values that say which token they belong to; [B, STEPS] each."""
     live, drawn = slots.live.copy(), slots.drawn.copy()
     tokens = np.full((len(live), STEPS), -1, np.int32)
@@ -44,16 +44,16 @@ def pretend(slots, leave_at: int, max_new: int, mean: float):
 
 
 def check(bank: Bank) -> None:
-    """The arrays that go to the device agree with who sits where."""
-    assert [seat is not None for seat in bank.samples] == bank.arrays.live.tolist()
+    """The arrays that go to the device agree with the record."""
+    assert [live is not None for live in bank.samples] == bank.arrays.live.tolist()
     for slot in np.nonzero(bank.arrays.live)[0]:
-        seat, guest = bank.samples[slot], bank.prompts[bank.arrays.entry[slot]]
-        assert seat.prompt == guest.prompt and seat.number == bank.arrays.sample[slot]
+        live, cached = bank.samples[slot], bank.prompts[bank.arrays.entry[slot]]
+        assert live.prompt == cached.prompt and live.number == bank.arrays.sample[slot]
         assert bank.arrays.table[bank.arrays.entry[slot], bank.arrays.rank[slot]] == slot
-        assert (bank.arrays.prompt_hash[slot], bank.arrays.length[slot]) == (guest.hash, len(guest.tokens))
-        assert bank.arrays.drawn[slot] == sum(map(len, seat.tokens)) == bank.arrays.step - bank.arrays.start[slot]
-        assert bank.arrays.last[slot] == (seat.tokens[-1] if seat.tokens else guest.tokens)[-1]
-        assert bank.arrays.prompt_length[bank.arrays.entry[slot]] == len(guest.tokens) - 1
+        assert (bank.arrays.prompt_hash[slot], bank.arrays.length[slot]) == (cached.hash, len(cached.tokens))
+        assert bank.arrays.drawn[slot] == sum(map(len, live.tokens)) == bank.arrays.step - bank.arrays.start[slot]
+        assert bank.arrays.last[slot] == (live.tokens[-1] if live.tokens else cached.tokens)[-1]
+        assert bank.arrays.prompt_length[bank.arrays.entry[slot]] == len(cached.tokens) - 1
     assert (bank.arrays.table != FREE).sum() == bank.live_count
 
 
@@ -71,22 +71,22 @@ def test_prompts_are_admitted_to_free_entries_only():
     assert bank.arrays.prompt_length.tolist() == [4, 8]  # the last token is the first to be fed
 
 
-def test_more_samples_than_ranks_and_slots_are_seated_as_places_come():
+def test_more_samples_than_ranks_and_slots_take_slots_as_they_are_freed():
     bank = Bank(slots=3, entries=2, ranks=2)
     bank.admit(0, np.array([5, 6]), 10, 4)
     bank.fill(4)
     check(bank)
-    assert [seat and (seat.prompt, seat.number) for seat in bank.samples] == [(0, 0), (0, 1), None]  # two ranks
+    assert [live and (live.prompt, live.number) for live in bank.samples] == [(0, 0), (0, 1), None]  # two ranks
     bank.admit(1, np.array([7]), 20, 2)
     bank.fill(2)
     check(bank)
-    assert [(seat.prompt, seat.number) for seat in bank.samples] == [(0, 0), (0, 1), (1, 0)]  # three slots
+    assert [(live.prompt, live.number) for live in bank.samples] == [(0, 0), (0, 1), (1, 0)]  # three slots
     assert bank.waiting == 3 and bank.arrays.last.tolist() == [6, 6, 7] and bank.arrays.length.tolist() == [2, 2, 1]
 
     tokens = np.array([[11, 12, -1], [11, STOP, -1], [STOP, -1, -1]], np.int32)
     finished = bank.record(tokens, tokens / 2, tokens / 4, 2, {STOP}, 10)
     check(bank)
-    assert [(seat.prompt, seat.number) for seat in finished] == [(0, 1), (1, 0)]
+    assert [(live.prompt, live.number) for live in finished] == [(0, 1), (1, 0)]
     assert np.concatenate(finished[0].tokens).tolist() == [11, STOP]
     assert np.concatenate(finished[0].logp).tolist() == [5.5, STOP / 2]
     assert np.concatenate(finished[0].sampled_logp).tolist() == [2.75, STOP / 4]
@@ -105,7 +105,7 @@ def test_an_entry_is_free_when_its_last_sample_has_finished():
     check(bank)
     assert bank.samples[0].number == 2 and bank.arrays.start[0] == 1 and bank.oldest == 0
     ends[1] = -1
-    assert [seat.number for seat in bank.record(ends, ends, ends, 1, {STOP}, 10)] == [2]
+    assert [live.number for live in bank.record(ends, ends, ends, 1, {STOP}, 10)] == [2]
     assert bank.admit(1, np.array([5]), 20, 1) == 0
 
 
@@ -115,8 +115,8 @@ def test_the_limit_ends_a_sample_and_idle_slots_take_nothing():
     bank.fill(1)
     tokens = np.array([[11, 12, 13, 14], [-1] * 4], np.int32)
     assert bank.record(tokens[:, :2], tokens, tokens, 2, {STOP}, 3) == []
-    (seat,) = bank.record(tokens[:, 2:], tokens, tokens, 1, {STOP}, 3)  # of the two columns one counts
-    assert np.concatenate(seat.tokens).tolist() == [11, 12, 13]
+    (live,) = bank.record(tokens[:, 2:], tokens, tokens, 1, {STOP}, 3)  # of the two columns one counts
+    assert np.concatenate(live.tokens).tolist() == [11, 12, 13]
     assert bank.live_count == 0 and bank.samples == [None, None] and bank.prompts == [None]
 
 
@@ -146,14 +146,14 @@ def test_a_smaller_bank_keeps_its_live_slots(slots, entries, ranks):
     assert order.shape == (slots,) and kept.shape == (entries,) and bank.arrays.table.shape == (entries, ranks)
     assert bank.arrays.live.tolist() == [True, True, True, False][:slots]
     for slot in range(3):
-        seat = bank.samples[slot]
-        old = before[seat.prompt, seat.number]
+        live = bank.samples[slot]
+        old = before[live.prompt, live.number]
         assert order[slot] == old and kept[bank.arrays.entry[slot]] == was["entry"][old]
         for name in ("last", "length", "drawn", "start", "prompt_hash"):
             assert getattr(bank.arrays, name)[slot] == was[name][old], name
     np.testing.assert_array_equal(bank.arrays.prompt_length, lengths[kept])
     if ranks == 1:
-        assert bank.arrays.entry[:3].tolist() == [0, 1, 2]  # nobody shares
+        assert bank.arrays.entry[:3].tolist() == [0, 1, 2]  # each slot has its own
     else:
         np.testing.assert_array_equal(kept, np.arange(3))
     # All end where they are, and the bank is empty.
@@ -162,7 +162,7 @@ def test_a_smaller_bank_keeps_its_live_slots(slots, entries, ranks):
     assert bank.live_count == 0 and (bank.arrays.table == FREE).all()
 
 
-def test_a_smaller_bank_refuses_to_drop_who_is_seated_or_waits():
+def test_a_smaller_bank_refuses_to_drop_live_or_waiting_samples():
     bank = Bank(slots=3, entries=2, ranks=2)
     bank.admit(0, np.array([5]), 10, 2)
     bank.fill(2)
@@ -176,7 +176,7 @@ def test_a_smaller_bank_refuses_to_drop_who_is_seated_or_waits():
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize(("slots", "entries", "n"), [(1, 1, 3), (5, 3, 4), (8, 6, 1), (7, 7, 7)], ids=str)
 def test_every_sample_gets_its_own_tokens_and_no_other_s(slots, entries, n, seed):
-    """Random comings and goings: what a seat has when it leaves is what was drawn for that prompt and number."""
+    """Random admissions: what a sample holds when it finishes is what was drawn for that prompt and number."""
     rng = np.random.default_rng(seed)
     bank, max_new, mean = Bank(slots, entries, min(n, slots)), 40, 12
     prompts = [rng.integers(0, 9, rng.integers(1, 6)) for _ in range(12)]
@@ -187,18 +187,18 @@ def test_every_sample_gets_its_own_tokens_and_no_other_s(slots, entries, n, seed
         bank.fill(n)
         check(bank)
         leave_at = rng.integers(0, bank.live_count) if bank.live_count else 0
-        for seat in bank.record(*pretend(bank.arrays, leave_at, max_new, mean), {STOP}, max_new):
-            assert (seat.prompt, seat.number) not in done
-            done[seat.prompt, seat.number] = seat
-            values = (np.concatenate(x) for x in (seat.tokens, seat.logp, seat.sampled_logp))
-            text = script(seat.prompt, seat.number, max_new, mean)
+        for live in bank.record(*simulate(bank.arrays, leave_at, max_new, mean), {STOP}, max_new):
+            assert (live.prompt, live.number) not in done
+            done[live.prompt, live.number] = live
+            values = (np.concatenate(x) for x in (live.tokens, live.logp, live.sampled_logp))
+            text = script(live.prompt, live.number, max_new, mean)
             for value, expected in zip(values, (text, text / 2, text / 4), strict=True):
                 np.testing.assert_array_equal(value, expected)
         check(bank)
     assert len(done) == len(prompts) * n and bank.prompts == [None] * entries
 
 
-# ---- the engine over a pretended device
+# ---- the engine over a simulated device
 
 TINY = {"hidden_size": 8, "intermediate_size": 8, "num_layers": 1, "num_heads": 1, "num_kv_heads": 1, "head_dim": 8}
 CONFIG = QwenConfig(
@@ -262,7 +262,7 @@ class Device:
                 assert cache.prompt_k[0][x, e, : len(text) - 1].tolist() == text[:-1]
                 assert bank.drawn[b] or bank.last[b] == text[-1]
                 self.begun.add((int(bank.prompt_hash[b]), int(bank.sample[b])))
-            drawn = pretend(bank, int(bank.leave_at), max_new, self.mean)
+            drawn = simulate(bank, int(bank.leave_at), max_new, self.mean)
             age = int((bank.step - bank.start)[bank.live].max(initial=0)) + drawn[3]
             assert min(age, max_new) <= cache.width, "a ring is too narrow for what its slot draws"
             results.append(drawn)
@@ -274,8 +274,8 @@ class Device:
         return cache, programs.Drawn(tokens, logp, sampled_logp, steps)
 
 
-def run_pretended(monkeypatch, texts, *, slots, n, mean, max_new, mesh=None):
-    """Sample on a pretended device, and check that every sample is complete and its own."""
+def run_simulated(monkeypatch, texts, *, slots, n, mean, max_new, mesh=None):
+    """Sample on a simulated device, and check that every sample is complete and its own."""
     settings = SamplingConfig(n=n, max_new_tokens=max_new, slots=slots)
     mesh = make_mesh(mesh) if mesh else single_device_mesh()
     engine = Engine(module_for(CONFIG), settings, prompts=len(texts), longest=max(map(len, texts)), mesh=mesh)
@@ -314,7 +314,7 @@ def test_slots_are_busy_until_the_queue_is_empty(monkeypatch, slots, n, prompts,
     """Groups and single samples, more slots than a group and fewer, several banks."""
     rng = np.random.default_rng(slots)
     texts = [rng.integers(2, 50, rng.integers(1, 40)).tolist() for _ in range(prompts)]
-    stats = run_pretended(monkeypatch, texts, slots=slots, n=n, mean=mean, max_new=3 * mean, mesh=mesh)
+    stats = run_simulated(monkeypatch, texts, slots=slots, n=n, mean=mean, max_new=3 * mean, mesh=mesh)
     assert stats.occupancy == stats.busy_new_tokens / stats.busy_row_steps
     assert stats.occupancy >= 0.9
 
@@ -327,6 +327,6 @@ def test_prompts_are_prefilled_once_and_with_little_padding(monkeypatch, slots, 
     rng = np.random.default_rng(slots + prefix)
     head = rng.integers(2, 50, prefix).tolist()
     texts = [head + rng.integers(2, 50, rng.integers(shortest, longest + 1) - prefix).tolist() for _ in range(prompts)]
-    stats = run_pretended(monkeypatch, texts, slots=slots, n=n, mean=40, max_new=120)
+    stats = run_simulated(monkeypatch, texts, slots=slots, n=n, mean=40, max_new=120)
     unique = sum(map(len, texts)) - prefix * (prompts - 1)
     assert unique - prompts <= stats.prefill_tokens <= 1.25 * unique, stats.prefill_tokens / unique
