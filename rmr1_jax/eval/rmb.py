@@ -61,17 +61,19 @@ class Rmb(Benchmark):
                 number += 1
 
     def write_logs(self, files: ArrayFiles, rows: Iterable[Judged], judge: str) -> None:
-        items: dict[str, int] = {}
-        last: dict[str, str] = {}
+        items: dict[str, dict[str, int]] = {}  # the numbers of each folder's items
         for row in rows:
             meta = row["meta"]
             kind, goal = SETS[set_of(meta["category"])]
             folder = f"{kind}_{goal}"
-            items[folder] = items.get(folder, -1) + (last.get(folder) != meta["item"])
-            last[folder] = meta["item"]
+            own = items.setdefault(folder, {})
+            index = own.setdefault(meta["item"], len(own))
             uid, category = meta["item"].removeprefix(f"{meta['category']}#"), meta["category"]
             entry = {**logs.published(row), "pair_uid": uid, "bon_uid": uid, "category_path": category}
-            entry |= {"subset": category if kind == "Pairwise_set" else "train", "idx": items[folder]}
+            entry |= {
+                "subset": category if kind == "Pairwise_set" else "train",
+                "idx": index,
+            }
             files.add(f"RMB/{folder}/{_LOG_NAMES[kind]}", {key: entry[key] for key in (*_FIELDS[kind], FLAG, OURS)})
 
     def judgements_of(self, entries: Iterable[Row]) -> Iterator[Judged]:

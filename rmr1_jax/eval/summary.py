@@ -107,8 +107,12 @@ def summarize(
     first = next(rows, None)
     if first is None:
         raise InputError("there is no judgement to summarize")
+    if (rule := settings.get("rule", "eval")) not in RULES:
+        raise InputError(f"the judgements' settings name the rule {rule!r}; known are {', '.join(RULES)}")
     scoring = scoring or scoring_of(first)
-    counts = _Counts((first.get("meta") or {}).get("benchmark"), settings, scoring, cut, forced)
+    after_forcing = None if forced is None else Budgets(rule, scoring, forced=forced)
+    benchmark = (first.get("meta") or {}).get("benchmark")
+    counts = _Counts(benchmark, scoring, Budgets(rule, scoring, cut), after_forcing)
     for row in itertools.chain([first], rows):
         counts.add(row)
     found = scoring.statistics(counts.items)
@@ -148,25 +152,14 @@ def summarize(
 class _Counts:
     """Everything that one pass over the rows counts."""
 
-    def __init__(
-        self,
-        benchmark: str | None,
-        settings: Mapping[str, Any],
-        scoring: Scoring,
-        cut: Cut | None,
-        forced: Forced | None,
-    ):
-        rule = settings.get("rule", "eval")
-        if rule not in RULES:
-            raise InputError(f"the judgements' settings name the rule {rule!r}; known are {', '.join(RULES)}")
+    def __init__(self, benchmark: str | None, scoring: Scoring, budgets: Budgets, forced: Budgets | None):
         self.benchmark, self.scoring = benchmark, scoring
         self.n = self.right = 0
         self.items, self.statuses, self.tokens = scoring.items(), Counter[str](), array("I")
         self.subsets, self.kinds = Groups(), Groups()
         self.lengths = Groups((*ANSWER_BINS, LONGER, SHORTER, *TRACE_BINS))
         self.shown = Groups(f"the better answer is {letter}" for letter in "AB")
-        self.orders, self.votes, self.budgets = Orders(), Votes(), Budgets(rule, scoring, cut)
-        self.budgets_forced = None if forced is None else Budgets(rule, scoring, forced=forced)
+        self.orders, self.votes, self.budgets, self.budgets_forced = Orders(), Votes(), budgets, forced
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Count a row."""

@@ -102,7 +102,6 @@ class Judge(AnyJudge):
                 yield prompt.number, judgement_of(texts, self.rule)
 
     def settings(self, voting: Voting) -> dict[str, Any]:
-        """Everything that decides a verdict besides the policy and the pairs, as plain values."""
         return {
             "prompt": self.prompt.identity,
             "escape_untrusted": self.prompt.escape_untrusted,

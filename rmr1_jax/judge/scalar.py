@@ -181,7 +181,6 @@ class ScalarJudge(AnyJudge):
                     yield number, _judgement(scores[a], scores[b])
 
     def settings(self, voting: Voting) -> dict[str, Any]:
-        """Everything that decides a judgement besides the weights and the pairs, as plain values."""
         if voting.votes != 1 or voting.both_orders:
             raise InputError(
                 "a scalar reward model scores each answer by itself; give it neither votes nor both orders"
