@@ -3,9 +3,9 @@
 A Qwen-shaped policy of a million parameters learns from a teacher's traces to judge pairs of answers. The teacher
 evaluates correctly, but where only the worse answer sounds confident, its verdict often names that one. Distillation
 copies the bias too; GRPO's verifiable reward then corrects it. Evaluation is greedy, on questions that no stage saw,
-the better answer as often A as B. The settings (`sft.yaml`, `grpo.yaml`) were chosen on the split "dev"; the reported
-scores are of the split "test". Read next: `world.py` (the questions and the teacher), `rmr1_jax/train/sft.py`,
-`rmr1_jax/train/grpo.py`.
+the better answer as often A as B. The settings (`model.yaml`, `sft.yaml`, `grpo.yaml`) were chosen on the split "dev";
+the reported scores are of the split "test". Read next: `world.py` (the questions and the teacher),
+`rmr1_jax/train/sft.py`, `rmr1_jax/train/grpo.py`.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from typing import Any
 
 import numpy as np
 
-from rmr1_jax.config import load_config
+from rmr1_jax.config import load_config, read_yaml
 from rmr1_jax.data.examples import Example, sft_example
 from rmr1_jax.judge.judge import Judge
 from rmr1_jax.judge.judgement import Judgement
-from rmr1_jax.model.config import QwenConfig
+from rmr1_jax.model.config import parse_config
 from rmr1_jax.policy import Policy, fresh_policy
 from rmr1_jax.prompts.prompt import save_prompt
 from rmr1_jax.quickstart import world
@@ -39,25 +39,10 @@ SFT_ITEMS = 14000  # pairs, each seen once: a policy of this size memorizes pair
 GRPO_ITEMS = 2000
 TEST_ITEMS = 1024
 
-MODEL = QwenConfig(
-    model_type="qwen2",
-    vocab_size=640,
-    hidden_size=160,
-    intermediate_size=448,
-    num_layers=4,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=40,
-    rope_theta=1e3,  # suits rows of a hundred tokens, not of thousands
-    rms_norm_eps=1e-6,
-    tie_word_embeddings=True,
-    qkv_bias=True,
-    qk_norm=False,
-    max_position_embeddings=256,
-)
-
-SFT = load_config(SftConfig, Path(__file__).parent / "sft.yaml")
-GRPO = load_config(GrpoConfig, Path(__file__).parent / "grpo.yaml")
+HERE = Path(__file__).parent
+MODEL = parse_config(read_yaml(HERE / "model.yaml"), "model.yaml")
+SFT = load_config(SftConfig, HERE / "sft.yaml")
+GRPO = load_config(GrpoConfig, HERE / "grpo.yaml")
 MAX_TRACE = GRPO.sampling.max_new_tokens  # the longest trace of the teacher has 70
 
 NOTES = (

@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import groupby, pairwise
+from itertools import accumulate, groupby, pairwise
 from typing import Any
 
 from rmr1_jax.prompts.trace import PARTS, after_thinking, find_sections
@@ -138,8 +138,5 @@ class QuoteFinder:
     def _words(self) -> tuple[str, list[int], list[re.Match[str]]]:
         """The words in lower case with one space between them, the offset of each in that string, and the matches."""
         words = list(_WORD.finditer(self.text))
-        starts, offset = [], 0
-        for word in words:
-            starts.append(offset)
-            offset += len(word[0].lower()) + 1
-        return " ".join(word[0].lower() for word in words), starts, words
+        plain = [word[0].lower() for word in words]
+        return " ".join(plain), list(accumulate((len(word) + 1 for word in plain), initial=0)), words
