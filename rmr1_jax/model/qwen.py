@@ -290,7 +290,7 @@ def abstract_params(module: nnx.Module, mesh: Mesh, dtype: Any, *, sharding: Cal
         sharding: a function of (mesh, letters, shape), for another layout than training's.
     """
 
-    def abstract(w: jax.ShapeDtypeStruct, dims: str) -> jax.ShapeDtypeStruct:
+    def abstract(w: jax.Array | jax.ShapeDtypeStruct, dims: str) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(w.shape, dtype, sharding=sharding(mesh, dims, w.shape))
 
     return jax.tree.map(abstract, split(module)[1], param_dims(module))

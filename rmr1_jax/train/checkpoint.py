@@ -42,10 +42,9 @@ SAVING, REMOVING = ".saving", ".removing"  # suffixes of directories that are no
 class Checkpointer:
     """Saves and restores `TrainState`s under `directory/checkpoints`. Leaving its context waits for the last save.
 
-    Args:
-        keep: how many of the newest checkpoints are kept. best: which one is kept in addition.
-        every, minutes: a checkpoint is `due` after so many steps, and so many minutes after the last one (by a clock
-            that does not jump). about: further facts for the manifests, such as the resolved config.
+    keep: how many of the newest checkpoints are kept. best: which one is kept in addition. every, minutes: a checkpoint
+    is `due` after so many steps, and so many minutes after the last one (by a clock that does not jump). about: further
+    facts for the manifests, such as the resolved config.
     """
 
     def __init__(
@@ -60,11 +59,9 @@ class Checkpointer:
     ):
         self.root = (directory / "checkpoints").absolute()
         self._every, self._best, self._about = every, best, dict(about or {})
-        kept: list[Any] = [LatestN(keep)]
-        if best:
-            lowest = best.mode == "min"
-            kept.append(BestN(get_metric_fn=float, reverse=lowest, n=1, keep_checkpoints_without_metrics=False))
-        self._kept = AnyPreservationPolicy(kept)
+        options = {"n": 1 if best else 0, "reverse": best is not None and best.mode == "min"}
+        best_one = BestN(get_metric_fn=float, keep_checkpoints_without_metrics=False, **options)
+        self._kept = AnyPreservationPolicy([LatestN(keep), best_one])
         self._seconds = math.inf if minutes is None else 60 * minutes
         self._last_save = time.monotonic()
         self._verified: int | None = None  # the newest step that was verified
@@ -103,9 +100,8 @@ class Checkpointer:
         """Start to write a checkpoint; returns the seconds for which the caller was blocked. `state` may be donated
         as soon as this returns. A step that is already saved is not saved again.
 
-        Raises:
-            RunError: this save or the one before it failed; names the path, the bytes needed and free.
-            InputError: `best` names a metric that is not among `metrics`.
+        Raises RunError if this save or the one before it failed, which names the path and the bytes needed and free;
+        InputError if `best` names a metric that is not among `metrics`.
         """
         began = time.perf_counter()
         self.finish()
@@ -114,8 +110,8 @@ class Checkpointer:
             return 0.0
         size = sum(x.nbytes for x in jax.tree.leaves(state))
         about = self._about | {"step": step, "cursor": dict(cursor), **_placement(state)}
-        if self._best:
-            about["best"] = None if metrics is None else _metric_value(metrics, self._best.metric)
+        if self._best and metrics is not None:
+            about["best"] = _metric_value(metrics, self._best.metric)
         path = self.root / f"{step}{SAVING}"
         with self._refused(step, size):
             self._orbax.save(path, args=ocp.args.StandardSave(state))
@@ -153,20 +149,16 @@ class Checkpointer:
         """Read the newest undamaged checkpoint, laid out as `like` is (whose arrays give shapes, dtypes and shardings).
         Returns the state and the cursor, or None where there is no checkpoint. Damaged checkpoints are reported.
 
-        Raises:
-            RunError: all checkpoints are damaged. InputError: the state has other shapes.
+        Raises RunError if all checkpoints are damaged, InputError if the state has other shapes.
         """
         self.finish()
-        found = newest_undamaged(self.root)
-        if found is None:
+        if (found := newest_undamaged(self.root)) is None:
             return None
         step, about = found
         now = _placement(like)
         if (was := {k: about.get(k) for k in now}) != now:
-            say(
-                f"checkpoint {step} was written on {_described(was)}; the run continues on {_described(now)}: "
-                "the numbers are the same to about 1e-5"
-            )
+            change = f"was written on {_described(was)}; the run continues on {_described(now)}"
+            say(f"checkpoint {step} {change}: the numbers are the same to about 1e-5")
         state = restored(self.root / str(step), jax.tree.map(ocp.utils.to_shape_dtype_struct, like))
         self._verified = step
         return state, about["cursor"]
@@ -187,10 +179,12 @@ class Checkpointer:
     def _remove_old(self, newest: int) -> None:
         """Remove all checkpoints but those to keep. `newest` was just verified; a restore found later ones damaged."""
         steps = steps_of(self.root)
-        candidates = [SimpleNamespace(step=s, metrics=_best_value(self.root / str(s))) for s in steps if s <= newest]
+        candidates = [SimpleNamespace(step=step, metrics=None) for step in steps if step <= newest]
+        for candidate in candidates:
+            with suppress(Damage):
+                candidate.metrics = manifest.read_manifest(self.root / str(candidate.step))["about"].get("best")
         kept = self._kept.should_preserve(candidates, context=PreservationContext())
-        keep = {candidate.step for candidate, stays in zip(candidates, kept, strict=True) if stays}
-        for step in set(steps) - keep:
+        for step in set(steps) - {candidate.step for candidate, stays in zip(candidates, kept, strict=True) if stays}:
             _remove(self.root / str(step))
 
     @contextmanager
@@ -209,17 +203,13 @@ class Checkpointer:
 
 
 def restore_params(directory: Path, like: Any) -> Any:
-    """Read only the weights of a run's newest undamaged checkpoint, for export.
+    """Read only the weights of a run's newest undamaged checkpoint, for export. like: a tree of `jax.ShapeDtypeStruct`s
+    with shardings.
 
-    Args:
-        like: a tree of `jax.ShapeDtypeStruct`s with shardings.
-
-    Raises:
-        InputError: the run has no checkpoint, or weights of other shapes. RunError: all checkpoints are damaged.
+    Raises InputError if the run has no checkpoint, or weights of other shapes; RunError if all checkpoints are damaged.
     """
     root = (directory / "checkpoints").absolute()
-    found = newest_undamaged(root)
-    if found is None:
+    if (found := newest_undamaged(root)) is None:
         raise InputError(f"{directory} holds no checkpoint; expected {root}/<step>")
     return restored(root / str(found[0]), {"params": like})["params"]
 
@@ -265,13 +255,6 @@ def _placement(state: TrainState) -> dict[str, Any]:
 def _described(placement: Mapping[str, Any]) -> str:
     axes = " x ".join(f"{name}={size}" for name, size in (placement["mesh"] or {}).items())
     return f"a mesh of {axes} in {placement['processes']} process{'es' if placement['processes'] != 1 else ''}"
-
-
-def _best_value(path: Path) -> float | None:
-    """The value of the `best` metric in a checkpoint's manifest."""
-    with suppress(Damage):
-        return manifest.read_manifest(path)["about"].get("best")
-    return None
 
 
 def _metric_value(metrics: Mapping[str, Any], name: str) -> float | None:

@@ -16,7 +16,6 @@ from rmr1_jax.sampler.sample import SamplingConfig
 from rmr1_jax.train.losses import AggregationKind, PolicyLossConfig
 from rmr1_jax.train.optim import Memory, OptimConfig
 
-Dtype = Literal["float32", "bfloat16"]
 RewardKind = Literal["verdict", "cold_start"]
 
 
@@ -52,7 +51,7 @@ class RunConfig:
     row_length: PositiveInt = 12288
     micro_rows: PositiveInt = 8
     optimizer: OptimConfig = OptimConfig()
-    dtype: Dtype = "bfloat16"
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
     remat: Remat = "full"
     attention: Implementation = "auto"
     mesh: MeshConfig = MeshConfig()

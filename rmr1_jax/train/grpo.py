@@ -12,7 +12,7 @@ To extend it, pass functions: `reward(text, prompt) -> float`, and `loss(config,
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Shaped
 
-from rmr1_jax.data.packing import View, lengths_of
+from rmr1_jax.data.packing import View
 from rmr1_jax.data.store import open_examples
 from rmr1_jax.distributed.mesh import check_micro_rows, make_mesh, own_rows, place_rows, sampling_mesh
 from rmr1_jax.errors import InputError
@@ -34,8 +34,8 @@ from rmr1_jax.train.config import GrpoConfig
 from rmr1_jax.train.health import CollapseWatch, check_finite
 from rmr1_jax.train.logprobs import forward_options, row_logprobs
 from rmr1_jax.train.losses import LossInputs, PolicyLoss, mean_metrics, policy_loss
-from rmr1_jax.train.metrics import as_floats, mfu, say, throughput, train_flops
-from rmr1_jax.train.micro_batches import MiniBatch, mini_batch
+from rmr1_jax.train.metrics import as_floats, mfu, throughput, train_flops
+from rmr1_jax.train.micro_batches import MiniBatch, drop_longer, mini_batch
 from rmr1_jax.train.optim import (
     TrainState,
     compile_update,
@@ -61,21 +61,19 @@ def grpo(
 ) -> Policy:
     """Train, and return the trained policy (float32 weights), which is also saved as `out/model`.
 
-    Args:
-        policy, prompts: used instead of `config.model` and `config.data`.
-        reward, loss: see the module's docstring; by default the reward that the config names, and GRPO's loss.
-        on_rollout: called with each step and its groups, on every process with all groups.
+    policy, prompts: used instead of `config.model` and `config.data`. reward, loss: see the module's docstring; by
+    default the reward that the config names, and GRPO's loss. on_rollout: called with each step and its groups, on
+    every process with all groups.
 
-    Raises:
-        InputError: the config or the data is wrong. RunError: the loss is not finite, a checkpoint cannot be written,
-        or all are damaged. Preempted: after SIGTERM, when the state is saved.
+    Raises InputError if the config or the data is wrong; RunError if the loss is not finite, a checkpoint cannot be
+    written, or all are damaged; Preempted after SIGTERM, when the state is saved.
     """
     start_run(config, Path(config.out))
     given, reward = policy is not None, reward or make_reward(config.reward, config.structure)
     policy = policy or load(config.model, config.dtype, make_mesh(config.mesh), master_dtype="float32")
     prompts = read_prompts(config.data, policy) if prompts is None else prompts
-    prompts = _short_enough(prompts, config.max_prompt_length)
-    _check_devices(config, policy.mesh)
+    prompts = drop_longer(prompts, config.max_prompt_length, "prompts")  # as the paper does
+    _check_sizes(config, prompts, policy.mesh)
     steps = config.steps or max(1, len(prompts) // config.prompts_per_step)
     with jax.set_mesh(policy.mesh), open_run(config, "grpo") as run:
         optimizer = make_optimizer(config.optimizer, steps * config.updates_per_step)
@@ -94,11 +92,11 @@ def grpo(
                 on_rollout(step, rollout.groups)
             batches = trainer.prepare(rollout.groups, state.params)
             run.lap("reference_seconds")
-            state, row, skipped = trainer.update(state, batches, rollout.groups, step)
+            state, row, skipped = trainer.update(state, batches, step)
             cursor["skipped"] += skipped
             cursor["prompts_consumed"] += rollout.consumed
             row["lr"] = float(schedule(int(state.step) - 1 - cursor["skipped"]))
-            flops = train_flops(policy.config, [n for batch in batches for n in batch.lengths])
+            flops = train_flops(policy.config, [n for _, batch in batches for n in batch.lengths])
             row |= mfu(flops, run.lap("update_seconds"), policy.mesh)
             row |= rollout_metrics(rollout.groups, config.structure) | rollout.facts
             row |= {k: cursor[k] for k in ("prompts_consumed", "skipped")}
@@ -152,21 +150,14 @@ def batch_logprobs(
 
 
 def read_prompts(path: str | Path, policy: Policy) -> Sequence[RlPrompt]:
-    """Read published RLVR rows, or a prepared set of them, as prompts.
-
-    Raises:
-        InputError: a row holds a trace and does not name the better side.
-    """
+    """Read published RLVR rows, or a prepared set of them, as prompts. Raises InputError if a row holds a trace and
+    does not name the better side."""
     examples = open_examples(path, "grpo", policy.tokenizer)
     return View(examples, np.arange(len(examples)), lambda x: RlPrompt(x.id, x.tokens, x.better, x))
 
 
 class _Trainer:
-    """The compiled programs of a run, and the frozen reference if the loss needs one.
-
-    Args:
-        state: arrays or their description, for the layout.
-    """
+    """The compiled programs of a run, and the frozen reference if the loss needs one."""
 
     def __init__(
         self,
@@ -176,8 +167,7 @@ class _Trainer:
         optimizer: optax.GradientTransformation,
         state: TrainState,
     ):
-        self.config, self.mesh = config, policy.mesh
-        self.reference = None
+        self.config, self.mesh, self.reference = config, policy.mesh, None
         if config.loss.kl_coef:
             # In the dtype of the matrix products, to which its weights would be cast anyway.
             reference = jax.tree.map(lambda x: jnp.array(x, DTYPES[config.dtype]), policy.params)
@@ -190,12 +180,12 @@ class _Trainer:
         self._update = compile_update(state, loss=micro_loss, optimizer=optimizer, clip=config.optimizer.clip)
         self._logprobs = jax.jit(functools.partial(batch_logprobs, graphdef, **forward))
 
-    def prepare(self, groups: list[Group], params: Params) -> list[MiniBatch]:
-        """The rollout batch as mini-batches on the mesh, with the log-probabilities of the reference and of the weights
-        before the first update, as far as the loss needs them."""
-        batches = []
-        for members in self._in_updates(groups):
-            own = own_rows(self.mesh, self.config.micro_rows)
+    def prepare(self, groups: list[Group], params: Params) -> list[tuple[list[Group], MiniBatch]]:
+        """The groups of each update, and their mini-batch on the mesh, with the log-probabilities of the reference and
+        of the weights before the first update, as far as the loss needs them."""
+        prepared, size = [], self.config.mini_batch_prompts
+        own = own_rows(self.mesh, self.config.micro_rows)
+        for members in (groups[start : start + size] for start in range(0, len(groups), size)):
             batch = mini_batch(members, self.config, skip_unmixed=self.skip_unmixed, own=own)
             arrays = place_rows(self.mesh, "ABT", batch.arrays, self.config.micro_rows)
             inputs = {k: arrays[k] for k in ("tokens", "positions", "segment_ids")}
@@ -203,20 +193,17 @@ class _Trainer:
                 arrays["old_logp"] = self._logprobs(params, inputs, batch.count)
             if self.reference is not None:
                 arrays["ref_logp"] = self._logprobs(in_memory(self.reference, "device"), inputs, batch.count)
-            batches.append(batch._replace(arrays=arrays))
-        return jax.block_until_ready(batches)
+            prepared.append((members, batch._replace(arrays=arrays)))
+        return jax.block_until_ready(prepared)
 
     def update(
-        self, state: TrainState, batches: list[MiniBatch], groups: list[Group], step: int
+        self, state: TrainState, batches: list[tuple[list[Group], MiniBatch]], step: int
     ) -> tuple[TrainState, dict[str, float], int]:
-        """Make one update for each mini-batch.
-
-        Returns:
-            The state, the metrics, and how many updates were skipped. The metrics are means over the updates that were
-            applied (over all, if none was); `trained_tokens` is their sum, and what ends in `_max` their maximum.
-        """
+        """Make one update for each mini-batch. Returns the state, the metrics, and how many updates were skipped. The
+        metrics are means over the updates that were applied (over all, if none was); `trained_tokens` is their sum, and
+        what ends in `_max` their maximum."""
         applied, skipped = [], []
-        for number, (batch, members) in enumerate(zip(batches, self._in_updates(groups), strict=True)):
+        for number, (members, batch) in enumerate(batches):
             state, metrics = self._update(state, batch.arrays, batch.count)
             totals = {k: metrics.pop(k) for k in ("loss", "grad_norm")}  # not sums over tokens, as the others are
             row = as_floats(totals | mean_metrics(metrics))
@@ -230,29 +217,13 @@ class _Trainer:
         joined = {k: float((max if k.endswith("_max") else np.mean)([row[k] for row in rows])) for k in rows[0]}
         return state, joined | {"trained_tokens": trained_tokens}, len(skipped)
 
-    def _in_updates(self, groups: list[Group]) -> Iterator[list[Group]]:
-        """The groups of each update."""
-        size = self.config.mini_batch_prompts
-        return (groups[start : start + size] for start in range(0, len(groups), size))
 
-
-def _check_devices(config: GrpoConfig, mesh: Mesh) -> None:
-    """Refuse early what the devices and processes cannot share.
-
-    Raises:
-        InputError: the sizes do not divide.
-    """
+def _check_sizes(config: GrpoConfig, prompts: Sequence[RlPrompt], mesh: Mesh) -> None:
+    """Refuse early, with an InputError, what the devices and processes cannot share, and prompts that are all long."""
+    if not len(prompts):
+        limit = config.max_prompt_length
+        raise InputError(f"no prompt is at most max_prompt_length={limit} tokens; raise it, or check the data")
     check_micro_rows(mesh, config.micro_rows)
     sampling_mesh(mesh, config.sampling_tensor)
     if config.prompts_per_step < (n := jax.process_count()):
         raise InputError(f"prompts_per_step={config.prompts_per_step} must be at least {n}, one for each process")
-
-
-def _short_enough(prompts: Sequence[RlPrompt], limit: int) -> Sequence[RlPrompt]:
-    """Drop prompts longer than `limit` tokens, as the paper does, and print their number. No prompt is truncated."""
-    fits = lengths_of(prompts) <= limit
-    if not fits.all():
-        say(f"dropped {(~fits).sum()} of {len(prompts)} prompts longer than {limit} tokens")
-    if not fits.any():
-        raise InputError(f"no prompt is at most max_prompt_length={limit} tokens; raise it, or check the data")
-    return View(prompts, fits.nonzero()[0])

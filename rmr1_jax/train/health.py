@@ -42,14 +42,11 @@ def check_finite(
     config: RunConfig,
 ) -> bool:
     """Whether an update was applied. One that was not leaves `nonfinite_step_N.json` in the run directory, with its
-    metrics, the norms of the weights and moments, and a description of its batch.
+    metrics, the norms of the weights and moments, and a description of its batch. Then `on_nonfinite: stop` raises a
+    RunError that names the step, the batch and the file.
 
-    Args:
-        metrics: `loss` and `grad_norm` at least. what: names the batch. state: after the update (the one before it, if
-            that was not finite). describe: called for the ids and lengths in the batch, only if needed.
-
-    Raises:
-        RunError: it was not, and `config.on_nonfinite` is "stop"; names the step, the batch and the file.
+    metrics: `loss` and `grad_norm` at least. what: names the batch. state: after the update (the one before it, if that
+    was not finite). describe: called for the ids and lengths in the batch, only if needed.
     """
     wrong = {k: metrics[k] for k in ("grad_norm", "loss") if not math.isfinite(metrics[k])}
     if not wrong:
@@ -61,10 +58,8 @@ def check_finite(
         write_whole(path, json.dumps(facts, indent=1) + "\n")
     message = f"step {step}: {', '.join(f'{k} is {v}' for k, v in wrong.items())} on {what}."
     if config.on_nonfinite == "stop":
-        raise RunError(
-            f"{message} Nothing of this step was saved and the last checkpoint is valid; see {path}. Lower the "
-            "learning rate, look at these rows, or set on_nonfinite=skip"
-        )
+        advice = "Lower the learning rate, look at these rows, or set on_nonfinite=skip"
+        raise RunError(f"{message} Nothing of this step was saved, the last checkpoint is valid; see {path}. {advice}")
     say(f"{message} The update is skipped; see {path}")
     return False
 

@@ -78,15 +78,13 @@ def token_logprobs(
     computes them again): all positions, and as much of the vocabulary as fits. So each part of a sharded head is
     gathered, and its gradient reduced, once a pass, however many positions there are.
 
-    Args:
-        hidden: the final, normed activations. head: [D, V], or with `head_is_embedding` the tied embedding [V, D]. The
-            products have hidden's dtype (the head is cast to it, and its gradient is summed in the head's own dtype:
-            pass float32 master weights) and yield float32 logits, divided by `temperature` (> 0).
+    hidden: the final, normed activations. head: [D, V], or with `head_is_embedding` the tied embedding [V, D]. The
+    products have hidden's dtype (the head is cast to it, and its gradient is summed in the head's own dtype: pass
+    float32 master weights) and yield float32 logits, divided by `temperature` (> 0).
 
-    Returns:
-        logp and entropy at the token's own index: [b, t] belongs to tokens[b, t] and comes from hidden[b, t - 1]. Both
-        are 0 at t = 0. At the first token of a later segment of a packed row they are finite but mean nothing (the
-        prediction crosses from the segment before): its weight must be 0. The entropy is of the whole distribution.
+    Returns logp and entropy at the token's own index: [b, t] belongs to tokens[b, t] and comes from hidden[b, t - 1].
+    Both are 0 at t = 0. At the first token of a later segment of a packed row they are finite but mean nothing (the
+    prediction crosses from the segment before): its weight must be 0. The entropy is of the whole distribution.
     """
     targets = jnp.pad(tokens[:, 1:], [(0, 0), (0, 1)])
     chunks = _Chunks.of(hidden, head, head_is_embedding, chunk_logits)
@@ -102,7 +100,7 @@ class _Chunks:
     shards: int
     size: int
     width: int
-    embedding: bool
+    dims: str
 
     @classmethod
     def of(cls, hidden: ArrayLike, head: ArrayLike, embedding: bool, chunk_logits: int) -> _Chunks:
@@ -111,11 +109,8 @@ class _Chunks:
         rows = 1 if mesh.empty else rows_divisor(mesh)
         shards = tensor if V % tensor == 0 else 1
         positions = math.prod(hidden.shape[:2]) // (rows if hidden.shape[0] % rows == 0 else 1)
-        return cls(shards, V // shards, chunk_width(V // shards, positions, chunk_logits), embedding)
-
-    @property
-    def dims(self) -> str:
-        return "NCD" if self.embedding else "DNC"
+        width = chunk_width(V // shards, positions, chunk_logits)
+        return cls(shards, V // shards, width, "NCD" if embedding else "DNC")
 
     @property
     def axis(self) -> int:
@@ -124,7 +119,7 @@ class _Chunks:
     def split(self, head: ArrayLike) -> ArrayLike:
         """Reshape [D, V] or [V, D] into parts."""
         parts = (self.shards, self.size)
-        return head.reshape((*parts, -1) if self.embedding else (-1, *parts))
+        return head.reshape((*parts, -1) if self.dims == "NCD" else (-1, *parts))
 
     @property
     def count(self) -> int:

@@ -11,7 +11,6 @@ nor in a metric. Next: `logprobs.py`, where the log-probabilities come from.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Annotated, Literal, get_args
@@ -195,18 +194,21 @@ def policy_loss(config: PolicyLossConfig, inputs: LossInputs) -> tuple[Float[Arr
     metrics = {"tokens": trained, "clip_fraction": trained & clipped}
     metrics["ratio_mean"] = metrics["ratio_max"] = only_trained(ratio)
     if inputs.sampler_logp is not None:
-        importance, capped = _importance(config, old_logp, only_trained(lax.stop_gradient(inputs.sampler_logp)))
-        metrics["importance_mean"] = metrics["importance_max"] = only_trained(importance)
-        if config.importance_cap is not None:
-            metrics["importance_capped"] = trained & capped
+        log_importance = old_logp - only_trained(lax.stop_gradient(inputs.sampler_logp))
+        importance = jnp.exp(jnp.clip(log_importance, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT))
+        if (cap := config.importance_cap) is not None:
+            metrics["importance_capped"] = trained & (importance > cap)
+            importance = jnp.minimum(importance, cap)
             terms = terms * importance
+        metrics["importance_mean"] = metrics["importance_max"] = only_trained(importance)
     if inputs.ref_logp is not None:
         metrics["kl"] = kl_estimate(logp, only_trained(lax.stop_gradient(inputs.ref_logp)), config.kl_kind)
         terms = terms + config.kl_coef * metrics["kl"]
     if inputs.entropy is not None:
         metrics["entropy"] = only_trained(inputs.entropy)
         terms = terms - config.entropy_coef * metrics["entropy"]
-    return jnp.sum(inputs.weights * terms), lax.stop_gradient({k: _reduce(k, v) for k, v in metrics.items()})
+    reduced = {k: (jnp.max if k.endswith("_max") else jnp.sum)(v.astype(jnp.float32)) for k, v in metrics.items()}
+    return jnp.sum(inputs.weights * terms), lax.stop_gradient(reduced)
 
 
 def _ratio(config: PolicyLossConfig, inputs: LossInputs, logp: Array, old_logp: Array) -> Array:
@@ -230,20 +232,6 @@ def _surrogate(config: PolicyLossConfig, ratio: Array, logp: Array, advantages: 
     free, bound = ratio * advantages, clipped * advantages
     clip_holds = bound < free
     return -jnp.where(clip_holds, bound, free), clip_holds  # a tie keeps the gradient whole
-
-
-def _importance(config: PolicyLossConfig, old_logp: Array, sampler_logp: Array) -> tuple[Array, Array]:
-    """Each token's probability under the trainer over that under the sampler, capped; and where the cap applied."""
-    importance = jnp.exp(jnp.clip(old_logp - sampler_logp, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT))
-    cap = math.inf if config.importance_cap is None else config.importance_cap
-    return jnp.minimum(importance, cap), importance > cap
-
-
-# ---- metrics
-
-
-def _reduce(name: str, values: Array) -> Array:
-    return (jnp.max if name.endswith("_max") else jnp.sum)(values.astype(jnp.float32))
 
 
 def add_metrics(first: Mapping[str, Array], second: Mapping[str, Array]) -> dict[str, Array]:

@@ -49,8 +49,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
 
 def check_files(directory: Path, files: Mapping[str, Any]) -> list[str]:
     """Compare files with their entries in the manifest. Returns one line for each that differs."""
-    lines = _each(lambda entry: _difference(directory, *entry), list(files.items()))
-    return [line for line in lines if line]
+    return [line for line in _each(lambda entry: _difference(directory, *entry), list(files.items())) if line]
 
 
 def verify(directory: Path) -> None:

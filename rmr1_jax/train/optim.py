@@ -48,9 +48,8 @@ def in_memory(tree: Any, memory: Memory) -> Any:
 
     def move(x):
         sharding = x.sharding.with_memory_kind(MEMORY_KINDS[memory])
-        if isinstance(x, jax.ShapeDtypeStruct):
-            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-        return jax.device_put(x, sharding)
+        is_array = isinstance(x, jax.Array)
+        return jax.device_put(x, sharding) if is_array else jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
     return jax.tree.map(move, tree)
 
@@ -70,9 +69,8 @@ MicroLoss = Callable[[Any, dict[str, jax.Array]], tuple[jax.Array, dict[str, jax
 def lr_schedule(config: OptimConfig, total_steps: int) -> optax.Schedule:
     """The learning rate of update 0, 1, ...: linear warm-up, then cosine to final_ratio x lr, or constant."""
     warmup = round(config.warmup_ratio * total_steps)
-    if config.schedule == "constant":
-        after = optax.constant_schedule(config.lr)
-    else:
+    after = optax.constant_schedule(config.lr)
+    if config.schedule == "cosine":
         after = optax.cosine_decay_schedule(config.lr, max(1, total_steps - warmup), alpha=config.final_ratio)
     if not warmup:
         return after
@@ -87,8 +85,7 @@ def make_optimizer(config: OptimConfig, total_steps: int) -> optax.GradientTrans
 
 
 def master_weights(params: Any, *, keep: bool) -> Any:
-    """The float32 weights that a run starts from, which its first update donates. keep: copy them, because the caller
-    still needs `params`."""
+    """The float32 weights that a run starts from and its first update donates. keep: copy them, `params` are needed."""
     return jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=keep), params)
 
 
@@ -136,14 +133,10 @@ def compile_update(
 
 
 def global_norm(grads: PyTree[Float[Array, "..."]]) -> Float[Array, ""]:
-    """The L2 norm of all gradients together.
-
-    The parameters are added in the order of their own names, whichever part of a block holds them, so that the norm has
-    the bits that it had when a layer was one flat dict.
-    """
-    leaves = jax.tree.leaves_with_path(grads)
-    ordered = sorted(leaves, key=lambda leaf: (str(leaf[0][:1]), str(leaf[0][-1:])))
-    return optax.tree.norm([grad for _, grad in ordered])
+    """The L2 norm of all gradients together. They are added in the order of the parameters' own names, whichever part
+    of a block holds them, so that the norm has the bits that it had when a layer was one flat dict."""
+    leaves = sorted(jax.tree.leaves_with_path(grads), key=lambda leaf: (str(leaf[0][:1]), str(leaf[0][-1:])))
+    return optax.tree.norm([grad for _, grad in leaves])
 
 
 def update(

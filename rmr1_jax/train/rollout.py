@@ -8,12 +8,12 @@ have all groups. Next: `micro_batches.py`, which packs them.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, NamedTuple, get_args
 
 import jax
 import numpy as np
@@ -26,7 +26,7 @@ from rmr1_jax.policy import DTYPES, Policy
 from rmr1_jax.prompts.trace import parse_trace
 from rmr1_jax.prompts.verdict import eval_verdict, format_reward, training_reward
 from rmr1_jax.sampler.engine import Engine
-from rmr1_jax.sampler.sample import Sample, SampleStats, SamplingConfig
+from rmr1_jax.sampler.sample import Sample, SampleStats
 from rmr1_jax.sampler.weights import sampling_weights
 from rmr1_jax.train.config import GrpoConfig, RewardKind
 from rmr1_jax.train.losses import group_advantages
@@ -44,9 +44,6 @@ class RlPrompt:
 
 # reward(text of a completion, the prompt it answers) -> a finite number.
 Reward = Callable[[str, RlPrompt], float]
-
-# A context in which SIGTERM raises `Preempted` at once.
-Interruptible = Callable[[], AbstractContextManager[None]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,28 +88,23 @@ def roll_out(
     consumed: int,
     step: int,
     reward: Reward,
-    interruptible: Interruptible = nullcontext,
+    interruptible: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> Rollout:
     """Sample and score one rollout batch from the policy's weights.
 
     With dynamic sampling, rounds are sampled until there are `prompts_per_step` mixed groups or no round is left; then
-    other groups fill the batch up.
-
-    Args:
-        consumed: how many of the run's prompts were consumed before. interruptible: a context for the parts that may
-            be interrupted by `Preempted`, which is then raised on all processes.
+    other groups fill the batch up. consumed: how many of the run's prompts were consumed before. interruptible: a
+    context in which SIGTERM raises `Preempted` at once, which is then raised on all processes.
     """
     began = time.perf_counter()
     mesh = sampling_mesh(policy.mesh, config.sampling_tensor)
     weights = jax.block_until_ready(sampling_weights(policy.model, dtype=DTYPES[config.dtype], mesh=mesh))
     weights_seconds = time.perf_counter() - began
-    processes = jax.process_count()
-    per_process = {
-        "slots": -(-config.sampling.slots // processes),
-        "cache_gib": config.sampling.cache_gib and config.sampling.cache_gib / processes,
-    }
+    slots = -(-config.sampling.slots // jax.process_count())
+    cache_gib = config.sampling.cache_gib and config.sampling.cache_gib / jax.process_count()
 
-    def make_groups(sampling: SamplingConfig, share: Sequence[RlPrompt]) -> tuple[list[Group], SampleStats]:
+    def make_groups(share: Sequence[RlPrompt], seed: int) -> tuple[list[Group], SampleStats]:
+        sampling = dataclasses.replace(config.sampling, seed=seed, slots=slots, cache_gib=cache_gib)
         token_ids = [p.tokens.tolist() for p in share]
         engine = Engine.for_prompts(policy.model, weights, token_ids, sampling, mesh=local_mesh(mesh))
         watched = first() and sys.stderr.isatty()
@@ -120,19 +112,15 @@ def roll_out(
         return score(share, samples, policy.tokenizer.decode, reward, normalize_std=config.normalize_std), stats
 
     P, rounds = config.prompts_per_step, 0
-    wanted: list[Group] = []
-    others: list[Group] = []
+    groups: list[Group] = []
     stats: list[SampleStats] = []
-    while rounds < config.dynamic_sampling and len(wanted) < P:
+    while rounds < config.dynamic_sampling and sum(g.mixed for g in groups) < P:
         seed = int(np.random.SeedSequence([config.seed, step, rounds]).generate_state(1)[0])
-        sampling = dataclasses.replace(config.sampling, seed=seed, **per_process)
         drawn = next_prompts(prompts, P, consumed + rounds * P, config.seed)
-        make = functools.partial(make_groups, sampling)
-        groups, round_stats = _in_shares(drawn, make, local_mesh(mesh), interruptible)
-        for group in groups:
-            (wanted if group.mixed or config.dynamic_sampling == 1 else others).append(group)
-        stats += round_stats
-        rounds += 1
+        round_groups, round_stats = _in_shares(drawn, partial(make_groups, seed=seed), local_mesh(mesh), interruptible)
+        groups, stats, rounds = groups + round_groups, stats + round_stats, rounds + 1
+    if config.dynamic_sampling > 1:
+        groups.sort(key=lambda g: not g.mixed)  # mixed groups first, each kind in the order of the prompts
     facts = {
         "prompt_tokens": sum(x.prompt_tokens for x in stats),
         "new_tokens": sum(x.new_tokens for x in stats),
@@ -140,23 +128,17 @@ def roll_out(
         "weights_seconds": weights_seconds,
         "occupancy": float(np.mean([x.occupancy for x in stats])),
     }
-    return Rollout((wanted + others)[:P], rounds * P, facts)
+    return Rollout(groups[:P], rounds * P, facts)
 
 
 def _in_shares(
     prompts: Sequence[RlPrompt],
     make_groups: Callable[[Sequence[RlPrompt]], tuple[list[Group], SampleStats]],
     mesh: Mesh,
-    interruptible: Interruptible,
+    interruptible: Callable[[], AbstractContextManager[None]],
 ) -> tuple[list[Group], list[SampleStats]]:
-    """Each process makes the groups of its share of the prompts; returns all groups, in order, and all statistics.
-
-    Args:
-        mesh: the process's own devices.
-
-    Raises:
-        Preempted: on all processes, if any of them was interrupted.
-    """
+    """Each process makes the groups of its share of the prompts on its own devices, `mesh`. Returns all groups, in
+    order, and all statistics. Raises Preempted on all processes if any of them was interrupted."""
     made = None
     # Leave the global mesh: each process samples and scores on its own devices.
     with suppress(Preempted), jax.set_mesh(mesh), interruptible():
@@ -177,11 +159,7 @@ def score(
     *,
     normalize_std: bool,
 ) -> list[Group]:
-    """The groups of the sampler's results, with rewards and advantages.
-
-    Raises:
-        InputError: a reward is not finite.
-    """
+    """The groups of the sampler's results, with rewards and advantages. Raises InputError if a reward is not finite."""
     texts = [[decode(s.token_ids) for s in group] for group in groups]
     rewards = np.asarray([[reward(t, p) for t in group] for p, group in zip(prompts, texts, strict=True)], np.float32)
     advantages = group_advantages(rewards, normalize_std=normalize_std)
@@ -191,20 +169,18 @@ def score(
 def rollout_metrics(groups: Sequence[Group], structure: str) -> dict[str, float]:
     """Means over all samples. valid: the share of complete traces. verdict_a: the share of A among verdicts that name a
     side. mixed_groups: the share of groups whose rewards differ."""
-    texts = [text for g in groups for text in g.texts]
-    verdicts = [eval_verdict(text) for text in texts]
-    better = [g.prompt.better for g in groups for _ in g.texts]
-    named = [v for v in verdicts if v is not None]
     samples = [s for g in groups for s in g.samples]
-    return {
-        "reward": float(np.mean([g.rewards for g in groups])),
-        "accuracy": float(np.mean([v == b for v, b in zip(verdicts, better, strict=True)])),
-        "valid": float(np.mean([parse_trace(text).is_complete(structure) for text in texts])),
-        "verdict_a": float(np.mean([v == "A" for v in named])) if named else 0.5,
-        "response_length": float(np.mean([len(s.token_ids) for s in samples])),
-        "truncated": float(np.mean([s.finish_reason == "length" for s in samples])),
-        "mixed_groups": float(np.mean([g.mixed for g in groups])),
+    answers = [(text, eval_verdict(text), g.prompt.better) for g in groups for text in g.texts]
+    values = {
+        "reward": [g.rewards for g in groups],
+        "accuracy": [verdict == better for _, verdict, better in answers],
+        "valid": [parse_trace(text).is_complete(structure) for text, _, _ in answers],
+        "verdict_a": [verdict == "A" for _, verdict, _ in answers if verdict] or [0.5],
+        "response_length": [len(s.token_ids) for s in samples],
+        "truncated": [s.finish_reason == "length" for s in samples],
+        "mixed_groups": [g.mixed for g in groups],
     }
+    return {name: float(np.mean(value)) for name, value in values.items()}
 
 
 def describe_groups(groups: Sequence[Group]) -> list[dict[str, Any]]:
@@ -222,19 +198,14 @@ def describe_groups(groups: Sequence[Group]) -> list[dict[str, Any]]:
 
 
 def make_reward(kind: RewardKind, structure: str) -> Reward:
-    """The reward of the paper's main runs, or that of its cold start (arXiv 2505.02387).
+    """The reward of the paper's main runs, "verdict": +1 for the right verdict at the end, else -1; or that of its cold
+    start (arXiv 2505.02387), "cold_start": 1 for a complete trace (`Prompt.structure`), plus 1 for the right verdict,
+    for a policy that has not learned the form from traces."""
 
-    Args:
-        kind: "verdict": +1 for the right verdict at the end, else -1. "cold_start": 1 for a complete trace, plus 1 for
-            the right verdict; for a policy that has not learned the form from traces.
-        structure: what a complete trace is (`Prompt.structure`).
-    """
+    assert kind in get_args(RewardKind), kind
 
-    def verdict(text: str, prompt: RlPrompt) -> float:
-        return training_reward(text, prompt.better)
+    def reward(text: str, prompt: RlPrompt) -> float:
+        verdict = training_reward(text, prompt.better)
+        return verdict if kind == "verdict" else format_reward(text, structure) + (verdict > 0)
 
-    def cold_start(text: str, prompt: RlPrompt) -> float:
-        return format_reward(text, structure) + (training_reward(text, prompt.better) > 0)
-
-    rewards: dict[RewardKind, Callable[[str, RlPrompt], float]] = {"verdict": verdict, "cold_start": cold_start}
-    return rewards[kind]
+    return reward

@@ -39,11 +39,8 @@ class Run:
         self._save_seconds = 0.0
 
     def restore(self, state: TrainState, cursor: dict[str, Any]) -> tuple[TrainState, dict[str, Any]]:
-        """The state and cursor of the newest undamaged checkpoint, or those given where there is no checkpoint.
-
-        Raises:
-            InputError: the checkpoint is of another model or of other data. RunError: all checkpoints are damaged.
-        """
+        """The state and cursor of the newest undamaged checkpoint, or those given where there is no checkpoint. Raises
+        InputError if the checkpoint is of another model or of other data, RunError if all checkpoints are damaged."""
         restored = self.checkpoints.restore(state)
         return (restored[0], same_data(restored[1], cursor)) if restored else (state, cursor)
 
@@ -70,16 +67,10 @@ class Run:
         return sum(self._times.values())
 
     def record(self, row: Mapping[str, Any], state: TrainState, cursor: Mapping[str, Any], **shown: str) -> None:
-        """Write the step's metrics, and save the state if a checkpoint is due.
-
-        Args:
-            row: the metrics of the step; its times are added. shown: what the progress bar displays.
-
-        Raises:
-            RunError: a file cannot be written. Preempted: after SIGTERM, when the state is saved.
-        """
-        times = self._times | {"seconds": self.seconds, "checkpoint_seconds": self._save_seconds}
-        row = {**row, **times}
+        """Write the step's metrics `row` and its times, and save the state if a checkpoint is due. shown: what the
+        progress bar displays. Raises RunError if a file cannot be written, and after SIGTERM Preempted, when the state
+        is saved."""
+        row = {**row, **self._times, "seconds": self.seconds, "checkpoint_seconds": self._save_seconds}
         self._log.write({"step": self._step, "stage": self.stage} | row)
         self._bar.set_postfix(shown, refresh=False)
         self._save_seconds, stopping = 0.0, self.preemption.reached()

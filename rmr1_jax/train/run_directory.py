@@ -31,9 +31,8 @@ def start_run(config: RunConfig, directory: Path) -> None:
     """Make the run directory and write the resolved config, or check that the run there has the same one. Differences
     that do not matter are printed.
 
-    Raises:
-        InputError: the directory holds a run with another config; names every difference. RunError: it cannot be
-        written to.
+    Raises InputError if the directory holds a run with another config, which names every difference; RunError if it
+    cannot be written to.
     """
     if re.match(r"\w+:/", str(directory)):
         raise InputError(
@@ -60,9 +59,9 @@ def data_digest(examples: Sequence[Any]) -> str:
 def same_data(restored: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
     """The cursor of a checkpoint, checked to be one into the present data. Raises InputError if that has changed."""
     if restored.get("data", now["data"]) != now["data"]:
+        change = "the data has changed since the checkpoint was written (another number of examples, or other lengths)"
         raise InputError(
-            "the data has changed since the checkpoint was written (another number of examples, or other lengths), so "
-            "its cursor would point to other rows. Give the data as it was, or another `out`"
+            f"{change}, so its cursor would point to other rows. Give the data as it was, or another `out`"
         )
     return now | restored
 

@@ -8,7 +8,7 @@ checkpoint when it is called again with the same config. Next: `grpo.py`, the se
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Shaped
 
 from rmr1_jax.data.examples import Example
-from rmr1_jax.data.packing import Batch, View, lengths_of, sft_batches
+from rmr1_jax.data.packing import Batch, sft_batches
 from rmr1_jax.data.store import open_examples
 from rmr1_jax.distributed.mesh import check_micro_rows, make_mesh, own_rows
 from rmr1_jax.model.qwen import Params, split
@@ -27,40 +27,39 @@ from rmr1_jax.train.config import SftConfig
 from rmr1_jax.train.health import check_finite
 from rmr1_jax.train.logprobs import forward_options, row_logprobs
 from rmr1_jax.train.losses import sft_loss
-from rmr1_jax.train.metrics import as_floats, mfu, say, throughput, train_flops
-from rmr1_jax.train.micro_batches import to_micro_batches
+from rmr1_jax.train.metrics import as_floats, mfu, throughput, train_flops
+from rmr1_jax.train.micro_batches import drop_longer, to_micro_batches
 from rmr1_jax.train.optim import compile_update, init_state, lr_schedule, make_optimizer, master_weights
 from rmr1_jax.train.run import open_run
 from rmr1_jax.train.run_directory import data_digest, save_model, start_run
 
 
 def sft(config: SftConfig, *, policy: Policy | None = None, examples: Sequence[Example] | None = None) -> Policy:
-    """Train, and return the trained policy (float32 weights), which is also saved as `out/model`.
+    """Train, and return the trained policy (float32 weights), which is also saved as `out/model`. `policy` and
+    `examples` are used instead of `config.model` and `config.data`.
 
-    Args:
-        policy, examples: used instead of `config.model` and `config.data`.
-
-    Raises:
-        InputError: the config or the data is wrong. RunError: the loss is not finite, a checkpoint cannot be written,
-        or all are damaged. Preempted: after SIGTERM, when the state is saved.
+    Raises InputError if the config or the data is wrong; RunError if the loss is not finite, a checkpoint cannot be
+    written, or all are damaged; Preempted after SIGTERM, when the state is saved.
     """
     start_run(config, Path(config.out))
     given = policy is not None
     policy = policy or load(config.model, config.dtype, make_mesh(config.mesh), master_dtype="float32")
     if examples is None:
         examples = open_examples(config.data, "sft", policy.tokenizer)
-    examples = fitting(examples, config.row_length, config.on_too_long)
+    if config.on_too_long == "drop":
+        examples = drop_longer(examples, config.row_length, "examples")
     check_micro_rows(policy.mesh, config.micro_rows)
-    batches_from, steps = plan_batches(config, examples, policy.mesh)
+    make_batches = batches_of(config, examples, policy.mesh)
+    total = make_batches()[1]
+    steps = min(total, config.max_steps or total)
     with jax.set_mesh(policy.mesh), open_run(config, "sft") as run:
         optimizer, schedule = make_optimizer(config.optimizer, steps), lr_schedule(config.optimizer, steps)
         state = init_state(master_weights(policy.params, keep=given), optimizer, config.optimizer.memory)
         state, cursor = run.restore(state, {"skipped": 0, "data": data_digest(examples)})
         loss = functools.partial(sft_micro_loss, split(policy.model)[0], **forward_options(config, policy.mesh))
         update = compile_update(state, loss=loss, optimizer=optimizer, clip=config.optimizer.clip)
-        start = int(state.step)
-        batches = batches_from(start)
-        for step in run.steps(start, steps):
+        batches, _ = make_batches(start=int(state.step))
+        for step in run.steps(int(state.step), steps):
             batch = next(batches)
             micro, facts = to_micro_batches(batch, config.micro_rows, policy.mesh)
             run.lap("data_seconds")
@@ -87,30 +86,15 @@ def sft_micro_loss(
     return sft_loss(logp, batch["weights"]), {}
 
 
-def plan_batches(
-    config: SftConfig, examples: Sequence[Example], mesh: Mesh
-) -> tuple[Callable[[int], Iterator[Batch]], int]:
-    """The batches of a run (from the batch of a given number on), of which this process reads its own rows; and how
-    many steps the run has."""
+def batches_of(config: SftConfig, examples: Sequence[Example], mesh: Mesh) -> functools.partial:
+    """`sft_batches` of a run, of which this process reads its own rows; takes `start`."""
     own = own_rows(mesh, config.micro_rows)
     own = [first + row for first in range(0, config.rows_per_step, config.micro_rows) for row in own]
     options = {"row_length": config.row_length, "batch_rows": config.rows_per_step, "seed": config.seed, "own": own}
-    plan = functools.partial(sft_batches, examples, epochs=config.epochs, **options)
-    total = plan()[1]
-    return lambda start: plan(start=start)[0], min(total, config.max_steps or total)
+    return functools.partial(sft_batches, examples, epochs=config.epochs, **options)
 
 
 def describe_batch(examples: Sequence[Example], batch: Batch) -> list[dict[str, Any]]:
     """Id, tokens and trained tokens of every example in a batch."""
     members = [examples[i] for i in batch.items]
     return [{"id": x.id, "length": len(x), "trained": int(x.trained[1:].sum())} for x in members]
-
-
-def fitting(examples: Sequence[Example], row_length: int, on_too_long: str) -> Sequence[Example]:
-    """The examples that fit in a row. With on_too_long="drop" the others are dropped and their number is printed."""
-    if on_too_long == "error":
-        return examples  # sft_batches names them
-    fits = lengths_of(examples) <= row_length
-    if not fits.all():
-        say(f"dropped {(~fits).sum()} of {len(examples)} examples longer than {row_length} tokens")
-    return View(examples, fits.nonzero()[0])

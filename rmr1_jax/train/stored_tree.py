@@ -15,10 +15,7 @@ from rmr1_jax.model.qwen import Params
 
 def restored(path: Path, like: Any) -> Any:
     """Restore the tree in `path` with the structure, shapes, dtypes and shardings of `like`, which may be a part of it.
-
-    Raises:
-        InputError: the stored arrays have other names or shapes; the message has them, which Orbax's does not.
-    """
+    Raises InputError if the stored arrays have other names or shapes, and names them, which Orbax does not."""
     checkpointer = ocp.PyTreeCheckpointer()
     stored = _shapes(checkpointer.metadata(path).item_metadata.tree)
     flat = _map_params(_flat_layers, like)
@@ -61,8 +58,6 @@ def _flat_layers(params: Params) -> Params:
 
 def _nested_layers(like: Params, flat: Params) -> Params:
     """The parameters of `_flat_layers` in the layout of `like`."""
-    layers = {
-        name: {key: flat["layers"][key] for key in part} if isinstance(part, dict) else flat["layers"][name]
-        for name, part in like["layers"].items()
-    }
-    return flat | {"layers": layers}
+    layers, parts = flat["layers"], like["layers"].items()
+    nested = {k: {name: layers[name] for name in part} if isinstance(part, dict) else layers[k] for k, part in parts}
+    return flat | {"layers": nested}
