@@ -268,28 +268,3 @@ def test_a_page_names_every_file_beside_it(name):
     for file in folder.iterdir():
         if file.is_file() and file.name not in ("README.md", "__init__.py"):
             assert any(fnmatch.fnmatch(file.name, pattern) for pattern in named), file.name
-
-
-def tree(block: str) -> set[str]:
-    """The paths that an annotated tree names. A line is names, two or more spaces, and what they are."""
-    paths, folders = set(), {}
-    for line in block.splitlines():
-        indent, names = re.match(r"( *)(\S+(?: \S+)*)", line).groups()
-        for name in names.split(", "):
-            path = folders.get(len(indent) - 2, "") + name
-            paths.add(path)
-            if name.endswith("/"):
-                folders[len(indent)] = path
-    return paths
-
-
-@pytest.mark.parametrize("name", [name for name, page in PAGES.items() if blocks(page, "tree")])
-def test_the_tree_is_the_tree(name):
-    named = set().union(*(tree(block) for block in blocks(PAGES[name], "tree")))
-    found = {path: list(ROOT.glob(path.rstrip("/"))) for path in named}
-    assert not [path for path, files in found.items() if not files]
-    if "rmr1_jax/" in named:  # then every room is there
-        rooms = {
-            p for p in (ROOT / "rmr1_jax").iterdir() if p.name not in ("__pycache__", "__init__.py", "__main__.py")
-        }
-        assert rooms <= {file for files in found.values() for file in files}

@@ -215,7 +215,7 @@ def _side_by_side(x: jax.Array) -> jax.Array:
     return x.reshape(*x.shape[:2], -1, x.shape[-1])
 
 
-def _visible(q_pos: ArrayLike, q_seg: ArrayLike, k_pos: ArrayLike, k_seg: ArrayLike) -> jax.Array:
+def _visible(q_pos: ArrayLike, q_seg: ArrayLike, k_pos: ArrayLike, k_seg: ArrayLike) -> ArrayLike:
     """[B, T, S] bool."""
     same = q_seg[:, :, None] == k_seg[:, None, :]
     return same & (k_pos[:, None, :] <= q_pos[:, :, None]) & (k_seg[:, None, :] != 0)

@@ -76,7 +76,7 @@ class Tokenizer:
         """Ids of plain text; special tokens in it are plain text too."""
         return self.hf.encode(text, add_special_tokens=False, split_special_tokens=self._has_special(text))
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Iterable[Any]) -> str:
         """Text without special tokens. Ids beyond the tokenizer (a padded vocabulary) decode to nothing."""
         limit = len(self.hf)
         return self.hf.decode([i for i in ids if 0 <= i < limit], skip_special_tokens=True)
