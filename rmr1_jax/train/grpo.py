@@ -2,8 +2,7 @@
 
 Each step samples R traces for each of P prompts, scores them, packs them into mini-batches, and makes one update for
 each mini-batch. `grpo` is the whole stage, in the order in which data flows; `grpo_micro_loss` is what is minimised. A
-killed run continues from its last checkpoint when it is called again with the same config. Of several processes each
-samples and scores its share of the prompts on its own devices; all train together on all of them.
+killed run continues as one of `sft`. Of several processes each samples for itself, and all train together.
 
 To extend it, pass functions: `reward(text, prompt) -> float`, and `loss(config, inputs)` as `losses.policy_loss`. Next:
 `rollout.py`, which makes what is trained on.

@@ -52,8 +52,8 @@ def check_finite(
     if not wrong:
         return True
     path = Path(config.out) / f"nonfinite_step_{step}.json"
-    finite = {k: _for_json(v) for k, v in metrics.items()}
-    facts = {"step": step, "of": what, "metrics": finite, "norms": _norms(state), "batch": describe()}
+    numbers = {k: _for_json(v) for k, v in metrics.items()}
+    facts = {"step": step, "of": what, "metrics": numbers, "norms": _norms(state), "batch": describe()}
     if first():
         write_whole(path, json.dumps(facts, indent=1) + "\n")
     message = f"step {step}: {', '.join(f'{k} is {v}' for k, v in wrong.items())} on {what}."

@@ -34,8 +34,7 @@ class Run:
     """A stage's run in `directory`, made by `open_run`. All processes must call its methods together."""
 
     def __init__(self, stage: str, directory: Path, checkpoints: Checkpointer, preemption: Preemption):
-        self.stage, self.directory = stage, directory
-        self.checkpoints, self.preemption = checkpoints, preemption
+        self.stage, self.directory, self.checkpoints, self.preemption = stage, directory, checkpoints, preemption
         self._save_seconds = 0.0
 
     def restore(self, state: TrainState, cursor: dict[str, Any]) -> tuple[TrainState, dict[str, Any]]:

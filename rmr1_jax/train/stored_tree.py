@@ -22,8 +22,7 @@ def restored(path: Path, like: Any) -> Any:
     is_flat = _shapes(flat).keys() <= stored.keys()
     wanted = flat if is_flat else like
     expected = _shapes(wanted).items()
-    wrong = [f"{k}: is {stored.get(k)}, expected {shape}" for k, shape in expected if stored.get(k) != shape]
-    if wrong:
+    if wrong := [f"{k}: is {stored.get(k)}, expected {shape}" for k, shape in expected if stored.get(k) != shape]:
         named = "; ".join(wrong[:3]) + (f", and {len(wrong) - 3} more" if len(wrong) > 3 else "")
         raise InputError(f"{path} is of another model: {named}; give the model that the run began with")
     restore_args = ocp.checkpoint_utils.construct_restore_args(wanted)
