@@ -1,7 +1,5 @@
 """From rows to training examples: the token ids of a prompt and its answer, and which of them are trained.
 
-Rows are rendered, as published (`context_messages` and `winner`); pairs become such rows by a prompt.
-
 Next: `store.py`, which stores examples on disk; `packing.py`, which packs them into batches.
 """
 
@@ -33,8 +31,7 @@ class Example:
     """One training row before packing.
 
     tokens: [T] int32. trained: [T] bool, True at the tokens that the loss trains (nowhere in a prompt for GRPO).
-    source: where the row comes from, "" if unknown. better: the better side or the one that the trace names, "A" or
-    "B"; None if unknown.
+    source: "" if unknown. better: the better side or the one that the trace names, "A" or "B"; None if unknown.
     """
 
     id: str
@@ -55,13 +52,11 @@ def load_tokenizer(model: str) -> Tokenizer:
 def read_training_rows(
     paths: Sequence[Path], prompt: Prompt | None, *, seed: int = 0, **reading: Any
 ) -> Iterator[PublishedRow]:
-    """Read rendered rows from `paths`, or the pairs of the only path and render them with `prompt`.
+    """Read rendered rows from `paths`, or the pairs of the only path and render them with `prompt`. Raises InputError
+    if a source holds no rows, pairs without a prompt, or rendered rows with one.
 
     Args:
         seed: decides the order of A and B of pairs that fix none. reading: rejects, report of `parse_rows`.
-
-    Raises:
-        InputError: a source holds no rows, pairs without a prompt, or rendered rows with one.
     """
     for path in paths:
         first = next((row for row in read_rows(path) if isinstance(row, Row)), None)
@@ -84,9 +79,10 @@ def read_training_rows(
         yield PublishedRow(id=pair.id, messages=render_pair(prompt, pair), winner="", source=source, meta=facts)
 
 
-def sft_example(tokenizer: Tokenizer, id: str, messages: Messages, trace: str) -> Example:
-    """Tokenize a rendered prompt, a trace and the end of the turn; the trace and the end of the turn are trained."""
-    prompt, target = tokenizer.render(messages), [*tokenizer.encode(trace), tokenizer.stop_ids[0]]
+def sft_example(tokenizer: Tokenizer, id: str, messages: Messages, trace: str | None) -> Example:
+    """Tokenize a rendered prompt, and a trace with the end of the turn, which are trained; None: the prompt alone."""
+    prompt = tokenizer.render(messages)
+    target = [] if trace is None else [*tokenizer.encode(trace), tokenizer.stop_ids[0]]
     trained = np.arange(len(prompt) + len(target)) >= len(prompt)
     return Example(id, np.asarray(prompt + target, np.int32), trained)
 
@@ -95,8 +91,7 @@ def make_example(tokenizer: Tokenizer, row: PublishedRow, stage: Stage | None, t
     """Tokenize a row for a stage of training.
 
     Args:
-        stage: "sft" gives the prompt and the target; "grpo" the prompt, which needs a better side; None the prompt
-            alone, to look at.
+        stage: "sft" gives the prompt and the target; "grpo" the prompt, of a row with a better side; None the prompt.
         target: what SFT trains: the row's "trace", or only the right "verdict" (the baseline without reasoning).
 
     Raises:
@@ -113,11 +108,7 @@ def make_example(tokenizer: Tokenizer, row: PublishedRow, stage: Stage | None, t
             raise InputError(
                 "its winner is a side, and SFT learns a trace; give rows with traces, or prepare with target=verdict"
             )
-        if stage == "sft":
-            example = sft_example(tokenizer, row.id, row.messages, trace)
-        else:
-            tokens = np.asarray(tokenizer.render(row.messages), np.int32)
-            example = Example(row.id, tokens, np.zeros(len(tokens), bool))
+        example = sft_example(tokenizer, row.id, row.messages, trace if stage == "sft" else None)
     except InputError as e:
         raise InputError(f"row {row.id}: {e}") from e
     return dataclasses.replace(example, source=row.source, better=row.better or strict_verdict(trace))

@@ -2,8 +2,7 @@
 
 The rows are read twice. The first pass only validates and counts them, so that a bad row is reported now and not after
 an hour; in the second, processes tokenize them in order and this process writes the examples as they arrive. Memory
-grows only by the row ids, about 100 bytes each, which detect duplicates. Everything is written into a directory beside
-the output, which is renamed to the output when it is complete and on the disk.
+grows only by the row ids, about 100 bytes each, which detect duplicates.
 
 Next: `store.py`, which describes, writes and reads the directory; `examples.py`, which tokenizes a row.
 """
@@ -39,13 +38,14 @@ from rmr1_jax.data.examples import Example, Stage, Target, load_tokenizer, make_
 from rmr1_jax.errors import InputError, RunError
 from rmr1_jax.files.append import lock_for_writing
 from rmr1_jax.files.hub import locate
-from rmr1_jax.files.write import writing
+from rmr1_jax.files.write import hash_written, writing
 from rmr1_jax.model.tokenizer import Tokenizer
 from rmr1_jax.pairs.rows import ReadReport
 from rmr1_jax.pairs.training_sets import PublishedRow
 from rmr1_jax.prompts.prompt import get_prompt
 
 CHUNK = 64  # rows a process takes at a time
+_load_once = functools.cache(Tokenizer)  # in each worker process
 
 
 @config_dataclass
@@ -135,7 +135,8 @@ def _write_set(config: PrepareConfig, tokenizer: Tokenizer, partial: Path) -> di
     count = min(config.limit or total, total)
     chosen = np.isin(np.arange(total), np.random.default_rng(config.seed).choice(total, count, replace=False))
     report, examples, drops = ReadReport(), store.SetWriter(partial / store.ROWS), Counter()
-    workers = min(config.workers or _cores(), -(-count // CHUNK) or 1)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = min(config.workers or cores, -(-count // CHUNK) or 1)
     outcomes = _tokenize(config, tokenizer, itertools.compress(rows(report=report), chosen), workers)
     every = 0.1 if sys.stderr.isatty() else 30.0  # in a log file, a line every half minute
     with (
@@ -174,18 +175,14 @@ def _write_set(config: PrepareConfig, tokenizer: Tokenizer, partial: Path) -> di
         "config": dataclasses.asdict(config),
         "counts": counts,
         **examples.summary(),
-        "files": store.flush_and_hash(partial),
+        "files": {str(p.relative_to(partial)): hash_written(p) for p in sorted(partial.rglob("*")) if p.is_file()},
     }
     (partial / store.MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     return manifest
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 class Dropped(NamedTuple):
-    """A row that is left out: the count that it belongs to ("rejected", "too_long"), and the reason."""
+    """A row that is left out. kind: the count that it belongs to, "rejected" or "too_long"."""
 
     id: str
     kind: str
@@ -196,19 +193,15 @@ def _tokenize(
     config: PrepareConfig, tokenizer: Tokenizer, rows: Iterator[PublishedRow], workers: int
 ) -> Iterator[Example | Dropped]:
     """Make an example of each row, in order. With several workers, a few chunks a worker are in memory at any time.
-
-    Close the iterator to stop the processes. Raises BrokenProcessPool if one was killed.
-    """
+    Close the iterator to stop the processes. Raises BrokenProcessPool if one was killed."""
     if workers == 1:
         yield from (_make(config, tokenizer, row) for row in rows)
         return
-    chunks = iter(lambda: list(itertools.islice(rows, CHUNK)), [])
-    # Spawned, because forking a process that has threads is unsafe.
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("spawn")  # forking a process that has threads is unsafe
     with ProcessPoolExecutor(workers, context, initializer=_start_worker) as pool:
         pending = deque()
         try:
-            for chunk in chunks:
+            while chunk := list(itertools.islice(rows, CHUNK)):
                 pending.append(pool.submit(_make_chunk, config, str(tokenizer.directory), chunk))
                 if len(pending) >= 4 * workers:
                     yield from pending.popleft().result()
@@ -234,9 +227,6 @@ def _make(config: PrepareConfig, tokenizer: Tokenizer, row: PublishedRow) -> Exa
             "raise max_length, or set on_too_long=drop"
         )
     return Dropped(row.id, "too_long", f"longer than max_length={config.max_length}: {len(example)} tokens")
-
-
-_load_once = functools.cache(Tokenizer)  # in each worker process
 
 
 def _make_chunk(config: PrepareConfig, directory: str, rows: list[PublishedRow]) -> list[Example | Dropped]:

@@ -67,9 +67,7 @@ def show_example(example: Example, tokenizer: Tokenizer, *, colour: bool = False
 
 def pieces(example: Example, tokenizer: Tokenizer) -> Iterator[tuple[str, bool]]:
     """Yield each token's text, control tokens included, and whether it is trained. Joined, the texts are the whole row.
-
-    A token that ends within a character is joined with the next ones up to the character's end.
-    """
+    A token that ends within a character is joined with the next ones up to the character's end."""
     waiting: list[int] = []
     for end, (token, trained) in enumerate(zip(example.tokens.tolist(), example.trained.tolist(), strict=True), 1):
         waiting.append(token)

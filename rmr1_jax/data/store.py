@@ -1,7 +1,4 @@
-"""Prepared sets: tokenized rows on disk, which training reads one by one.
-
-    rmr1 data prepare CONFIG.yaml                           # writes one (`prepare.py`)
-    examples = open_examples(DIR, "sft", tokenizer)         # a sequence; memory does not grow with the set
+"""Prepared sets: tokenized rows on disk, which training reads one by one, so that memory does not grow with the set.
 
 A set is a directory, which appears whole or not at all:
 
@@ -27,7 +24,7 @@ import numpy as np
 
 from rmr1_jax.data.examples import Example, Stage, make_example
 from rmr1_jax.errors import InputError, RunError
-from rmr1_jax.files.write import hash_written, refusal, to_disk
+from rmr1_jax.files.write import refusal, to_disk
 from rmr1_jax.model.tokenizer import Tokenizer
 from rmr1_jax.pairs.training_sets import read_published
 
@@ -42,8 +39,7 @@ HISTOGRAM_BINS = 30  # approximately
 class PreparedExamples(Sequence[Example]):
     """The examples of a prepared set. Each is read when it is accessed; threads may read at the same time.
 
-    manifest: the content of `prepared.json`. lengths: [N] int32, the tokens of each example. trained_lengths: [N]
-    int32, its trained tokens, not counting a first token (see `packing.trained_lengths_of`).
+    manifest: the content of `prepared.json`. lengths, trained_lengths: [N] int32 (see `packing.trained_lengths_of`).
 
     Raises:
         InputError: the directory is no prepared set or has another format, or a file is missing or has another size.
@@ -64,8 +60,7 @@ class PreparedExamples(Sequence[Example]):
             self.lengths, prompts = np.load(self.directory / LENGTHS)  # refuses pickled objects
         except Exception as e:  # TFDS, the record reader and NumPy each raise their own errors for damaged files
             raise InputError(f"{self.directory}: cannot be opened ({e}); run `rmr1 data prepare` again") from e
-        # A first token is never trained: no token precedes it. In practice no prompt is empty.
-        self.trained_lengths = self.lengths - np.maximum(prompts, 1)
+        self.trained_lengths = self.lengths - np.maximum(prompts, 1)  # a first token does not count
         if not len(self._rows) == len(self.lengths) == self.manifest["counts"]["kept"]:
             raise InputError(
                 f"{self.directory} holds {len(self._rows)} rows, {len(self.lengths)} lengths and says "
@@ -100,11 +95,8 @@ class PreparedExamples(Sequence[Example]):
 
 
 def open_examples(path: str | Path, stage: Stage, tokenizer: Tokenizer) -> Sequence[Example]:
-    """Open a prepared set, or tokenize all rows of published files into memory.
-
-    Raises:
-        InputError: the set was prepared for the other stage, or with another tokenizer or chat template; or a bad row.
-    """
+    """Open a prepared set, or tokenize all rows of published files into memory. Raises InputError for a bad row, or if
+    the set was prepared for the other stage, or with another tokenizer or chat template."""
     if not is_prepared(path):
         return [make_example(tokenizer, row, stage) for row in read_published(path)]
     examples = PreparedExamples(path)
@@ -150,11 +142,8 @@ def _open_rows(directory: Path) -> Sequence[dict[str, Any]]:
 
 
 class SetWriter:
-    """Writes examples as a TFDS data set, and collects their lengths (8 bytes a row) and counts.
-
-    TFDS's ordinary writer would hold a gigabyte in memory and then ask for TensorFlow; its sequential writer writes
-    each row as it comes.
-    """
+    """Writes examples as a TFDS data set, and collects their lengths (8 bytes a row) and counts. It uses the sequential
+    writer of TFDS, because the ordinary one would hold a gigabyte in memory and then ask for TensorFlow."""
 
     def __init__(self, directory: Path):
         import tensorflow_datasets as tfds
@@ -223,12 +212,6 @@ def _histogram(values: np.ndarray) -> dict[str, Any]:
     p50, p99 = np.percentile(values, [50, 99]).tolist()
     facts = {"sum": int(values.sum()), "mean": float(values.mean()), "p50": p50, "p99": p99, "max": most}
     return {"edges": edges.tolist(), "counts": counts.tolist(), **facts}
-
-
-def flush_and_hash(directory: Path) -> dict[str, dict[str, Any]]:
-    """Flush every file in the directory to the disk. Returns {path in the directory: {"bytes", "sha256"}}."""
-    files = sorted(path for path in directory.rglob("*") if path.is_file())
-    return {str(path.relative_to(directory)): hash_written(path) for path in files}
 
 
 def publish(partial: Path, out: Path) -> None:

@@ -3,9 +3,8 @@
 Every pair gets the same attempts in the same order, however often the run is stopped: `tries` by the first teacher
 until a chain is accepted (`ledger.py` has the conditions), then one by the second teacher, which is shown the last
 chain and the right verdict. Every answer is on the disk (OUT/answers.jsonl) before the next request begins in its
-place, and the state of a pair follows from its answers: a run that was killed continues, and repeats no request that
-was answered. At the end of each run the answers give OUT/chains.jsonl (training rows in the published format, in the
-order of the pairs) and OUT/ledger.json.
+place: a run that was killed continues, and repeats no request that was answered. At the end of each run the answers
+give OUT/chains.jsonl (training rows in the published format, in the order of the pairs) and OUT/ledger.json.
 
 Next: `ledger.py`, which checks and counts chains; `correction.py`, the request of the second pass; `endpoint.py` and
 `policy_teacher.py`, the two kinds of teacher.
@@ -17,7 +16,7 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -57,13 +56,12 @@ class ChainsConfig:
     """One run of `rmr1 data chains`.
 
     pairs: a file or folder of pairs whose better answer is known, such as a mixture's pairs.jsonl. prompt: by name or
-    file. escape_untrusted: whether the texts of the pairs are escaped (`prompts/escape.py`); by default they are shown
-    unchanged, like all other training rows. teacher or policy: the model of the first pass. second: the model of the
-    second pass; None: no second pass. tries: attempts of the first pass at a pair. keep_thinking: whether the text
-    before `</think>` belongs to the chain. budget_requests, budget_tokens: no request begins when `out` has used that
-    many, over all runs; tokens of prompts and answers count, retries after an error do not. on_bad_row: "error", or
-    "quarantine" bad rows into OUT/rejects.jsonl. seed: decides the order of chosen and rejected answers, where the rows
-    fix none.
+    file. escape_untrusted: whether the texts of the pairs are escaped (`prompts/escape.py`). teacher or policy: the
+    model of the first pass. second: the model of the second pass; None: no second pass. tries: attempts of the first
+    pass at a pair. keep_thinking: whether the text before `</think>` belongs to the chain. budget_requests,
+    budget_tokens: no request begins when `out` has used that many, over all runs; tokens of prompts and answers count,
+    retries after an error do not. on_bad_row: "error", or "quarantine" bad rows into OUT/rejects.jsonl. seed: decides
+    the order of chosen and rejected answers, where the rows fix none.
     """
 
     pairs: str
@@ -166,11 +164,7 @@ def make_chains(
 
 
 def _record(
-    arriving: Iterable[tuple[str, Answer]],
-    turn: Turn,
-    by_id: Mapping[str, PairAttempts],
-    budget: _Budget,
-    answers: Path,
+    arriving: Iterable[tuple[str, Answer]], turn: Turn, by_id: dict[str, PairAttempts], budget: _Budget, answers: Path
 ) -> dict[str, str]:
     """Write each answer when it arrives. Returns {id: error} of the pairs that got none."""
     unanswered = {}

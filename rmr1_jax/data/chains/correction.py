@@ -1,7 +1,6 @@
 """The request of the second pass, and the phrases that its chain must not have. The wording is this project's own.
 
-The second teacher gets the task as the first one had it, the chain that was rejected, and the right verdict. Its answer
-becomes a training target for a judge that is given no verdict: `revealing_words` finds chains that mention theirs.
+The answer trains a judge that is given no verdict: `revealing_words` finds chains that mention the one they were given.
 
 Next: `chains.py`, which runs the two passes; `prompts/named/cor.yaml`, the prompt of the first.
 """
@@ -55,20 +54,14 @@ _REVEALING_PHRASE = re.compile("|".join(_REVEALING), re.IGNORECASE)
 
 def correction(messages: Messages, chain: str, right: str, reason: str) -> Messages:
     """Return the messages of the second pass: those of the first, with a note appended to the last one.
-
-    Args:
-        chain: the answer of the first pass, "" if there was none. right: "A" or "B". reason: why it was rejected.
-    """
+    chain: the answer of the first pass, "" if there was none. right: "A" or "B". reason: why it was rejected."""
     earlier = _EARLIER.format(chain=chain) if chain else ""
     note = _CORRECTION.format(reason=reason, earlier=earlier, right=right)
     return [*messages[:-1], {**messages[-1], "content": messages[-1]["content"] + note}]
 
 
 def revealing_words(chain: str) -> str | None:
-    """Find the words with which a chain reveals that its verdict was given; None if there are none.
-
-    Quotes of the chatbots (`<quote_A>`, `<quote_B>`) are skipped.
-    """
+    """Find the words, outside quotes of the chatbots, that reveal that a chain's verdict was given; None if none do."""
     text = list(re.sub(r"\s", " ", chain))  # of the same length; a phrase may be broken over two lines
     for quote in parse_trace(chain).quotes:
         if quote.kind == "quote":

@@ -1,8 +1,5 @@
 """A model of this package as the teacher of its own chains (rejection sampling), for `rmr1 data chains`.
 
-It samples one text for each pair that is open; accepted chains are kept (`ledger.py`), and the next try samples anew
-for the other pairs.
-
 Next: `chains.py`, which calls this; `judge/judge.py`, which has the same limits of length.
 """
 
@@ -42,15 +39,15 @@ class PolicyTeacher:
                 yield from self._ask(batch, number)
 
     def _ask(self, requests: list[Request], number: int) -> Iterator[tuple[Any, Answer]]:
-        prompts = {}
+        asked = []
         for request in requests:
             prompt = self.policy.tokenizer.render(request.messages)
             if len(prompt) > self._max_prompt_tokens:
                 error = f"the prompt has {len(prompt)} tokens, the limit is {self._max_prompt_tokens}"
                 yield request.key, Answer(error=error, failure="refused")
             else:
-                prompts[request.key] = prompt
-        if not prompts:
+                asked.append((request.key, prompt))
+        if not asked:
             return
         sampling = SamplingConfig(
             max_new_tokens=self._max_new_tokens,
@@ -58,8 +55,7 @@ class PolicyTeacher:
             seed=self.config.seed + number,
             slots=self.config.slots,
         )
-        asked = list(prompts.items())
-        for k, _, sample in self.policy.stream(list(prompts.values()), sampling):
+        for k, _, sample in self.policy.stream([prompt for _, prompt in asked], sampling):
             key, prompt = asked[k]
             answer = Answer(
                 text=completion_text(self.policy.tokenizer, prompt, sample.token_ids),

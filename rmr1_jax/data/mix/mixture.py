@@ -1,12 +1,11 @@
 """`rmr1 data mix`: combine preference sets into the pairs to train on.
 
-Bad rows, filtered rows, rows that are not drawn, pairs of the same answer twice, duplicates, contradictions and
-overlaps with evaluation sets are dropped and counted, in this order: read = kept + the counts in `sources.DROPPED`. The
-other pairs are sorted by a hash of seed and id, and show the better answer in A, in B, in A, and so on. The same config
-and sources give the same bytes.
+Rows are dropped and counted for the reasons in `sources.DROPPED`, in this order: read = kept + these counts. The other
+pairs are sorted by a hash of seed and id, and show the better answer in A, in B, in A, and so on. The same config and
+sources give the same bytes.
 
 OUT/pairs.jsonl has the project's own format (`pairs/read.py`); a pair's `id` is `SOURCE NAME/ID IN THE SOURCE`, and
-`origin` is the field `source` of its row. OUT/mixture.json holds the counts and is written last; both appear whole.
+`origin` is the field `source` of its row. OUT/mixture.json holds the counts and is written last.
 
 Next: `sources.py`, which reads a source; `overlap.py`; `chains/chains.py`, which asks a teacher about the pairs.
 """
@@ -71,8 +70,7 @@ class MixReport:
 
     def table(self) -> str:
         """Format the counts by source as text."""
-        reasons = [reason for reason in DROPPED if any(getattr(source, reason) for source in self.sources)]
-        columns = ["read", "kept", *reasons]
+        columns = ["read", "kept", *(name for name in DROPPED if any(getattr(each, name) for each in self.sources))]
         rows = [["source", *(reason.replace("_", " ") for reason in columns), "better in A"]]
         for name, sources in [(each.name, [each]) for each in self.sources] + [("all", self.sources)]:
             a, kept, *counts = (sum(getattr(each, column) for each in sources) for column in ("a", "kept", *columns))

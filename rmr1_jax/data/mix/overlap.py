@@ -66,11 +66,7 @@ def _hash_word(word: str) -> int:
 
 
 class Benchmark:
-    """An index of an evaluation set's questions. It takes about 20 bytes a word.
-
-    Raises:
-        InputError: no pair has a question.
-    """
+    """An index of an evaluation set's questions, of about 20 bytes a word. Raises InputError if there are none."""
 
     def __init__(self, name: str, pairs: Iterable[PreferencePair], ngram: int):
         self.name, self._ngram = name, ngram

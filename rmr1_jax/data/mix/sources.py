@@ -29,14 +29,10 @@ Filters = dict[str, tuple[Value, ...]]
 
 @config_dataclass
 class SourceConfig:
-    """One source of a mixture.
-
-    path: a file, a folder or a hub id; revision: pins a hub id. format: see `read_pairs`; benchmarks are refused. name:
-    by default the last part of the path. count: the rows to draw (None: all): the first ones, or with `shuffle`, a
-    seed, the first of NumPy's `default_rng(shuffle).permutation(rows)`, the order of `datasets.Dataset.shuffle`.
-    where: fields, each with the values of which a row must have one; exclude: fields, each with the values that a row
-    must not have.
-    """
+    """path: a file, a folder or a hub id; revision: pins a hub id. format: see `read_pairs`; benchmarks are refused.
+    name: by default the last part of the path. count: the rows to draw (None: all): the first ones, or with `shuffle`,
+    a seed, the first of NumPy's `default_rng(shuffle).permutation(rows)`, the order of `datasets.Dataset.shuffle`.
+    where, exclude: fields, each with the values of which a row must have one, or must have none."""
 
     path: str
     name: str = ""
