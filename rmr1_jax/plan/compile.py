@@ -8,12 +8,13 @@ from __future__ import annotations
 import dataclasses
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from jax.stages import Wrapped
 
 from rmr1_jax.distributed.mesh import slice_of
 from rmr1_jax.plan.slice import parse_out_of_memory
@@ -44,18 +45,11 @@ class Compiled:
 
 
 def compile_program(
-    program: Callable[..., Any],
-    *arguments: Any,
-    devices: Sequence[jax.Device],
-    resident: int = 0,
-    dynamic_trips: float = 1,
+    program: Wrapped, *arguments: Any, devices: Sequence[jax.Device], resident: int = 0, dynamic_trips: float = 1
 ) -> Compiled:
     """Compile a jitted function for its `arguments`: `ShapeDtypeStruct`s with shardings, and static values.
-
-    Args:
-        devices: those of the mesh, in its order. resident: bytes per chip of data that stays there and is no argument.
-        dynamic_trips: see `traffic.read_traffic`.
-    """
+    `devices` are those of the mesh, in its order; `resident` is the bytes per chip of data that stays there and is no
+    argument; for `dynamic_trips` see `traffic.read_traffic`."""
     lowered = program.lower(*arguments)
     start, given = time.perf_counter(), bytes_per_chip(arguments)
     try:

@@ -1,8 +1,7 @@
 """The cost of a program by formula, and the time that follows: bound by compute, by memory, or by links between chips.
 
 The formulas are lower bounds: each array that must pass through a chip's memory passes once, all work overlaps, and
-every link is in use. XLA's own counts (`cost_analysis`) are of no use here: the body of a scan counts once and a kernel
-not at all.
+every link is in use. XLA's own counts are of no use here: a loop's body counts once and a kernel not at all.
 """
 
 from __future__ import annotations
@@ -100,8 +99,7 @@ def decode_cost(config: QwenConfig, mesh: Mesh, shapes: Shapes, task: SamplingTa
     # Each prompt is attended to from as many slots as a group has, free ones included.
     columns = shapes.banks * shapes.entries * shapes.ranks * shapes.room + slots * shapes.widths[-1]
     seen = slots * (task.max_prompt_length + task.sampling.max_new_tokens / 2)
-    itemsize = task.dtype.itemsize
-    memory = itemsize * product / 2 / mesh.shape["tensor"] + _cache_bytes(config, mesh, shapes, task)
+    memory = task.dtype.itemsize * product / 2 / mesh.shape["tensor"] + _cache_bytes(config, mesh, shapes, task)
     flops = STEPS * (slots * product + heads * columns)
     model_flops = STEPS * (slots * product + heads * seen)
     return Cost(model_flops, flops, STEPS * memory, mesh.size, STEPS * slots)

@@ -8,8 +8,9 @@ from pathlib import Path
 from rmr1_jax.errors import InputError
 from rmr1_jax.model.config import QwenConfig, parse_config, read_config
 
-# Width, MLP width, layers, heads, key-value heads, vocabulary, tied embeddings. From the config.json files of Qwen2.5;
-# the models distilled from DeepSeek-R1 have the same shapes.
+# From the config.json files of Qwen2.5; the models distilled from DeepSeek-R1 have the same shapes.
+KEYS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+KEYS += ("num_key_value_heads", "vocab_size", "tie_word_embeddings")
 SIZES = {
     "0.5b": (896, 4864, 24, 14, 2, 151936, True),
     "1.5b": (1536, 8960, 28, 12, 2, 151936, True),
@@ -21,10 +22,7 @@ SIZES = {
 
 def model_shape(name: str) -> QwenConfig:
     """Return a model's shape: from config.json if `name` is a directory, else from the family and size in the name.
-
-    Raises:
-        InputError: the name is neither a directory nor that of a Qwen2.5 or DeepSeek-R1-Distill-Qwen model; or the
-            config.json is of a model that this package does not implement.
+    Raises InputError if the family or size is not known, or if the config.json is of a model that is not implemented.
     """
     path = Path(name)
     if path.exists():
@@ -37,18 +35,10 @@ def model_shape(name: str) -> QwenConfig:
             f"model={name!r}: its shape is not known; give a directory with a config.json, or the name of a Qwen2.5 or "
             f"DeepSeek-R1-Distill-Qwen model, such as Qwen/Qwen2.5-7B-Instruct (sizes: {', '.join(SIZES)})"
         )
-    width, mlp, layers, heads, kv_heads, vocab, tied = SIZES[size[0]]
-    fields = {
-        "model_type": "qwen2",
-        "hidden_size": width,
-        "intermediate_size": mlp,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "vocab_size": vocab,
-        "tie_word_embeddings": tied and not distilled,  # the distilled models have a separate head
-        "max_position_embeddings": 131072 if distilled else 32768,
-        # The small distillations started from Qwen2.5-Math.
-        "rope_theta": 1e4 if distilled and size[0] in ("1.5b", "7b") else 1e6,
-    }
+    fields = {"model_type": "qwen2", "max_position_embeddings": 32768, "rope_theta": 1e6}
+    fields |= dict(zip(KEYS, SIZES[size[0]], strict=True))
+    if distilled:
+        fields |= {"tie_word_embeddings": False, "max_position_embeddings": 131072}  # they have a separate head
+        if size[0] in ("1.5b", "7b"):
+            fields["rope_theta"] = 1e4  # these started from Qwen2.5-Math
     return parse_config(fields, name)

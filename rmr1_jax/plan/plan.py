@@ -1,8 +1,7 @@
 """Estimates the memory and time of a run on a TPU slice that you do not have, by compiling its programs on a CPU.
 
-`plan` yields one line per program: its memory on a chip, its FLOPs, the bytes between chips, and the least time that
-these allow. No program runs: the sizes are the compiler's, the times come from formulas. Next: `slice.py` and
-`compile.py`, then `train.py` and `sampler.py` for the programs.
+No program runs: the sizes are the compiler's, the times come from formulas. Next: `slice.py` and `compile.py`, then
+`train.py` and `sampler.py` for the programs.
 """
 
 from __future__ import annotations
@@ -50,18 +49,9 @@ COLUMNS += (*COLLECTIVES, "bound", "seconds", "MFU")
 
 
 def print_plan(
-    path: Path,
-    overrides: Sequence[str],
-    *,
-    topology: str,
-    slices: int = 1,
-    sampler_only: bool = False,
-    as_json: bool = False,
+    path: Path, overrides: Sequence[str], *, topology: str, slices: int, sampler_only: bool, as_json: bool
 ) -> None:
     """Print the plan of a run (`rmr1 plan`), as a table with remarks or as a JSON list.
-
-    Args:
-        sampler_only: see `plan`.
 
     Raises:
         InputError: a mistake in the config, or in the name of the model or the slice; libtpu is not installed; no mesh
@@ -83,11 +73,8 @@ def print_plan(
 
 
 def read_run(path: Path, overrides: Sequence[str]) -> Config:
-    """Read the config of an SFT or a GRPO run; the keys tell which it is.
-
-    Raises:
-        InputError: as `load_config`; or all keys belong to both kinds of run.
-    """
+    """Read the config of an SFT or a GRPO run; the keys tell which it is. Raises InputError as `load_config`, or if all
+    keys belong to both kinds of run."""
     sft, grpo = ({f.name for f in dataclasses.fields(kind)} for kind in (SftConfig, GrpoConfig))
     keys = {o.partition("=")[0].split(".")[0] for o in overrides} | set(read_yaml(path))
     of_grpo = len(keys & (grpo - sft)) - len(keys & (sft - grpo))
@@ -97,11 +84,8 @@ def read_run(path: Path, overrides: Sequence[str]) -> Config:
 
 
 def plan(config: Config, model: QwenConfig, target: Target, *, sampler_only: bool = False) -> Iterator[Line]:
-    """Compile the programs of a run and yield one line for each.
-
-    Args:
-        sampler_only: plan only the sampler of a GRPO run, without the data of training in memory.
-    """
+    """Compile the programs of a run, or with `sampler_only` those of a GRPO run's sampler without the data of training
+    in memory; yield one line for each."""
     mesh = training_mesh(config, model, target.devices, target.slices)
     shape = batch_shape(config)
     overrides = " ".join(f"mesh.{axis}={size}" for axis, size in mesh.shape.items())
@@ -139,8 +123,8 @@ def _sampler_lines(
     facts |= {"rows": slots, "slots": slots, "cache_gib": round(cache / cache_ways(model, local) / GIB, 2)}
     costs = {"decode": decode_cost, "prefill": prefill_cost, "grow": grow_cost}
     for name, compiled in programs.items():
-        cost = costs[name](model, local, shapes, task)
-        yield _line(name, compiled, cost, limit, local) | facts | {"overrides": overrides}
+        line = _line(name, compiled, costs[name](model, local, shapes, task), limit, local)
+        yield line | facts | {"overrides": overrides}
 
 
 def _mesh_text(mesh: Mesh) -> str:
@@ -152,23 +136,13 @@ def _line(name: str, compiled: Compiled, cost: Cost | None, limit: int, mesh: Me
     gib |= {"total": compiled.total, "limit": limit}
     traffic, fits = compiled.traffic, compiled.fits(limit)
     bound = time_bound(cost, traffic, mesh.devices.flat[0]) if cost and traffic else None
-    return {
-        "program": name,
-        **{f"{key}_gib": round(value / GIB, 2) for key, value in gib.items()},
-        "fits": fits,
-        "knobs": [] if fits else list(MEMORY_SETTINGS),
-        "compile_s": round(compiled.seconds, 1),
-        "chips": mesh.size,
-        "tokens": cost.tokens if cost else None,
-        "flops": cost.model_flops if cost else None,
-        "hardware_flops": cost.flops if cost else None,
-        "memory_bytes": cost.memory if cost else None,
-        "collective_bytes": traffic.links if traffic else None,
-        "network_bytes": traffic.network if traffic else None,
-        "bound": bound.name if bound else None,
-        "seconds": bound.seconds if bound else None,
-        "mfu": bound.mfu if bound else None,
-    }
+    line: Line = {"program": name} | {f"{key}_gib": round(value / GIB, 2) for key, value in gib.items()}
+    line |= {"fits": fits, "knobs": [] if fits else list(MEMORY_SETTINGS)}
+    line |= {"compile_s": round(compiled.seconds, 1), "chips": mesh.size}
+    line |= {"tokens": cost and cost.tokens, "flops": cost and cost.model_flops}
+    line |= {"hardware_flops": cost and cost.flops, "memory_bytes": cost and cost.memory}
+    line |= {"collective_bytes": traffic and traffic.links, "network_bytes": traffic and traffic.network}
+    return line | {"bound": bound and bound.name, "seconds": bound and bound.seconds, "mfu": bound and bound.mfu}
 
 
 def table(config: Config, lines: Iterable[Line]) -> Iterator[str]:

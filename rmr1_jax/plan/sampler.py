@@ -45,16 +45,12 @@ class SamplingTask:
 def fit_slots(
     config: QwenConfig, mesh: Mesh, task: SamplingTask, limit: int, *, resident: int = 0
 ) -> tuple[Shapes, dict[str, Compiled]]:
-    """Find the most slots with which every program fits in `limit` bytes per chip; return them and the programs.
+    """Find the most slots with which every program fits in `limit` bytes per chip, beside `resident` bytes of other
+    data; return them and the programs.
 
     Only a compiled program tells how much memory it needs beside weights and cache. The first estimate is from a model
-    of two layers, each later one from the last attempt. If not even one slot fits, the last attempt is returned.
-
-    Args:
-        resident: bytes per chip of other data that stays there.
-
-    Raises:
-        InputError: the weights and temporaries leave no memory for one slot.
+    of two layers, each later one from the last attempt. If not even one slot fits, the last attempt is returned. Raises
+    InputError if the weights and temporaries leave no memory for one slot.
     """
     banks, ways, itemsize = rows_divisor(mesh), cache_ways(config, mesh), task.dtype.itemsize
     wanted, budget = task.prompts * task.sampling.n, task.sampling.cache_gib or math.inf
@@ -76,20 +72,17 @@ def fit_slots(
     weights = weight_bytes(config, mesh, task.dtype)
     _, used = attempt(shallow, shapes_beside(resident + weights))
     used += weights - weight_bytes(shallow, mesh, task.dtype)
-    best = None
+    shapes = shapes_beside(used)
     while True:
+        compiled, used = attempt(config, shapes)
+        if all(c.fits(limit) for c in compiled.values()):
+            return shapes, compiled
+        # At least one byte less for the cache, or the next attempt would have the same shapes.
+        used = max(used, limit + 1 - shapes.cache_bytes(config, itemsize) // ways)
         try:
             shapes = shapes_beside(used)
         except InputError:
-            if best is None:
-                raise
-            return best
-        compiled, used = attempt(config, shapes)
-        best = shapes, compiled
-        if all(c.fits(limit) for c in compiled.values()):
-            return best
-        # At least one byte less for the cache, or the next attempt would have the same shapes.
-        used = max(used, limit + 1 - shapes.cache_bytes(config, itemsize) // ways)
+            return shapes, compiled
 
 
 def sampler_programs(config: QwenConfig, mesh: Mesh, shapes: Shapes, dtype, resident: int = 0) -> dict[str, Compiled]:
@@ -109,9 +102,8 @@ def sampler_programs(config: QwenConfig, mesh: Mesh, shapes: Shapes, dtype, resi
         controls = abstract(make_controls(SamplingConfig(), ()), NamedSharding(mesh, PartitionSpec()))
         by_bank = NamedSharding(mesh, PartitionSpec(("replica", "fsdp")))
         slots = abstract(stack_slots(idle, [0] * shapes.banks), by_bank)
-        compiled = {
-            "decode": compile_here(programs.decode, graphdef, weights, controls, cache, slots, resident=resident)
-        }
+        inputs = (graphdef, weights, controls, cache, slots)
+        compiled = {"decode": compile_here(programs.decode, *inputs, resident=resident)}
 
         per_prompt = np.zeros((shapes.banks, PREFILL_ROWS), np.int32)
         tokens = np.zeros((*per_prompt.shape, max(c for c in CHUNKS if c <= shapes.room)), np.int32)
@@ -135,16 +127,10 @@ def sampler_programs(config: QwenConfig, mesh: Mesh, shapes: Shapes, dtype, resi
 def host_mesh(
     config: QwenConfig, devices: Sequence[jax.Device], limit: int, dtype, *, resident: int, tensor: int | None
 ) -> Mesh:
-    """Make the mesh of one host's sampler over its `devices`.
-
-    Args:
-        tensor: the run's `sampling_tensor`. If None, the smallest tensor axis with which the weights take at most
-            WEIGHTS_SHARE of the memory that `resident` leaves. Sizes that divide the key-value heads are preferred,
-            because with others every chip has the whole cache.
-
-    Raises:
-        InputError: `tensor` does not divide the number of devices.
-    """
+    """Make the mesh of one host's sampler over its `devices`. If `tensor` (the run's `sampling_tensor`) is None, the
+    tensor axis is the smallest with which the weights take at most WEIGHTS_SHARE of the memory that `resident` leaves.
+    Sizes that divide the key-value heads are preferred, because with others every chip has the whole cache. Raises
+    InputError if `tensor` does not divide the number of devices."""
     whole = make_mesh(MeshConfig(), devices)
     if tensor:
         return sampling_mesh(whole, tensor)

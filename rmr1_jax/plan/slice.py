@@ -9,7 +9,6 @@ import dataclasses
 import importlib.util
 import os
 import re
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +33,11 @@ class Target:
 def slice_target(topology: str, slices: int = 1) -> Target:
     """Describe `slices` slices of a topology; raises InputError as `slice_devices`."""
     devices = slice_devices(topology, slices)
-    host = host_devices(topology, devices)
+    # The chips of the first host are a slice of their own, because libtpu compiles only for whole slices.
+    coordinates = [d.coords for d in devices if d.process_index == devices[0].process_index]
+    sizes = [max(axis) - min(axis) + 1 for axis in zip(*coordinates, strict=True)]
+    kind, shape = topology.split(":")
+    host = slice_devices(f"{kind}:{'x'.join(map(str, sizes[: shape.count('x') + 1]))}")
     return Target(devices, host, memory_limit(host[0]), slices)
 
 
@@ -52,8 +55,7 @@ def slice_devices(topology: str, slices: int = 1) -> list[jax.Device]:
             "python3 -m venv .venv-tpu && .venv-tpu/bin/pip install -e '.[tpu]'"
         )
     # libtpu reads these when it is loaded. Without them it asks the network for a TPU and locks out other processes.
-    settings = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
-    os.environ.update(settings)
+    os.environ.update(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1", TPU_WORKER_HOSTNAMES="localhost")
     options: dict[str, object] = {}
     if slices > 1:
         options = {"num_slices": slices, "chip_config_name": "default", "wrap": (False,) * 3}
@@ -67,14 +69,6 @@ def slice_devices(topology: str, slices: int = 1) -> list[jax.Device]:
             f"--topology {topology}: {e}; expected a slice such as v5e:4x4, v6e:16x16 (two dimensions) or v5p:2x2x2 "
             "(three)"
         ) from None
-
-
-def host_devices(topology: str, devices: Sequence[jax.Device]) -> list[jax.Device]:
-    """Return the chips of the slice's first host as a slice of their own; libtpu compiles only for whole slices."""
-    coordinates = [d.coords for d in devices if d.process_index == devices[0].process_index]
-    sizes = [max(axis) - min(axis) + 1 for axis in zip(*coordinates, strict=True)]
-    kind, shape = topology.split(":")
-    return slice_devices(f"{kind}:{'x'.join(map(str, sizes[: shape.count('x') + 1]))}")
 
 
 def memory_limit(device: jax.Device) -> int:

@@ -40,17 +40,13 @@ class Traffic:
 
 
 def read_traffic(text: str, devices: int, *, slices: int = 1, dynamic_trips: float = 1) -> Traffic:
-    """Sum the collectives in the text of a compiled program (`compiled.as_text()`).
+    """Sum the collectives in the text of a compiled program (`compiled.as_text()`) of `devices` chips per slice. A loop
+    whose count is not in the text runs `dynamic_trips` times.
 
     Collectives are assumed to run on rings: of n chips, each sends (n-1)/n of the output of an all-gather or of the
     input of a reduce-scatter, and twice that for an all-reduce. On several slices the text is the program of one slice,
-    which hands the data for other slices to its hosts.
-
-    Args:
-        devices: the number of chips of one slice. dynamic_trips: how often a loop runs whose count is not in the text.
-
-    Raises:
-        ValueError: groups of devices are written in an unknown notation.
+    which hands the data for other slices to its hosts. Raises ValueError if groups of devices are written in an unknown
+    notation.
     """
     computations, entry = _computations(text)
     total = _Walk(computations, devices, slices, dynamic_trips).total(entry)
@@ -62,12 +58,11 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
     found: dict[str, list[str]] = {}
     entry, lines = "", []
     for line in text.splitlines():
-        header = None if line.startswith(" ") else _HEADER.match(line)
-        if header:
+        if line.startswith(" "):
+            lines.append(line)
+        elif header := _HEADER.match(line):
             found[header[2]] = lines = []
             entry = header[2] if header[1] else entry
-        elif line.startswith(" "):
-            lines.append(line)
     return found, entry
 
 
@@ -111,8 +106,7 @@ class _Walk:
 
     def trips(self, line: str, condition: str) -> float:
         """Return how often a loop runs, from the compiler's note or the constant in its condition."""
-        known = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
-        if known:
+        if known := re.search(r'known_trip_count":\{"n":"(\d+)"', line):
             return int(known[1])
         lines = "\n".join(self.computations[condition])
         constants = dict(re.findall(_NUMBER, lines))
@@ -157,8 +151,5 @@ def _ints(text: str) -> list[int]:
 
 def _bytes(shape: str) -> float:
     """Return the size of an array type or a tuple of them in HLO text; the counters of a start are a few bytes."""
-    total = 0.0
-    for dtype, dims in re.findall(r"\b(pred|[a-z]+\d+\w*)\[([\d,]*)\]", shape):
-        bits = int(re.search(r"\d+", dtype)[0]) if dtype != "pred" else 8
-        total += math.prod(_ints(dims)) * bits / 8 if dims else bits / 8
-    return total
+    arrays = re.findall(r"\b(?:pred|[a-z]+(\d+)\w*)\[([\d,]*)\]", shape)
+    return sum(int(bits or 8) / 8 * (math.prod(_ints(dims)) if dims else 1) for bits, dims in arrays)

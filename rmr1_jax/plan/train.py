@@ -31,8 +31,6 @@ from rmr1_jax.train.sft import sft_micro_loss
 
 Config = SftConfig | GrpoConfig
 
-UPDATES = 1000  # an arbitrary length of the learning-rate schedule, which changes no shape
-
 
 @dataclasses.dataclass(frozen=True)
 class BatchShape:
@@ -100,11 +98,12 @@ def training_mesh(config: Config, model: QwenConfig, devices: list[jax.Device], 
 
 def training_programs(config: Config, model: QwenConfig, mesh: Mesh) -> Iterator[tuple[str, Compiled]]:
     """Compile the update, and in GRPO the log-probabilities before it; yield each program's name and memory."""
-    shape, devices = batch_shape(config), list(mesh.devices.flat)
+    shape = batch_shape(config)
+    count = shape.micro_batches
     forward, graphdef = forward_options(config, mesh), split(Qwen(model))[0]
     optimizer, state = abstract_training(config, model, mesh)
     batch = micro_batches(config, mesh, shape)
-    compile_here = functools.partial(compile_program, devices=devices, dynamic_trips=shape.micro_batches)
+    compile_here = functools.partial(compile_program, devices=list(mesh.devices.flat), dynamic_trips=count)
     is_sft = isinstance(config, SftConfig)
     if is_sft:
         loss = functools.partial(sft_micro_loss, graphdef, **forward)
@@ -117,7 +116,6 @@ def training_programs(config: Config, model: QwenConfig, mesh: Mesh) -> Iterator
         updates = 1 if is_sft else config.updates_per_step
         reference = reference_bytes(config, model, mesh)
         held = reference + (updates - 1) * bytes_per_chip(batch)
-        count = shape.micro_batches
         yield "sft_update" if is_sft else "grpo_update", compile_here(update, state, batch, count, resident=held)
         if is_sft:
             return
@@ -135,19 +133,18 @@ def training_programs(config: Config, model: QwenConfig, mesh: Mesh) -> Iterator
 
 def abstract_training(config: Config, model: QwenConfig, mesh: Mesh) -> tuple[optax.GradientTransformation, TrainState]:
     """Return the optimizer, and the shapes and shardings of its state with float32 master weights."""
-    optimizer = make_optimizer(config.optimizer, UPDATES)
+    optimizer = make_optimizer(config.optimizer, 1000)  # the number of updates, which changes no shape
     weights = abstract_params(Qwen(model), mesh, jnp.float32)
     return optimizer, abstract_state(weights, optimizer, config.optimizer.memory)
 
 
 def micro_batches(config: Config, mesh: Mesh, shape: BatchShape) -> dict[str, jax.ShapeDtypeStruct]:
     """Return the shapes of the arrays [A, B, T] that an update reads."""
-    floats = ["weights"]
+    ints, floats = ["tokens", "positions", "segment_ids"], ["weights"]
     if isinstance(config, GrpoConfig):
         floats += ["advantages", "sampler_logp"]
         floats += ["old_logp"] * (config.updates_per_step > 1) + ["ref_logp"] * bool(config.loss.kl_coef)
-    dtypes: dict[str, Any] = dict.fromkeys(("tokens", "positions", "segment_ids"), jnp.int32)
-    dtypes |= dict.fromkeys(floats, jnp.float32)
+    dtypes: dict[str, Any] = dict.fromkeys(ints, jnp.int32) | dict.fromkeys(floats, jnp.float32)
     sizes = (shape.capacity, shape.micro_rows, shape.row_length)
     sharding = activation_sharding(mesh, "ABT", sizes)
     return {name: jax.ShapeDtypeStruct(sizes, dtype, sharding=sharding) for name, dtype in dtypes.items()}
