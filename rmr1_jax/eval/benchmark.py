@@ -6,15 +6,18 @@ them; `logs.py`, the parts that their logs are made of.
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 from rmr1_jax.errors import InputError
-from rmr1_jax.eval.logs import ArrayFiles, Judged
+from rmr1_jax.eval.logs import ArrayFiles, Judged, is_ours, read_judgements, whole_rows
 from rmr1_jax.eval.scores import Items, Scoring
+from rmr1_jax.pairs.order import LegacyFlags
 from rmr1_jax.pairs.pair import PreferencePair
+from rmr1_jax.pairs.read import read_pairs
 from rmr1_jax.pairs.rows import Row
 
 
@@ -29,9 +32,19 @@ class Benchmark(Scoring, ABC):
     main_scores: ClassVar[str]
     log_names: ClassVar[tuple[str, ...]]
 
-    @abstractmethod
     def load(self, path: Path) -> Iterator[PreferencePair]:
-        """The pairs of a file or folder in the published A/B order, with the pair's number in `meta["number"]`."""
+        """The pairs of a file or folder in the published A/B order, with `section` and `number` in their `meta`."""
+        for number, pair in enumerate(self.read(path)):
+            meta = {**pair.meta, "section": self.section(pair.meta), "number": number}
+            yield dataclasses.replace(pair, meta=meta)
+
+    def read(self, path: Path) -> Iterator[PreferencePair]:
+        """The pairs of a file or folder, as `load` numbers them."""
+        return read_pairs(path, self.name, flags=LegacyFlags(0))
+
+    @abstractmethod
+    def section(self, meta: Mapping[str, Any]) -> str:
+        """The section that a pair is in, by its `meta`; raises InputError if it is in none."""
 
     @abstractmethod
     def write_logs(self, files: ArrayFiles, rows: Iterable[Judged], judge: str) -> None:
@@ -49,6 +62,16 @@ class Benchmark(Scoring, ABC):
         """The benchmark as its released scorer computes it, with its mistakes, if there are any."""
         return self
 
+    def judgements(self, path: Path) -> Iterator[Judged]:
+        """The judgements in a log file, ours or published; raises InputError for a row of another benchmark."""
+        if not is_ours(path):
+            yield from self.judgements_of(whole_rows(path))
+            return
+        for row in read_judgements(path):
+            if row["meta"]["benchmark"] != self.name:
+                raise InputError(f"{path}: holds judgements of {row['meta']['benchmark']}, not of {self.name}")
+            yield row
+
     def scores(self, rows: Iterable[Judged]) -> dict[str, Any]:
         """The contents of the published score files by path, from judgement rows.
 
@@ -64,11 +87,7 @@ class Benchmark(Scoring, ABC):
 
 
 def section_of(value: str, sections: Sequence[str], field: str, benchmark: str) -> str:
-    """The section whose name `value` begins with.
-
-    Raises:
-        InputError: there is none.
-    """
+    """The section whose name `value` begins with; raises InputError if there is none."""
     found = next((section for section in sections if value.startswith(section)), None)
     if found is None:
         raise InputError(f"{field} {value!r} is none of {benchmark}'s: {', '.join(sections)}")

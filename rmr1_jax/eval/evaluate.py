@@ -21,22 +21,13 @@ from typing import Any
 
 from rmr1_jax.errors import InputError
 from rmr1_jax.eval.benchmark import Benchmark
-from rmr1_jax.eval.logs import (
-    JUDGEMENTS,
-    ArrayFiles,
-    Judged,
-    is_ours,
-    log_files,
-    read_judgements,
-    settings_of,
-    whole_rows,
-)
+from rmr1_jax.eval.logs import JUDGEMENTS, ArrayFiles, Judged, is_ours, log_files, read_judgements, settings_of
 from rmr1_jax.eval.registry import BENCHMARKS
 from rmr1_jax.eval.summary import write_summary
 from rmr1_jax.files.append import files_digest
 from rmr1_jax.files.write import write_whole, writing
 from rmr1_jax.judge.file import Output, Summary, judge_file, judgement_row, put_in_order
-from rmr1_jax.judge.judgement import AnyJudge, Voting, count_votes, read_verdicts, settle
+from rmr1_jax.judge.judgement import AnyJudge, Voting, outcome, read_verdicts
 from rmr1_jax.pairs.pair import PreferencePair
 
 _MADE_BY = "rmr1 score"
@@ -137,7 +128,7 @@ def score_logs(
     output = out / JUDGEMENTS
     failures: list[InputError] = []
     if [path.resolve() for path in paths] == [output.resolve()] and rule is None:
-        for _ in _judgements(found, output):  # all rows must belong to the benchmark
+        for _ in found.judgements(output):  # all rows must belong to the benchmark
             pass
     else:
         failures = _convert(found, paths, output, rule)
@@ -178,7 +169,7 @@ def _convert(benchmark: Benchmark, paths: list[Path], output: Path, rule: str | 
             for path in paths:
                 start, number = file.tell(), count
                 try:
-                    for number, row in enumerate(_judgements(benchmark, path), count):
+                    for number, row in enumerate(benchmark.judgements(path), count):
                         row = row if rule is None else _read_again(row, rule)
                         row["meta"].setdefault("number", number)
                         file.write(json.dumps(row).encode() + b"\n")
@@ -200,30 +191,13 @@ def _convert(benchmark: Benchmark, paths: list[Path], output: Path, rule: str | 
     return failures
 
 
-def _judgements(benchmark: Benchmark, path: Path) -> Iterator[Judged]:
-    """The judgements in a log file, ours or published.
-
-    Raises:
-        InputError: a row that cannot be used, or that belongs to another benchmark.
-    """
-    if not is_ours(path):
-        yield from benchmark.judgements_of(whole_rows(path))
-        return
-    for row in read_judgements(path):
-        if row["meta"]["benchmark"] != benchmark.name:
-            raise InputError(f"{path}: holds judgements of {row['meta']['benchmark']}, not of {benchmark.name}")
-        yield row
-
-
 def _read_again(row: Judged, rule: str) -> Judged:
     """The row with the verdicts that another rule reads from its texts; a row without texts stays as it is."""
     if not row.get("texts"):
         return row
     verdicts = read_verdicts(row["texts"], rule)
-    winner, status = settle(verdicts)
-    votes = count_votes(list(itertools.chain(*verdicts)))
-    outcome = {"winner": winner, "status": status, "correct": winner == row["better"], "votes": votes}
-    return {**row, **outcome, "verdicts": verdicts}
+    found = outcome(verdicts)
+    return {**row, **found, "correct": found["winner"] == row["better"], "verdicts": verdicts}
 
 
 def _located(path: Path, error: InputError) -> InputError:

@@ -41,6 +41,7 @@ from rmr1_jax.prompts.verdict import other_side
 ENDING = "\n<answer>[["
 CLOSE = "\n</think>\n"  # closes an open thought
 _BATCH = 64  # judgements that are computed and written at a time
+_Place = tuple[int, str, int, int]  # (judgement, budget, order, vote)
 
 
 class _Question(NamedTuple):
@@ -48,7 +49,7 @@ class _Question(NamedTuple):
 
     tokens: list[int]
     choices: tuple[int, int]  # A's and B's
-    place: tuple[int, str, int, int]  # judgement, budget, order, vote
+    place: _Place
 
 
 def force_verdicts(
@@ -78,23 +79,18 @@ def force_verdicts(
 def _forced(judge: Judge, rows: Sequence[Mapping[str, Any]], budgets: Sequence[int], batch_tokens: int) -> list[dict]:
     """The rows of forced.jsonl for these judgements."""
     verdicts = [{str(b): [list(own) for own in row["verdicts"]] for b in budgets} for row in rows]
-    asked: list[_Question] = []
+    asked, known = [], []
     for number, row in enumerate(rows):
         for question in _questions(judge, row, number, budgets):
-            if isinstance(question, _Question):
-                asked.append(question)
-            else:
-                (_, budget, order, vote), known = question
-                verdicts[number][budget][order][vote] = other_side(known) if order else known
-    for question, chosen in _answers(judge, asked, batch_tokens):
-        number, budget, order, vote = question.place
-        verdicts[number][budget][order][vote] = other_side(chosen) if order else chosen
+            (asked if isinstance(question, _Question) else known).append(question)
+    for (number, budget, order, vote), verdict in (*known, *_answers(judge, asked, batch_tokens)):
+        verdicts[number][budget][order][vote] = other_side(verdict) if order else verdict
     return [{"id": row["id"], "verdicts": own} for row, own in zip(rows, verdicts, strict=True)]
 
 
 def _questions(
     judge: Judge, row: Mapping[str, Any], number: int, budgets: Sequence[int]
-) -> Iterator[_Question | tuple[tuple[int, str, int, int], str | None]]:
+) -> Iterator[_Question | tuple[_Place, str | None]]:
     """The questions about a judgement's texts; (place, verdict) for a cut text that has a verdict or is too long."""
     tokenizer, read = judge.policy.tokenizer, RULES[judge.rule]
     chosen, rejected = conversations(dict(row))
@@ -126,7 +122,7 @@ def _ending(tokenizer: Any, close: str) -> tuple[list[int], tuple[int, int]]:
     return a[:same], (a[same], b[same])
 
 
-def _answers(judge: Judge, asked: list[_Question], batch_tokens: int) -> Iterator[tuple[_Question, str]]:
+def _answers(judge: Judge, asked: list[_Question], batch_tokens: int) -> Iterator[tuple[_Place, str]]:
     policy, rows = judge.policy, [question.tokens for question in asked]
     divisor = rows_divisor(policy.mesh)
     for batch in batches(rows, longest=policy.config.max_length, batch_tokens=batch_tokens, divisor=divisor):
@@ -135,7 +131,7 @@ def _answers(judge: Judge, asked: list[_Question], batch_tokens: int) -> Iterato
         with jax.set_mesh(policy.mesh):
             found = _logits(*split(policy.model), *batch[1:], choices, dtype=DTYPES[policy.dtype])
         for number, (a, b) in zip(batch.numbers, np.asarray(found).tolist(), strict=False):
-            yield asked[number], "A" if a >= b else "B"
+            yield asked[number].place, "A" if a >= b else "B"
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "dtype"))

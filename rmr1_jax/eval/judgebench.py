@@ -19,7 +19,7 @@ from rmr1_jax.eval.benchmark import Benchmark, section_of
 from rmr1_jax.eval.logs import OURS, ArrayFiles, Judged
 from rmr1_jax.eval.scores import Items, Place
 from rmr1_jax.judge.file import judgement_row
-from rmr1_jax.judge.judgement import Judgement, count_votes, settle
+from rmr1_jax.judge.judgement import Judgement, outcome, settle
 from rmr1_jax.pairs.pair import PreferencePair
 from rmr1_jax.pairs.rows import Row, describe, parse_rows, read_rows
 from rmr1_jax.prompts.trace import Trace, parse_trace
@@ -36,12 +36,13 @@ class JudgeBench(Benchmark):
     main_scores = "JudgeBench/score.json"
     log_names = ("*,judge_name=*.jsonl",)
 
-    def load(self, path: Path) -> Iterator[PreferencePair]:
+    def read(self, path: Path) -> Iterator[PreferencePair]:
         # A folder may hold other files beside the data. A row with some of the fields is a bad row, not another file's.
         fields = {"pair_id", "label", "response_A", "response_B"}
-        pairs = parse_rows(read_rows(path), lambda row: [_pair(row)] if fields & set(row.value) else [])
-        for number, pair in enumerate(pairs):
-            yield logs.with_meta(pair, number=number)
+        return parse_rows(read_rows(path), lambda row: [_pair(row)] if fields & set(row.value) else [])
+
+    def section(self, meta: Mapping[str, Any]) -> str:
+        return section_of(str(meta["subset"]), SOURCES, "source", "JudgeBench")
 
     def write_logs(self, files: ArrayFiles, rows: Iterable[Judged], judge: str) -> None:
         """Write one log for each model that wrote answers: the data's row and the decision in each order."""
@@ -67,19 +68,12 @@ class JudgeBench(Benchmark):
                 verdicts.append((other_side(verdict) if order else verdict,))
                 inner = fields.get("judgment")
                 texts.append((str(inner.get("response") or "") if isinstance(inner, dict) else "",))
-            winner, status = settle(verdicts)
-            judgement = Judgement(
-                winner=winner,
-                status=status,
-                trace=parse_trace(texts[0][0]) if texts else Trace(),
-                votes=count_votes([verdict for (verdict,) in verdicts]),
-                texts=tuple(texts),
-                verdicts=tuple(verdicts),
-            )
+            trace = parse_trace(texts[0][0]) if texts else Trace()
+            judgement = Judgement(**outcome(verdicts), trace=trace, texts=tuple(texts), verdicts=tuple(verdicts))
             yield logs.with_ours(entry, judgement_row(_pair(entry), judgement), entry.value.get(OURS))
 
     def place(self, row: Mapping[str, Any]) -> Place:
-        return Place("all", row["id"], group=_section(str(row["meta"]["subset"])))
+        return Place("all", row["id"], group=self.section(row["meta"]))
 
     def score_files(self, items: Items) -> dict[str, Any]:
         """The accuracy by source and over all pairs."""
@@ -94,7 +88,8 @@ def _pair(row: Row) -> PreferencePair:
     source, answers, pair_id = row.text("source"), row.text("response_model"), row.identifier("pair_id")
     if not source.startswith(SOURCES):
         raise row.bad("source", f"{source!r} is none of JudgeBench's: {', '.join(SOURCES)}")
-    meta = {"benchmark": JudgeBench.name, "subset": source, "section": _section(source), "response_model": answers}
+    meta = {"benchmark": JudgeBench.name, "subset": source}
+    meta |= {"section": JudgeBench().section(meta), "response_model": answers}
     meta |= {"pair_id": pair_id, "original_id": row.value.get("original_id")}
     texts = (row.text("question"), row.text("response_A"), row.text("response_B"))
     return PreferencePair.from_answers(f"{answers}/{pair_id}", *texts, better=_BETTER[row.value["label"]], meta=meta)
@@ -106,7 +101,3 @@ def _judgment(model: str, texts: list[str], verdicts: list[str | None], order: i
     text = texts[verdicts.index(winner) if winner in verdicts else 0]
     decision = _DECISION[other_side(winner) if order else winner]
     return {"judgment": {"judge_model": model, "response": text}, "decision": decision}
-
-
-def _section(source: str) -> str:
-    return section_of(source, SOURCES, "source", "JudgeBench")

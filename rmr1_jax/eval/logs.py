@@ -9,7 +9,6 @@ Next: `benchmark.py`, the interface of a benchmark; `rewardbench.py`, whose log 
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,7 +22,7 @@ from rmr1_jax.errors import InputError
 from rmr1_jax.files.untrusted import read_object
 from rmr1_jax.files.write import writing
 from rmr1_jax.judge.file import judgement_row
-from rmr1_jax.judge.judgement import Judgement, Status, count_votes
+from rmr1_jax.judge.judgement import Judgement, Status, outcome
 from rmr1_jax.pairs.pair import ROLES, PreferencePair
 from rmr1_jax.pairs.rows import BadRow, Row, describe, read_rows, source_files
 from rmr1_jax.prompts.trace import Trace, parse_trace
@@ -77,20 +76,11 @@ Conversation = list[tuple[str, str]]  # (role, content)
 Judged = dict[str, Any]  # a row of judgements.jsonl
 
 
-def with_meta(pair: PreferencePair, **more: Any) -> PreferencePair:
-    """The pair with more fields in its `meta`."""
-    return dataclasses.replace(pair, meta={**pair.meta, **more})
-
-
 # ---- our rows ----
 
 
 def read_judgements(path: Path, warnings: list[str] | None = None, *, verdicts: bool = False) -> Iterator[Judged]:
-    """The rows of a file of judgements, as they stand in it, every field checked.
-
-    Fields (see `judgement_row`): id, better, winner, status, correct, meta with `benchmark`; question, response_a and
-    response_b, or conversation_a and conversation_b; and, where they are known, votes, kind, texts, verdicts, tokens,
-    scores and note.
+    """The rows of a file of judgements, as they stand in it, every field checked; see `judgement_row` for the fields.
 
     Args:
         warnings: a last line that is cut short, as in a file that is still being written, is left out with a warning
@@ -194,10 +184,8 @@ def judged(entry: Row, id: str, meta: Mapping[str, Any]) -> Judged:
     winner = pair.better if result == 1 else verdict if verdict == other_side(pair.better) else None
     contradiction = text and (verdict == pair.better) != (result == 1) and not isinstance(ours, dict)
     judgement = Judgement(
-        winner=winner,
-        status="ok" if winner else "invalid",
+        **outcome([[winner]]),
         trace=parse_trace(text) if text else Trace(),
-        votes=count_votes([winner]),
         texts=((text,),),
         verdicts=((verdict,),),
         note=f"the log says {result}, its text says {verdict or 'nothing'}" if contradiction else None,

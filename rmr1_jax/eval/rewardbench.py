@@ -18,9 +18,7 @@ from rmr1_jax.eval import logs
 from rmr1_jax.eval.benchmark import Benchmark
 from rmr1_jax.eval.logs import OURS, ArrayFiles, Judged
 from rmr1_jax.eval.scores import Items, Place, Statistic, score
-from rmr1_jax.pairs.order import LegacyFlags
 from rmr1_jax.pairs.pair import PreferencePair
-from rmr1_jax.pairs.read import read_pairs
 from rmr1_jax.pairs.rows import Row, source_files
 
 LOG = "reward_bench/log_result/logs.json"
@@ -52,12 +50,7 @@ SECTIONS: Mapping[str, Mapping[str, int]] = MappingProxyType(
         },
         "Reasoning": {
             "math-prm": 984,
-            "hep-cpp": 164,
-            "hep-go": 164,
-            "hep-java": 164,
-            "hep-js": 164,
-            "hep-python": 164,
-            "hep-rust": 164,
+            **{f"hep-{language}": 164 for language in ("cpp", "go", "java", "js", "python", "rust")},
         },
     }
 )
@@ -70,12 +63,16 @@ class RewardBench(Benchmark):
     main_scores = "reward_bench/score_result/main_score.json"
     log_names = ("logs.json",)
 
-    def load(self, path: Path) -> Iterator[PreferencePair]:
+    def read(self, path: Path) -> Iterator[PreferencePair]:
         # The repository on the hub has the split `raw` beside `filtered`.
         filtered = [file for file in source_files(path) if file.name.startswith("filtered")]
-        pairs = read_pairs(filtered[0] if len(filtered) == 1 else path, self.name, flags=LegacyFlags(0))
-        for number, pair in enumerate(pairs):
-            yield logs.with_meta(pair, section=_section(str(pair.meta["subset"])), number=number)
+        return super().read(filtered[0] if len(filtered) == 1 else path)
+
+    def section(self, meta: Mapping[str, Any]) -> str:
+        subset = str(meta["subset"])
+        if subset not in _SECTION_OF:
+            raise InputError(f"subset {subset!r} is none of RewardBench's: {', '.join(_SECTION_OF)}")
+        return _SECTION_OF[subset]
 
     def write_logs(self, files: ArrayFiles, rows: Iterable[Judged], judge: str) -> None:
         for row in rows:
@@ -86,13 +83,12 @@ class RewardBench(Benchmark):
     def judgements_of(self, entries: Iterable[Row]) -> Iterator[Judged]:
         for entry in entries:
             subset, number = entry.text("subset"), entry.identifier("id")
-            meta = {"benchmark": self.name, "subset": subset, "id": entry.value["id"], "section": _section(subset)}
-            yield logs.judged(entry, f"{subset}/{number}", meta)
+            meta = {"benchmark": self.name, "subset": subset, "id": entry.value["id"]}
+            yield logs.judged(entry, f"{subset}/{number}", {**meta, "section": self.section(meta)})
 
     def place(self, row: Mapping[str, Any]) -> Place:
-        subset = str(row["meta"]["subset"])
-        _section(subset)
-        return Place(subset, row["id"])
+        self.section(row["meta"])  # raises for an unknown subset
+        return Place(str(row["meta"]["subset"]), row["id"])
 
     def statistics(self, items: Items) -> list[Statistic]:
         sections = []
@@ -119,9 +115,3 @@ def _present(items: Items) -> dict[str, dict[str, float]]:
         for name, weights in SECTIONS.items()
     }
     return {name: weights for name, weights in found.items() if weights}
-
-
-def _section(subset: str) -> str:
-    if subset not in _SECTION_OF:
-        raise InputError(f"subset {subset!r} is none of RewardBench's: {', '.join(_SECTION_OF)}")
-    return _SECTION_OF[subset]

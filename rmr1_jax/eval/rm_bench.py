@@ -10,6 +10,7 @@ Next: `evaluate.py`, which judges and scores; `logs.py`, the parts of log entrie
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import operator
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -24,9 +25,6 @@ from rmr1_jax.eval.benchmark import Benchmark, section_of
 from rmr1_jax.eval.logs import FLAG, OURS, ArrayFiles, Judged
 from rmr1_jax.eval.scores import Items, Place, Statistic, equal_sections
 from rmr1_jax.pairs.benchmarks import STYLES
-from rmr1_jax.pairs.order import LegacyFlags
-from rmr1_jax.pairs.pair import PreferencePair
-from rmr1_jax.pairs.read import read_pairs
 from rmr1_jax.pairs.rows import Row, describe
 
 LOG = "RM-Bench/total_dataset_{file}_{model}.json"
@@ -50,19 +48,15 @@ class RmBench(Benchmark):
     main_scores = "RM-Bench/final_result.json"
     log_names = ("total_dataset_[123]_*.json",)
 
-    def load(self, path: Path) -> Iterator[PreferencePair]:
-        for number, pair in enumerate(read_pairs(path, self.name, flags=LegacyFlags(0))):
-            yield logs.with_meta(pair, section=_domain(str(pair.meta["domain"])), number=number)
+    def section(self, meta: Mapping[str, Any]) -> str:
+        """One of `DOMAINS`; safety-refuse and safety-response are one domain."""
+        return section_of(str(meta["domain"]), DOMAINS, "domain", "RM-Bench")
 
     def write_logs(self, files: ArrayFiles, rows: Iterable[Judged], judge: str) -> None:
         """Write three logs. An item that lacks a pair is left out."""
-        own: list[Judged] = []
-        for row in rows:
-            if own and row["meta"]["item"] != own[0]["meta"]["item"]:
-                own = []
-            own.append(row)
-            if len(own) == len(_CELLS):
-                by_style = {(r["meta"]["chosen_style"], r["meta"]["rejected_style"]): r for r in own}
+        for _, own in itertools.groupby(rows, key=lambda row: row["meta"]["item"]):
+            by_style = {(row["meta"]["chosen_style"], row["meta"]["rejected_style"]): row for row in own}
+            if len(by_style) == len(_CELLS):
                 for file in range(STYLES):
                     styles = [by_style[i, (i + file) % STYLES] for i in range(STYLES)]
                     files.add(LOG.format(file=file + 1, model=judge), _entry(styles))
@@ -85,7 +79,7 @@ class RmBench(Benchmark):
         cell = (meta["chosen_style"], meta["rejected_style"])
         if cell not in _CELLS:
             raise KeyError("chosen_style, rejected_style")
-        return Place(_domain(str(meta["domain"])), str(meta["item"]), _CELLS.index(cell))
+        return Place(self.section(meta), str(meta["item"]), _CELLS.index(cell))
 
     def statistics(self, items: Items) -> list[Statistic]:
         headline, *domains = equal_sections(_present(items))
@@ -192,7 +186,8 @@ def _judged_styles(entry: Row, file: int) -> Iterator[Judged]:
         raise entry.bad(OURS, f"is {describe(ours)}, expected a list of {STYLES}, one for each style")
     for i in range(STYLES):
         j = (i + file - 1) % STYLES
-        meta = {"benchmark": RmBench.name, "item": item, "domain": domain, "section": _domain(domain), "file": file}
+        meta = {"benchmark": RmBench.name, "item": item, "domain": domain}
+        meta |= {"section": RmBench().section(meta), "file": file}
         chosen, rejected, text = (
             entry.checked_text(fields[name][i], f"{name}[{i}]") for name in ("chosen", "rejected", "output")
         )
@@ -204,8 +199,3 @@ def _judged_styles(entry: Row, file: int) -> Iterator[Judged]:
         }
         own = Row(value=style, place=entry.place, raw=entry.raw)
         yield logs.judged(own, f"{item}#{i}-{j}", {**meta, "chosen_style": i, "rejected_style": j})
-
-
-def _domain(name: str) -> str:
-    """One of `DOMAINS`; safety-refuse and safety-response are one domain."""
-    return section_of(name, DOMAINS, "domain", "RM-Bench")

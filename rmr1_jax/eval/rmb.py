@@ -19,9 +19,7 @@ from rmr1_jax.eval import logs
 from rmr1_jax.eval.benchmark import Benchmark
 from rmr1_jax.eval.logs import FLAG, OURS, ArrayFiles, Judged
 from rmr1_jax.eval.scores import Items, Place, Statistic, equal_sections
-from rmr1_jax.pairs.order import LegacyFlags
 from rmr1_jax.pairs.pair import PreferencePair
-from rmr1_jax.pairs.read import read_pairs
 from rmr1_jax.pairs.rows import Row, source_files
 
 _SET_SCORE = "RMB/{folder}/score_result/Final_score.json"
@@ -52,13 +50,13 @@ class Rmb(Benchmark):
     main_scores = "RMB/META_RESULT.json"
     log_names = tuple(_LOG_NAMES.values())
 
-    def load(self, path: Path) -> Iterator[PreferencePair]:
+    def read(self, path: Path) -> Iterator[PreferencePair]:
         """The pairs of every set below `path`. The A/B order of each set is drawn by itself, from seed 0."""
-        number = 0
         for folder in _set_folders(path):
-            for pair in read_pairs(folder, self.name, flags=LegacyFlags(0)):
-                yield logs.with_meta(pair, section=set_of(str(pair.meta["category"])), number=number)
-                number += 1
+            yield from super().read(folder)
+
+    def section(self, meta: Mapping[str, Any]) -> str:
+        return set_of(str(meta["category"]))
 
     def write_logs(self, files: ArrayFiles, rows: Iterable[Judged], judge: str) -> None:
         items: dict[str, dict[str, int]] = {}  # the numbers of each folder's items
@@ -70,10 +68,7 @@ class Rmb(Benchmark):
             index = own.setdefault(meta["item"], len(own))
             uid, category = meta["item"].removeprefix(f"{meta['category']}#"), meta["category"]
             entry = {**logs.published(row), "pair_uid": uid, "bon_uid": uid, "category_path": category}
-            entry |= {
-                "subset": category if kind == "Pairwise_set" else "train",
-                "idx": index,
-            }
+            entry |= {"subset": category if kind == "Pairwise_set" else "train", "idx": index}
             files.add(f"RMB/{folder}/{_LOG_NAMES[kind]}", {key: entry[key] for key in (*_FIELDS[kind], FLAG, OURS)})
 
     def judgements_of(self, entries: Iterable[Row]) -> Iterator[Judged]:
@@ -92,8 +87,7 @@ class Rmb(Benchmark):
 
     def place(self, row: Mapping[str, Any]) -> Place:
         meta = row["meta"]
-        category = str(meta["category"])
-        return Place(set_of(category), str(meta["item"]), cell=None, group=category)
+        return Place(self.section(meta), str(meta["item"]), cell=None, group=str(meta["category"]))
 
     def statistics(self, items: Items) -> list[Statistic]:
         return equal_sections(name for name in SETS if name in items.strata)
@@ -109,8 +103,7 @@ def meta_result(files: Mapping[str, Any]) -> dict[str, float]:
     result = {}
     for name in SETS:
         if found := files.get(_set_file(name)):
-            overall = found[0]
-            result[name] = overall.get("BoN Final Accuracy", overall.get("Overall_accuracy"))
+            result[name] = found[0].get("BoN Final Accuracy", found[0].get("Overall_accuracy"))
     if len(result) == len(SETS):
         result["Accuracy Averaged from Four Sections"] = sum(result.values()) / len(result)
     return result

@@ -16,31 +16,20 @@ from typing import Any
 
 from rmr1_jax.endpoint import Answer, Endpoint, Request
 from rmr1_jax.errors import RunError
-from rmr1_jax.judge.judgement import (
-    AnyJudge,
-    Judgement,
-    Pending,
-    Text,
-    Voting,
-    both_empty,
-    check_rule,
-    judgement_of,
-    not_asked,
-)
+from rmr1_jax.judge.judgement import Judgement, Pending, Text, TextJudge, Voting, both_empty, judgement_of, not_asked
 from rmr1_jax.pairs.pair import PreferencePair, render_pair
-from rmr1_jax.prompts.prompt import Prompt, get_prompt
+from rmr1_jax.prompts.prompt import Prompt
 
 # Parts of the errors for a prompt that does not fit, from OpenAI, vLLM, SGLang and others.
 _TOO_LONG = ("context_length_exceeded", "context length", "context window", "too long", "too many tokens")
 
 
-class EndpointJudge(AnyJudge):
+class EndpointJudge(TextJudge):
     """Requests a trace on the two answers from `endpoint` and reads the verdict from it.
 
-    prompt, rule: as for `judge.Judge`. temperature: default 0 for one vote and 1 for several; the temperature in the
-    endpoint's configuration is not used. escape_untrusted: whether the question and the answers are escaped
-    (`prompts/escape.py`); off, they are shown unchanged, as in the published evaluations. Many servers read control
-    tokens inside a message, so leave it on unless published numbers are to be reproduced.
+    The other arguments are those of `judge.Judge`. The temperature in the endpoint's configuration is not used. Many
+    servers read control tokens inside a message, so leave `escape_untrusted` on unless published numbers are to be
+    reproduced.
 
     Raises:
         InputError: an unknown prompt or rule.
@@ -57,8 +46,8 @@ class EndpointJudge(AnyJudge):
         temperature: float | None = None,
         escape_untrusted: bool = True,
     ):
-        self.prompt = dataclasses.replace(get_prompt(prompt), escape_untrusted=escape_untrusted)
-        self.endpoint, self.rule, self.temperature = endpoint, check_rule(rule), temperature
+        super().__init__(prompt, rule, temperature, escape_untrusted)
+        self.endpoint = endpoint
         self._endpoints: dict[tuple[float, int | None], Endpoint] = {}
 
     def stream(self, pairs: Sequence[PreferencePair], voting: Voting) -> Iterator[tuple[int, Judgement]]:
@@ -89,8 +78,7 @@ class EndpointJudge(AnyJudge):
         for (number, order, vote), answer in self._sampling(voting).ask(requests):
             if answer.failure == "gave_up":
                 failed[number] = answer.error
-            answers = pending.add(number, order, vote, answer)
-            if answers and number not in failed:
+            if (answers := pending.add(number, order, vote, answer)) and number not in failed:
                 yield number, self._judgement(answers)
         if failed:
             raise RunError(
@@ -101,8 +89,7 @@ class EndpointJudge(AnyJudge):
     def settings(self, voting: Voting) -> dict[str, Any]:
         """Everything that decides a verdict besides the pairs, as plain values; the API key is not among them."""
         sampling = self._sampling(voting).settings()
-        own = {"prompt": self.prompt.identity, "escape_untrusted": self.prompt.escape_untrusted, "rule": self.rule}
-        return {"kind": "endpoint", **sampling, **own, **dataclasses.asdict(voting)}
+        return {"kind": "endpoint", **sampling, **self.text_settings(), **dataclasses.asdict(voting)}
 
     def _sampling(self, voting: Voting) -> Endpoint:
         """The endpoint with the temperature for `voting`, and with the seed if something is drawn."""

@@ -1,8 +1,8 @@
 """Judge pairs into a JSONL file, and continue where a killed run stopped: no row is lost and none is made twice.
 
 Rows are appended as they are made, in the order in which the judge finishes; once all are there, they are put in the
-order of the pairs. A killed process loses no row; a machine that goes down may lose those of its last second. A side
-file holds the settings of the run, so that a run with other settings cannot continue the file unnoticed.
+order of the pairs. A killed process loses no row; a machine that goes down may lose those of its last second. The
+file's path with ".run.json" added holds the settings, so that a run with other settings cannot continue it unnoticed.
 
 The result does not depend on whether a run was killed. A text depends on its prompt, its number and the seed, but the
 last bits of a matrix product depend on the other rows in it. A batch that was interrupted is therefore judged again as
@@ -123,9 +123,6 @@ def judge_file(
     total: int | None = None,
 ) -> Summary:
     """Judge pairs into a JSONL file, one row a pair; continue where an earlier run of the same call stopped.
-
-    A row is written as soon as its judgement is made; in the end the rows are in the order of the pairs. The file's
-    path with ".run.json" added holds the settings.
 
     Args:
         voting: default: one vote, one order.

@@ -11,38 +11,20 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from rmr1_jax.errors import RunError
-from rmr1_jax.judge.judgement import (
-    AnyJudge,
-    Judgement,
-    Pending,
-    Text,
-    Voting,
-    both_empty,
-    check_rule,
-    judgement_of,
-    too_long,
-)
+from rmr1_jax.judge.judgement import Judgement, Pending, Text, TextJudge, Voting, both_empty, judgement_of, too_long
 from rmr1_jax.model.tokenizer import completion_text
 from rmr1_jax.pairs.pair import PreferencePair, render_pair
-from rmr1_jax.prompts.prompt import Prompt, get_prompt
+from rmr1_jax.prompts.prompt import Prompt
 from rmr1_jax.sampler.sample import Sample, SamplingConfig, token_limits
 
 if TYPE_CHECKING:
     from rmr1_jax.policy import Policy
 
 
-class _Prompt(NamedTuple):
-    """The prompt for one order of a pair. number: index of the pair."""
-
-    number: int
-    order: int
-    tokens: list[int]
-
-
-class Judge(AnyJudge):
+class Judge(TextJudge):
     """Samples a trace on the two answers from `policy` and reads the verdict from it.
 
     Args:
@@ -77,55 +59,46 @@ class Judge(AnyJudge):
     ):
         limits = token_limits(policy.config, max_new_tokens, max_prompt_tokens)
         self.max_new_tokens, self.max_prompt_tokens = limits
-        self.prompt = dataclasses.replace(get_prompt(prompt), escape_untrusted=escape_untrusted)
-        self.policy, self.rule = policy, check_rule(rule)
-        self.temperature, self.slots = temperature, slots
+        super().__init__(prompt, rule, temperature, escape_untrusted)
+        self.policy, self.slots = policy, slots
 
     def stream(self, pairs: Sequence[PreferencePair], voting: Voting) -> Iterator[tuple[int, Judgement]]:
         """Yield (index of the pair, its judgement), each as soon as the last of its texts is sampled."""
         sampling = self._sampling(voting)
-        prompts: list[_Prompt] = []
+        prompts: list[list[int]] = []
+        places: list[tuple[int, int]] = []  # of each prompt: the index of its pair, and the order
         for number, pair in enumerate(pairs):
             rows = [self.policy.tokenizer.render(render_pair(self.prompt, shown)) for shown in voting.shown(pair)]
-            found = both_empty(pair) or too_long("the prompt", rows, self.max_prompt_tokens)
-            if found:
+            if found := both_empty(pair) or too_long("the prompt", rows, self.max_prompt_tokens):
                 yield number, found
             else:
-                prompts += [_Prompt(number, order, row) for order, row in enumerate(rows)]
+                prompts += rows
+                places += [(number, order) for order in range(len(rows))]
         if not prompts:
             return
         pending = Pending[Text](voting)
-        for prompt, vote, sample in self._samples(prompts, sampling):
-            text = completion_text(self.policy.tokenizer, prompt.tokens, sample.token_ids)
-            texts = pending.add(prompt.number, prompt.order, vote, Text(text, len(sample.token_ids)))
-            if texts:
-                yield prompt.number, judgement_of(texts, self.rule)
+        for index, vote, sample in self._samples(prompts, sampling):
+            text = completion_text(self.policy.tokenizer, prompts[index], sample.token_ids)
+            if texts := pending.add(*places[index], vote, Text(text, len(sample.token_ids))):
+                yield places[index][0], judgement_of(texts, self.rule)
 
     def settings(self, voting: Voting) -> dict[str, Any]:
-        return {
-            "prompt": self.prompt.identity,
-            "escape_untrusted": self.prompt.escape_untrusted,
-            "rule": self.rule,
-            **dataclasses.asdict(voting),
-            "temperature": self._sampling(voting).temperature,
-            "max_new_tokens": self.max_new_tokens,
-            "max_prompt_tokens": self.max_prompt_tokens,
-        }
+        limits = {"max_new_tokens": self.max_new_tokens, "max_prompt_tokens": self.max_prompt_tokens}
+        temperature = self._sampling(voting).temperature
+        return {**self.text_settings(), **dataclasses.asdict(voting), "temperature": temperature, **limits}
 
-    def _samples(self, prompts: list[_Prompt], sampling: SamplingConfig) -> Iterator[tuple[_Prompt, int, Sample]]:
-        """(prompt, vote, sample) in the order in which samples are finished."""
+    def _samples(self, prompts: list[list[int]], sampling: SamplingConfig) -> Iterator[tuple[int, int, Sample]]:
+        """(index of the prompt, vote, sample) in the order in which samples are finished."""
         from jax.errors import JaxRuntimeError
 
-        rows = [prompt.tokens for prompt in prompts]
         try:
-            for index, vote, sample in self.policy.stream(rows, sampling):
-                yield prompts[index], vote, sample
+            yield from self.policy.stream(prompts, sampling)
         except JaxRuntimeError as e:
             if "RESOURCE_EXHAUSTED" not in str(e):
                 raise
             raise RunError(
                 f"the devices' memory is too small for {self.slots} texts of up to {self.max_new_tokens} tokens, on "
-                f"prompts of up to {max(map(len, rows))}; lower slots, max_new_tokens or max_prompt_tokens, or load "
+                f"prompts of up to {max(map(len, prompts))}; lower slots, max_new_tokens or max_prompt_tokens, or load "
                 f"the model in bfloat16 or over more devices ({str(e).splitlines()[0]:.200})"
             ) from e
 

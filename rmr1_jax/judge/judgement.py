@@ -12,6 +12,7 @@ import dataclasses
 import itertools
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar, get_args
 
@@ -20,6 +21,7 @@ from pydantic import PositiveInt
 from rmr1_jax.config import config_dataclass
 from rmr1_jax.errors import InputError
 from rmr1_jax.pairs.pair import PreferencePair
+from rmr1_jax.prompts.prompt import Prompt, get_prompt
 from rmr1_jax.prompts.trace import Trace, parse_trace
 from rmr1_jax.prompts.verdict import Side, Verdict, eval_verdict, other_side, strict_verdict
 
@@ -142,6 +144,20 @@ class AnyJudge(Protocol):
         return [judgements[number] for number in range(len(pairs))]
 
 
+class TextJudge(AnyJudge):
+    """A judge that reads its verdicts from texts. See `judge.Judge` for the arguments."""
+
+    def __init__(self, prompt: str | Path | Prompt, rule: str, temperature: float | None, escape_untrusted: bool):
+        self.prompt = dataclasses.replace(get_prompt(prompt), escape_untrusted=escape_untrusted)
+        if rule not in RULES:
+            raise InputError(f"rule={rule!r} is not known; give one of {', '.join(RULES)}")
+        self.rule, self.temperature = rule, temperature
+
+    def text_settings(self) -> dict[str, Any]:
+        """The settings that decide how a pair is shown and a text is read."""
+        return {"prompt": self.prompt.identity, "escape_untrusted": self.prompt.escape_untrusted, "rule": self.rule}
+
+
 class Pending(Generic[Item]):
     """Collects the texts of pairs, which arrive in any order, until all of a pair's texts are there."""
 
@@ -159,26 +175,17 @@ class Pending(Generic[Item]):
         return [[own[order, vote] for vote in range(self._voting.votes)] for order in range(self._voting.orders)]
 
 
-def check_rule(rule: str) -> str:
-    """Return `rule` if it is the name of one; raise InputError otherwise."""
-    if rule not in RULES:
-        raise InputError(f"rule={rule!r} is not known; give one of {', '.join(RULES)}")
-    return rule
-
-
 def judgement_of(texts: Sequence[Sequence[Text]], rule: str) -> Judgement:
     """The judgement from a pair's texts by order, first (A, B) and then (B, A), and by vote."""
     verdicts = read_verdicts([[text for text, _ in own] for own in texts], rule)
-    winner, status = settle(verdicts)
-    flat = list(itertools.chain(*verdicts))
-    shown = flat.index(winner) if winner else 0
+    found = outcome(verdicts)
+    winner = found["winner"]
+    shown = list(itertools.chain(*verdicts)).index(winner) if winner else 0
     text = list(itertools.chain(*texts))[shown].text
     return Judgement(
-        winner=winner,
-        status=status,
+        **found,
         trace=parse_trace(text),
         text=text,
-        votes=count_votes(flat),
         note="the text saw the two answers in the other order" if shown >= len(texts[0]) else None,
         texts=tuple(tuple(text for text, _ in own) for own in texts),
         verdicts=tuple(map(tuple, verdicts)),
@@ -190,6 +197,12 @@ def read_verdicts(texts: Sequence[Sequence[str]], rule: str) -> list[list[Verdic
     """The verdict of each text, by order and vote, in the letters of the first order. `rule` is a key of `RULES`."""
     read = RULES[rule]
     return [[other_side(read(text)) if order else read(text) for text in own] for order, own in enumerate(texts)]
+
+
+def outcome(verdicts: Sequence[Sequence[Verdict]]) -> dict[str, Any]:
+    """`winner`, `status` and `votes` of the judgement with these verdicts, as `settle` takes them."""
+    winner, status = settle(verdicts)
+    return {"winner": winner, "status": status, "votes": count_votes(list(itertools.chain(*verdicts)))}
 
 
 def settle(verdicts: Sequence[Sequence[Verdict]]) -> tuple[Verdict, Status]:

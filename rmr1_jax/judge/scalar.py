@@ -101,11 +101,7 @@ class ScalarModel:
         return self.tokenizer.render([message._asdict() for message in conversation], answered=True)
 
     def score(self, rows: Sequence[Sequence[int]], *, batch_tokens: int = 16_384) -> Iterator[tuple[int, float]]:
-        """Yield (index of the row, its score); see `batches` for the order.
-
-        Args:
-            rows: token ids, each 1 to `config.max_length` long. batch_tokens: positions of one batch, padding included.
-        """
+        """Yield (index of the row, its score) for rows of at most `config.max_length` tokens; see `batches`."""
         divisor = rows_divisor(self.mesh)
         for batch in batches(rows, longest=self.config.max_length, batch_tokens=batch_tokens, divisor=divisor):
             with jax.set_mesh(self.mesh):
