@@ -97,11 +97,7 @@ class EndpointConfig:
 
 
 class Endpoint:
-    """Sends requests to one endpoint.
-
-    Raises:
-        InputError: the environment variable of the API key is not set.
-    """
+    """Sends requests to one endpoint. Raises InputError if the environment variable of the API key is not set."""
 
     def __init__(self, config: EndpointConfig):
         import openai  # imported here because it takes half a second
@@ -205,13 +201,8 @@ class Endpoint:
             text = (choice.message.content or "").encode(errors="replace").decode()  # replaces lone surrogates
         except (AttributeError, LookupError, TypeError):  # a proxy's page, or an error with status 200
             raise ValueError(f"{completion!r:.200}") from None
-        return Answer(
-            text=text,
-            finish_reason=choice.finish_reason or "",
-            prompt_tokens=usage.prompt_tokens if usage else 0,
-            completion_tokens=usage.completion_tokens if usage else 0,
-            tries=tries,
-        )
+        tokens = {"prompt_tokens": usage.prompt_tokens, "completion_tokens": usage.completion_tokens} if usage else {}
+        return Answer(text=text, finish_reason=choice.finish_reason or "", tries=tries, **tokens)
 
     def _shorten(self, text: str) -> str:
         """Return an endpoint's message on one short line and without the key, which some endpoints repeat."""
@@ -232,8 +223,7 @@ def _key(config: EndpointConfig) -> str:
     """Return the API key, or "" for an endpoint without one."""
     if config.key_variable is None:
         return ""
-    key = os.environ.get(config.key_variable, "").strip()
-    if not key:
+    if not (key := os.environ.get(config.key_variable, "").strip()):
         raise InputError(
             f"the environment variable {config.key_variable} is not set; it must hold the API key for "
             f"{config.model}. Set it, or name another variable in key_variable (null for an endpoint without a key)"

@@ -44,8 +44,7 @@ class Mix(ConfigCommand):
         from rmr1_jax.data.mix.mixture import MixtureConfig, mix
 
         config = self.load(MixtureConfig)
-        report = mix(config)
-        print(f"{report.table()}\nwritten: {config.out}/pairs.jsonl, {config.out}/mixture.json")
+        print(f"{mix(config).table()}\nwritten: {config.out}/pairs.jsonl, {config.out}/mixture.json")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -58,14 +58,8 @@ class JudgeOptions:
         from rmr1_jax.prompts.prompt import get_prompt
 
         prompt = get_prompt(self.prompt)  # before the weights, so that a mistake in it shows at once
-        return Judge(
-            load(self.model, self.dtype),
-            prompt,
-            max_new_tokens=self.max_new_tokens,
-            max_prompt_tokens=self.max_prompt_tokens,
-            temperature=self.temperature,
-            **options,
-        )
+        lengths = {"max_new_tokens": self.max_new_tokens, "max_prompt_tokens": self.max_prompt_tokens}
+        return Judge(load(self.model, self.dtype), prompt, temperature=self.temperature, **lengths, **options)
 
     def identity(self, directory: Path) -> dict[str, Any]:
         """What tells the model in a directory from others."""

@@ -59,8 +59,7 @@ class Report:
 
         if not self.run_dirs:
             raise InputError("no run directory is given; expected rmr1 report RUN_DIR [RUN_DIR ...]")
-        out = self.out or self.run_dirs[0] / "report.html"
-        print(f"written: {write_report(self.run_dirs, out)}")
+        print(f"written: {write_report(self.run_dirs, self.out or self.run_dirs[0] / 'report.html')}")
 
 
 Command = Quickstart | Sft | Grpo | Plan | Judge | Eval | Score | Compare | Data | Export | Report

@@ -23,12 +23,8 @@ HEARTBEATS, EXIT_CODES = "rmr1/heartbeat", "rmr1/exit_code"  # keys in the store
 
 
 class Heartbeat(threading.Thread):
-    """Writes a heartbeat each second, and ends this process when another one has failed or is silent for too long.
-
-    Args:
-        client: the client of JAX's coordination service. host: the name of this process's host. timeout: seconds
-            without a heartbeat after which a process is lost.
-    """
+    """Writes a heartbeat each second, and ends this process when another one has failed or is silent for `timeout`
+    seconds. client: the client of JAX's coordination service. host: the name of this process's host."""
 
     def __init__(self, client: Any, *, index: int, count: int, host: str, timeout: float):
         super().__init__(name="heartbeat", daemon=True)

@@ -59,12 +59,8 @@ def join_processes() -> Iterator[None]:
     info = None if jax.distributed.is_initialized() else process_info(os.environ, timeout)
     if info and info.count > 1:
         check_attendance(info.coordinator, info.count, info.index, timeout)
-        jax.distributed.initialize(
-            *info[:3],
-            local_device_ids=info.devices,
-            cluster_detection_method="deactivate",
-            initialization_timeout=timeout,
-        )
+        options = {"cluster_detection_method": "deactivate", "initialization_timeout": timeout}
+        jax.distributed.initialize(*info[:3], local_device_ids=info.devices, **options)
         client, host = coordination_client(), socket.gethostname()
         heartbeat = Heartbeat(client, index=info.index, count=info.count, host=host, timeout=silence)
         heartbeat.start()
@@ -84,11 +80,7 @@ def join_processes() -> Iterator[None]:
 
 
 def process_info(environ: Mapping[str, str], timeout: int) -> ProcessInfo | None:
-    """Read from the environment which process this is. Returns None for a run of one process.
-
-    Raises:
-        InputError: as `join_processes`.
-    """
+    """Read from the environment which process this is; None for a run of one process. Raises as `join_processes`."""
     if any(name in environ for name in VARIABLES):
         return _from_variables(environ)
     # `jax.distributed.initialize` detects these clusters too, but does not report what it found, and without the number
@@ -116,8 +108,7 @@ def _from_variables(environ: Mapping[str, str]) -> ProcessInfo | None:
     count = _positive(environ, "RMR1_PROCESSES", None)
     if count == 1:
         return None
-    missing = [name for name in VARIABLES if name not in environ]
-    if missing:
+    if missing := [name for name in VARIABLES if name not in environ]:
         raise InputError(f"{', '.join(missing)} must be set as well: {', '.join(VARIABLES)} go together")
     coordinator, index = environ["RMR1_COORDINATOR"], environ["RMR1_PROCESS"]
     host, _, port = coordinator.rpartition(":")

@@ -42,8 +42,7 @@ class MeshConfig:
 def make_mesh(config: MeshConfig | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Make the mesh over `devices` (default: those of all processes), ordered by slice, process and id.
 
-    Raises:
-        InputError: the axis sizes do not multiply to the number of devices, or a replica would lie across slices.
+    Raises InputError if the axis sizes do not multiply to the number of devices, or a replica would lie across slices.
     """
     config = config or MeshConfig()
     devices = jax.devices() if devices is None else devices
@@ -68,13 +67,8 @@ def make_mesh(config: MeshConfig | None = None, devices: Sequence[jax.Device] | 
 def sampling_mesh(mesh: Mesh, tensor: int | None = None) -> Mesh:
     """Make the mesh of the sampler's weights: the devices of `mesh` in the same order, as (1, rest, tensor).
 
-    Each tensor group lies within one process, so that each process samples on its own part, its `local_mesh`.
-
-    Args:
-        tensor: the size of the tensor axis; by default that of `mesh`.
-
-    Raises:
-        InputError: a tensor group would lie across processes.
+    Each tensor group lies within one process, so that each process samples on its own part, its `local_mesh`. `tensor`
+    is by default that of `mesh`. Raises InputError if a tensor group would lie across processes.
     """
     tensor = tensor or mesh.shape["tensor"]
     own = math.gcd(*Counter(d.process_index for d in mesh.devices.flat).values())
@@ -153,11 +147,8 @@ def own_rows(mesh: Mesh, rows: int) -> list[int]:
 
 
 def place_rows(mesh: Mesh, dims: str, arrays: dict[str, np.ndarray], rows: int) -> dict[str, jax.Array]:
-    """Put batches on the mesh, from the `own_rows` of each process.
-
-    Args:
-        dims: the dimension letters of every array. arrays: this process's rows. rows: the size of B over all processes.
-    """
+    """Put batches on the mesh, from the `own_rows` that each process gives in `arrays`. dims: the dimension letters of
+    every array. rows: the size of B over all processes."""
 
     def place(own: np.ndarray) -> jax.Array:
         shape = tuple(rows if letter == "B" else size for letter, size in zip(dims, own.shape, strict=True))

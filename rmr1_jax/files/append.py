@@ -69,10 +69,7 @@ def resume_rows(
 @contextmanager
 def lock_for_writing(path: Path) -> Iterator[None]:
     """Lock `path` against a second run that would write it. The lock ends with the process, however that ends. A file
-    system without locks refuses nothing.
-
-    Raises:
-        InputError: another run holds the lock, or `path` cannot be written.
+    system without locks refuses nothing. Raises InputError if another run holds the lock, or `path` cannot be written.
     """
     import fcntl  # not on every operating system
 
@@ -89,14 +86,11 @@ def lock_for_writing(path: Path) -> Iterator[None]:
 
 
 def append_rows(path: Path, rows: Iterable[Mapping[str, Any]], *, sync: bool = True) -> None:
-    """Append rows, one a line.
+    """Append rows, one a line. Raises RunError if they cannot be written.
 
     Args:
         sync: wait until these rows and all before them are on the disk, which takes milliseconds. Otherwise the rows
             survive the end of this process, but not a crash of the machine before the next call with `sync`.
-
-    Raises:
-        RunError: the rows cannot be written.
     """
     lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
     advice = "the rows written so far stand, run the same command again"

@@ -23,10 +23,8 @@ MAX_BYTES = 64 * 2**20  # the largest published tokenizer.json has about 32 MiB,
 def own_file(path: Path, root: Path | None = None, *, most: int = MAX_BYTES) -> Path:
     """Return `path` if it is a regular file inside `root` (default: its directory) of at most `most` bytes.
 
-    A link may lead to a file inside `root`, or into the blobs of the hub cache that `root` is a snapshot in.
-
-    Raises:
-        InputError: there is no such file, it is not a regular file, is outside of `root`, or is too large.
+    A link may lead to a file inside `root`, or into the blobs of the hub cache that `root` is a snapshot in. Raises
+    InputError if there is no such file, or it is not a regular file, is outside of `root`, or is too large.
     """
     try:
         real, home = path.resolve(), (root or path.parent).resolve()
@@ -63,11 +61,8 @@ def wrong_download(path: Path) -> str | None:
 
 
 def read_object(path: Path, *, most: int = 2**20) -> dict[str, Any]:
-    """Read the JSON object in a file of at most `most` bytes.
-
-    Raises:
-        InputError: as `own_file`, or the file does not hold one JSON object with distinct keys.
-    """
+    """Read the JSON object in a file of at most `most` bytes. Raises InputError as `own_file` does, and for a file that
+    does not hold one JSON object with distinct keys."""
     own_file(path, most=most)
     try:
         value = parse_json(path.read_bytes())

@@ -20,8 +20,7 @@ from rmr1_jax.errors import RunError
 def writing(path: Path, size: int | None = None, then: str = "make room or mend it") -> Iterator[None]:
     """Turn an OSError of a write to `path` into a `RunError` that names the file, the reason and the free space.
 
-    Args:
-        size: the bytes to be written, if known. then: what the user should do, and what remains valid.
+    size: the bytes to be written, if known. then: what the user should do, and what remains valid.
     """
     try:
         yield

@@ -39,9 +39,8 @@ class Order:
     """Says for each pair of one source whether the chosen answer is shown as B.
 
     Args:
-        seed: of the draws.
+        seed: of the draws. items: the number of rows of the source, on which only RM-Bench's order depends.
         flags: the benchmarks' order, flags[k] for judgement k; by default `LegacyFlags(seed)`.
-        items: the number of rows of the source. Only RM-Bench's order depends on it.
     """
 
     def __init__(self, seed: int = 0, flags: OrderFlags | None = None, items: int = 0):

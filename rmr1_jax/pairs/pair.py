@@ -28,10 +28,8 @@ class PreferencePair:
     """Two conversations, each ending with the answer to be judged, and the better side ("A", "B"; None: not known).
 
     `meta` holds the other facts of the source (subset, domain, model names, ...). An empty answer is a valid loser;
-    where both answers are empty there is nothing to judge, and `meta["both_empty"]` is True.
-
-    Raises:
-        InputError: a conversation does not end with the assistant or has other roles, or `better` has another value.
+    where both answers are empty there is nothing to judge, and `meta["both_empty"]` is True. Raises InputError if a
+    conversation does not end with the assistant or has other roles, or `better` has another value.
     """
 
     id: str
@@ -67,13 +65,8 @@ class PreferencePair:
         meta: Mapping[str, object] | None = None,
     ) -> PreferencePair:
         """Make a single-turn pair: two answers to one question."""
-        return cls(
-            id=id,
-            conversation_a=(Message("user", question), Message("assistant", response_a)),
-            conversation_b=(Message("user", question), Message("assistant", response_b)),
-            better=better,
-            meta=meta or {},
-        )
+        a, b = ((Message("user", question), Message("assistant", answer)) for answer in (response_a, response_b))
+        return cls(id=id, conversation_a=a, conversation_b=b, better=better, meta=meta or {})
 
     @classmethod
     def from_preference(
@@ -93,9 +86,8 @@ class PreferencePair:
     @property
     def single_turn(self) -> bool:
         """Whether each side is one answer, to the same question."""
-        if not len(self.conversation_a) == len(self.conversation_b) == 2:
-            return False
-        return self.conversation_a[0].role == "user" and self.conversation_a[0] == self.conversation_b[0]
+        a, b = self.conversation_a, self.conversation_b
+        return len(a) == len(b) == 2 and a[0].role == "user" and a[0] == b[0]
 
     @property
     def question(self) -> str:
@@ -115,12 +107,8 @@ class PreferencePair:
 
     def swapped(self) -> PreferencePair:
         """Return the same pair with A and B exchanged; the id stays."""
-        return replace(
-            self,
-            conversation_a=self.conversation_b,
-            conversation_b=self.conversation_a,
-            better=other_side(self.better),
-        )
+        better = other_side(self.better)
+        return replace(self, conversation_a=self.conversation_b, conversation_b=self.conversation_a, better=better)
 
 
 def render_pair(prompt: Prompt, pair: PreferencePair) -> Messages:

@@ -53,18 +53,15 @@ def read_pairs(
         rejects, report: as in `parse_rows`.
 
     Raises:
-        InputError: a row cannot be used, and `rejects` is None. The message names the file, line and field, the value
-            and what was expected. Raised too for a file that cannot be read, and for an unknown format.
+        InputError: a row cannot be used and `rejects` is None, a file cannot be read, or the format is unknown.
     """
     if format != "auto" and format not in FORMATS:
         nearest = difflib.get_close_matches(format, FORMATS, n=1, cutoff=0.0)[0]
         raise InputError(f"format={format!r} is unknown; the nearest is {nearest!r} (auto, {', '.join(FORMATS)})")
     check_rejects(rejects, path)
     format = source_format(path) if format == "auto" else format
-    parse, items = _PARSERS[format], 0
-    if format == "rm-bench":
-        items = sum(1 for _ in read_rows(path))
-    order = Order(seed, flags, items)
+    items = sum(1 for _ in read_rows(path)) if format == "rm-bench" else 0
+    parse, order = _PARSERS[format], Order(seed, flags, items)
     return parse_rows(
         read_rows(path),
         lambda row: parse(row, order) if select is None or select(row) else [],

@@ -94,8 +94,7 @@ class Row:
         value = self.get(name)
         if isinstance(value, int) and not isinstance(value, bool):
             return str(value)
-        text = self.checked_text(value, name)
-        if not text:
+        if not (text := self.checked_text(value, name)):
             raise self.bad(name, "is empty, expected an id")
         return text
 
@@ -204,10 +203,8 @@ _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 def read_rows(path: str | Path | Sequence[str | Path]) -> Iterator[Row | BadRow]:
     """Yield the rows of a JSONL, JSON-array or Parquet file, or of all such files in a folder; or of several paths.
 
-    A line that is no JSON object is yielded as a BadRow.
-
-    Raises:
-        InputError: a whole file cannot be read: it is absent, cut off, a Git LFS pointer or an invalid JSON array.
+    A line that is no JSON object is yielded as a BadRow. Raises InputError for a whole file that cannot be read: it is
+    absent, cut off, a Git LFS pointer or an invalid JSON array.
     """
     count = itertools.count()
     for file in itertools.chain.from_iterable(map(source_files, _paths(path))):

@@ -98,21 +98,14 @@ class PublishedRow:
 
 
 def read_published(
-    path: str | Path | Sequence[str | Path],
-    *,
-    rejects: str | Path | None = None,
-    report: ReadReport | None = None,
+    path: str | Path | Sequence[str | Path], *, rejects: str | Path | None = None, report: ReadReport | None = None
 ) -> Iterator[PublishedRow]:
-    """Read rows {context_messages, winner} of JSONL, JSON or Parquet files.
-
-    A row may also have `id`, `source` and `better`. A second row with the same id is a bad row.
+    """Read rows {context_messages, winner [, id, source, better]} of JSONL, JSON or Parquet files. Raises InputError,
+    which names the place, if they hold other rows.
 
     Args:
         path: a file or a folder, or several. Rows are numbered from one to the next.
         rejects, report: as in `parse_rows`.
-
-    Raises:
-        InputError: the files hold other rows; the message names the place.
     """
     check_rejects(rejects, path)
     return parse_rows(read_rows(path), parse_published, rejects=rejects, report=report)
