@@ -75,8 +75,7 @@ class Benchmark(Scoring, ABC):
     def scores(self, rows: Iterable[Judged]) -> dict[str, Any]:
         """The contents of the published score files by path, from judgement rows.
 
-        Raises:
-            InputError: no rows, or rows that do not belong to the benchmark or lack what it needs.
+        Raises InputError for no rows, or for rows that do not belong to the benchmark or lack what it needs.
         """
         items = self.items()
         for row in rows:

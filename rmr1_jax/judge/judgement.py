@@ -64,10 +64,7 @@ class Voting:
     votes: texts for each order. The majority of the valid verdicts wins; equal counts are a tie. both_orders: compare
     (A, B) and (B, A). Both orders must name the same winner, otherwise the pair is a tie; an order without a winner
     (its votes are split, or none is valid) leaves the decision to the other one. seed: of the sampling. A text depends
-    on the seed, its prompt and its number, and not on the other pairs.
-
-    Raises:
-        InputError: fewer than one vote.
+    on the seed, its prompt and its number, and not on the other pairs. Raises InputError for less than one vote.
     """
 
     votes: PositiveInt = 1
@@ -86,8 +83,7 @@ class Voting:
     def temperature(self, given: float | None) -> float:
         """`given`, or by default 0 (greedy) for one vote and 1 for several.
 
-        Raises:
-            InputError: several votes at temperature 0, which would all be the same text.
+        Raises InputError for several votes at temperature 0, which would all be the same text.
         """
         if self.votes > 1 and given == 0:
             raise InputError(
