@@ -64,12 +64,8 @@ def attend(
 ) -> Float[Array, "B T N H"]:
     """Causal self-attention within segments. The tokens of a segment must lie in the order of their positions.
 
-    Args:
-        q, k, v: N is a multiple of K. segment_ids: segment 0 is padding, whose result means nothing.
-        implementation: one that `choose` returned. transform_scores: see `qwen.Attention`.
-
-    Returns:
-        The attended values in q's dtype; scores and softmax are computed in float32.
+    N is a multiple of K. The result has q's dtype, scores and softmax are float32; that of padding means nothing.
+    implementation: one that `choose` returned. transform_scores: see `qwen.Attention`.
 
     Raises:
         InputError: the implementation cannot transform scores, or takes no rows of this length.

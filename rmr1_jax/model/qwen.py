@@ -182,10 +182,8 @@ class Transformer(nnx.Module):
         remat: Remat = "none",
         attention: Implementation = "xla",
     ) -> Float[Array, "B T D"]:
-        """The states that the head reads, in `dtype`, which is that of the matrix products.
-
-        Args:
-            positions: default 0..T-1. segment_ids: 0 is padding, default all 1. Tokens see their own segment alone.
+        """The states that the head reads, in `dtype`, which is that of the matrix products. Tokens see their own
+        segment alone; segment 0 is padding. By default positions are 0..T-1 and all rows one segment.
 
         Raises:
             InputError: the rows are longer than the model's sliding window.
@@ -233,10 +231,7 @@ class Qwen(Transformer):
         segment_ids: Int[ArrayLike, "B T"] | None = None,
         **options: Any,
     ) -> Float[Array, "B T V"]:
-        """Logits for whole rows, float32. Training never calls this: see `train/logprobs.py` for the head in chunks.
-
-        Args: see `hidden_states`.
-        """
+        """Logits for whole rows, float32, from the arguments of `hidden_states`. Training reads the head in chunks."""
         return self.logits(self.hidden_states(tokens, positions, segment_ids, **options))
 
     @property
@@ -284,11 +279,8 @@ def param_dims(module: nnx.Module) -> Params:
 
 
 def abstract_params(module: nnx.Module, mesh: Mesh, dtype: Any, *, sharding: Callable = weight_sharding) -> Params:
-    """The tree of the parameters' shapes in `dtype`, with the shardings that training keeps them in.
-
-    Args:
-        sharding: a function of (mesh, letters, shape), for another layout than training's.
-    """
+    """The tree of the parameters' shapes in `dtype`, with the shardings that training keeps them in, or that another
+    function of (mesh, letters, shape) gives."""
 
     def abstract(w: jax.Array | jax.ShapeDtypeStruct, dims: str) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(w.shape, dtype, sharding=sharding(mesh, dims, w.shape))

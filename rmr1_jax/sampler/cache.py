@@ -85,11 +85,7 @@ def attend_slots(
     """One decode step for B slots, each over its prompt and its own tokens. A prompt's keys are read once for all of
     its slots: their queries are gathered at the prompt, not the prompt copied to them.
 
-    Args:
-        own: every slot must see at least one column. transform: see `qwen.Attention.transform_scores`.
-
-    Returns:
-        The attended values in q's dtype; scores and softmax are computed in float32.
+    Every slot must see at least one column of its own. The result has q's dtype; scores and softmax are float32.
     """
     B, N, H = q.shape
     E, K = prompts.k.shape[:2]
@@ -110,11 +106,7 @@ def attend_chunk(
 ) -> Float[Array, "P T N H"]:
     """A chunk of each of P prompts against the prompt's keys so far, its own among them.
 
-    Args:
-        k, v: column s holds position s. positions: of the queries.
-
-    Returns:
-        The attended values in q's dtype; scores and softmax are computed in float32.
+    Column s of k and v holds position s; `positions` are the queries'. Dtypes are those of `attend_slots`.
     """
     P, T, N, H = q.shape
     K, _, S = k.shape[1:]

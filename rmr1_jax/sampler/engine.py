@@ -198,9 +198,6 @@ class Engine:
         model: only its structure is used, so it need not hold arrays. sampling: `n`, `max_new_tokens`, `slots` and
             `cache_gib` settle the shapes; the rest are the settings of a call that brings none of its own.
         prompts: the number of prompts of a call (more queue). longest: the tokens of the longest prompt.
-
-    Raises:
-        InputError: see `plan_shapes`.
     """
 
     def __init__(
