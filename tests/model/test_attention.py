@@ -219,6 +219,7 @@ def test_the_tpu_s_kernel_trains_the_same():
     rng = np.random.default_rng(0)
     batch = {"tokens": rng.integers(0, 60, positions.shape, np.int32), "positions": positions}
     batch |= {"segment_ids": segment_ids, "weights": ((positions > 0) & (segment_ids > 0)) / np.float32(500)}
+    batch = {name: jnp.asarray(values) for name, values in batch.items()}
 
     def run(attention):
         graphdef = split(module_for(config))[0]

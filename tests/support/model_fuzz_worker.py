@@ -22,7 +22,7 @@ import numpy as np
 from mutate import ELSE, mutate_bytes, mutate_json
 
 from rmr1_jax.errors import InputError
-from rmr1_jax.model.config import SHAPE_FIELDS, QwenConfig
+from rmr1_jax.model.config import SIZES, QwenConfig
 from rmr1_jax.model.hf import save_params
 from rmr1_jax.model.qwen import module_for
 from rmr1_jax.model.rope import rope_inverse_frequencies
@@ -32,7 +32,7 @@ from rmr1_jax.quickstart.world import world_texts
 
 SECONDS = 20  # for one directory; a sound one takes a fraction of one
 ROOM = 2 * 2**30  # address space beyond what the warm process has
-CHECKED = (*SHAPE_FIELDS, "num_key_value_heads", "rms_norm_eps", "max_position_embeddings", "tie_word_embeddings")
+CHECKED = (*SIZES.values(), "num_key_value_heads", "rms_norm_eps", "max_position_embeddings", "tie_word_embeddings")
 HEADER_ODD = ([0, 2**40], [-64, 0], [2**63, 2**64], "F64", "I8", [10**12, 10**12], [0, 0])
 INDEX_ODD = ("../secret.safetensors", "/etc/passwd", "a/b.safetensors", "..", "model.bin", "\x00.safetensors")
 
