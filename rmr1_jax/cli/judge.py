@@ -62,7 +62,7 @@ class JudgeOptions:
         return Judge(load(self.model, self.dtype), prompt, temperature=self.temperature, **lengths, **options)
 
     def identity(self, directory: Path) -> dict[str, Any]:
-        """What tells the model in a directory from others."""
+        """A digest that identifies the model in a directory."""
         from rmr1_jax.files.append import model_digest
 
         return {"model": f"{self.model_name()} (sha256 {model_digest(directory)})", "dtype": self.dtype}

@@ -144,7 +144,7 @@ class PolicyLossConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LossInputs:
-    """What a policy loss may read of a micro-batch of packed rows, in nats. Only `logp` and `entropy` carry a gradient.
+    """The inputs of a policy loss, [B, T] of packed rows, in nats. Only `logp` and `entropy` carry a gradient.
 
     logp: of the policy that is trained. old_logp: of the same weights before the first update of this rollout batch.
     advantages, weights: each token's. segment_ids: 1..max_segments within a row, 0 is padding. ref_logp: of the frozen
