@@ -100,8 +100,8 @@ class Policy:
     def save(self, directory: str | Path, *, dtype: str | None = None) -> None:
         """Write a Hugging Face directory: weights (in the params' own dtype unless given), config, tokenizer. All
         processes must call it; the first one writes, and no other returns before it is there."""
-        dtype = dtype or str(self.params["embed"].dtype)
-        hf.save_params(directory, self.model, self.params, dtype=dtype)
+        params = self.params
+        hf.save_params(directory, self.model, params, dtype=dtype or str(params["embed"].dtype))
         if first():
             copy_side_files(self.tokenizer.directory, directory)
         wait("model saved")
@@ -166,7 +166,7 @@ def load(
 
 def fresh_policy(config: QwenConfig, tokenizer_directory: str | Path, *, seed: int, mesh: Mesh | None = None) -> Policy:
     """Random float32 weights with an existing tokenizer: a policy to train from nothing."""
-    mesh = mesh or single_device_mesh()
+    mesh, declared = mesh or single_device_mesh(), Qwen(config)
     with jax.set_mesh(mesh):
-        params = init_params(Qwen(config), jax.random.key(seed), mesh=mesh)
-    return Policy(with_params(Qwen(config), params), Tokenizer(tokenizer_directory), mesh)
+        params = init_params(declared, jax.random.key(seed), mesh=mesh)
+    return Policy(with_params(declared, params), Tokenizer(tokenizer_directory), mesh)

@@ -199,7 +199,8 @@ class Transformer(nnx.Module):
         if segment_ids is None:
             segment_ids = jnp.ones_like(tokens)
         rope = rope_table(self.config, positions)
-        graphdef, dims = self.block_graphdef(), param_dims(self.Block(self.config))
+        block = self.Block(self.config)
+        graphdef, dims = split(block)[0], param_dims(block)
 
         def attend_rows(q, k, v, transform_scores):
             return attend(q, k, v, positions, segment_ids, attention, transform_scores)
