@@ -172,7 +172,7 @@ ATTENTION_BIAS = {"qwen2": True, "qwen3": False}
 
 # These describe training, bookkeeping or text generation and change no logit, so any value is taken.
 IGNORED_FIELDS = frozenset({
-    "_attn_implementation", "_name_or_path", "attention_dropout", "attn_implementation",
+    "attention_dropout", "attn_implementation",
     "bos_token_id", "chunk_size_feed_forward", "dtype", "eos_token_id", "initializer_range",
     "keys_to_ignore_at_inference", "label2id", "model_name", "output_attentions",
     "output_hidden_states", "pad_token_id", "problem_type", "return_dict", "tokenizer_class", "torch_dtype",
@@ -317,7 +317,8 @@ def _check_unknown_and_fixed(reader: FieldReader) -> None:
         if raw.get(name) is not None and raw[name] != value:
             reader.wrong(name, json.dumps(value))
     for name in sorted(raw.keys() - READ_FIELDS - IGNORED_FIELDS - fixed.keys()):
-        if raw[name] is not None:
+        # Other writers keep notes of their own under names with a leading underscore; none changes a logit.
+        if raw[name] is not None and not name.startswith("_"):
             reader.problems.append(f"{name}: unknown field (got {short(raw[name])}); remove it if it changes nothing")
 
 
