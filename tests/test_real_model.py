@@ -1,0 +1,94 @@
+"""scripts/real_model.py with a tiny model: it passes where the model equals Transformers', fails where not, and its
+table counts what the judgements hold."""
+
+import dataclasses
+import importlib.util
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from policies import CONFIG, ScriptedPolicy, prefers, tiny_policy
+
+from rmr1_jax.eval.evaluate import NamedJudge, evaluate, load
+from rmr1_jax.judge.judge import Judge
+from rmr1_jax.policy import fresh_policy
+
+SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "real_model.py"
+TRACE = (
+    "<type>Chat</type>\n<rubric>Accuracy\n<justify>It decides.</justify></rubric>\n<eval>The better one is it.</eval>\n"
+    "<answer>[[A]]</answer>"
+)
+
+
+@pytest.fixture(scope="module")
+def script():
+    """The script as a module."""
+    spec = importlib.util.spec_from_file_location("real_model", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def write_pairs(path: Path, count: int) -> Path:
+    rows = (
+        {
+            "id": k,
+            "subset": "mt-bench-easy",
+            "prompt": f"Question {k}?",
+            "chosen": f"Good {k}.",
+            "rejected": f"Bad {k}.",
+        }
+        for k in range(count)
+    )
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.slow
+def test_parity_with_transformers(script, tmp_path, capsys):
+    config = dataclasses.replace(CONFIG, max_position_embeddings=4096)
+    model = tmp_path / "model"
+    fresh_policy(config, tiny_policy().tokenizer.directory, seed=1).save(model)
+    rows = write_pairs(tmp_path / "rows.jsonl", 1)
+    script.parity(model, rows, tmp_path / "parity.json")
+    found = json.loads((tmp_path / "parity.json").read_text())
+    assert found["same_rendered_chat"] and found["same_greedy_tokens"] and found["prompt_tokens"] > 100
+    assert 0 < found["largest_difference_of_logits"] <= 1e-4 < found["largest_logit"]
+
+    # A wrong rotary base is a wrong model: Transformers reads the file after us.
+    def spoil(*args, **kwargs):
+        path = model / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"rope_theta": 500.0}))
+        return sample(*args, **kwargs)
+
+    from rmr1_jax.policy import Policy
+
+    sample, before = Policy.sample, (tmp_path / "parity.json").read_bytes()
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit, match="differs from Transformers"):
+        patch.setattr(Policy, "sample", spoil)
+        script.parity(model, rows, tmp_path / "other.json")
+    assert not (tmp_path / "other.json").exists() and (tmp_path / "parity.json").read_bytes() == before
+
+
+def test_the_table(script, tmp_path, capsys):
+    pairs = list(load("rewardbench", write_pairs(tmp_path / "rows.jsonl", 8)))
+    scripts = {"before": prefers("nothing"), "after": lambda prompt, number: TRACE}
+    for name in script.JUDGED:
+        judge = Judge(ScriptedPolicy(scripts[name.split("_")[0]]), "cor", rule="eval")
+        evaluate("rewardbench", NamedJudge(judge=judge, name=name), pairs, tmp_path / name)
+    (tmp_path / "done").mkdir()
+    for name in (*script.JUDGED, "sft"):
+        (tmp_path / "done" / name).write_text("120\n")
+    (tmp_path / "prompt.yaml").write_bytes(Path("rmr1_jax/prompts/named/cor.yaml").read_bytes())
+    (tmp_path / "trained.jsonl").write_text(json.dumps({"context_messages": ["Another question?"]}))
+    script.table(tmp_path, tmp_path / "trained.jsonl")
+    lines = [line.split(" | ") for line in capsys.readouterr().out.splitlines()]
+    shown_first = sum(pair.better == "A" for pair in pairs)
+    assert [line[2] for line in lines[2:6]] == ["0 of 8 (0% to 32%)"] * 2 + ["8 of 8 (68% to 100%)"] * 2
+    assert [int(line[3].split()[0]) for line in lines[4:6]] == [shown_first] * 2
+    assert lines[4][4] == f"{np.mean([len(TRACE)]):.0f}" and lines[4][5] == "2 |"
+
+    (tmp_path / "trained.jsonl").write_text(json.dumps({"context_messages": ["Question 3?"]}))
+    with pytest.raises(SystemExit, match="trained on"):
+        script.table(tmp_path, tmp_path / "trained.jsonl")
