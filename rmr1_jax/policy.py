@@ -71,15 +71,16 @@ class Policy:
         top_k: int | None = None,
         stop_token_ids: Sequence[int] | None = None,
         seed: int = 0,
+        min_p: float = 0.0,
     ) -> list[list[Completion]]:
-        """Complete each prompt n times. A prompt is text or token ids; stop ids default to the model's own.
+        """Complete each prompt n times. A prompt is text or token ids; stop ids default to the model's own. top_p,
+        top_k and min_p: see `sample.Truncation`.
 
         A completion depends on the seed, its prompt and its number, and on nothing else in the call.
         """
         ids = [self.tokenizer.encode(p) if isinstance(p, str) else list(p) for p in prompts]
-        sampling = SamplingConfig(
-            n=n, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed
-        )
+        truncation = {"top_p": top_p, "top_k": top_k, "min_p": min_p}
+        sampling = SamplingConfig(n=n, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, **truncation)
         groups: list[list] = [[None] * n for _ in ids]
         for prompt, number, sample in self.stream(ids, sampling, stop_token_ids=stop_token_ids):
             groups[prompt][number] = self._completion(sample)

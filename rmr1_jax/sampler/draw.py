@@ -1,4 +1,4 @@
-"""Draws tokens from logits: temperature, top-k, top-p, and the log-probability of what was drawn.
+"""Draws tokens from logits: temperature, top-k, top-p, min-p, and the log-probability of what was drawn.
 
 Every setting is an array, never a Python constant, so a change recompiles nothing and always takes effect.
 """
@@ -30,20 +30,21 @@ def draw(
     temperature: ArrayLike,
     top_k: ArrayLike,
     top_p: ArrayLike,
+    min_p: ArrayLike,
 ) -> Draw:
     """Draws one token from each row.
 
-    Temperature first, then top-k, then top-p over what top-k left (the order Transformers uses).
+    Temperature first, then top-k, then top-p over what top-k left, then min-p (the order Transformers uses).
 
     Args:
         logits: float32. keys: one a row.
         temperature: a scalar; 0 is greedy. top_k: an integer scalar, 0 is off. top_p: a scalar in (0, 1], 1 is off.
+        min_p: a scalar in [0, 1), 0 is off.
     """
     greedy = temperature <= 0.0
     scaled = logits / jnp.where(greedy, 1.0, temperature)
-    truncating = ((top_p < 1.0) | (top_k > 0)) & ~greedy
-    # The sort costs far more than the draw, so it runs only when something is cut.
-    kept = jax.lax.cond(truncating, lambda x: truncate(x, top_k, top_p), lambda x: x, scaled)
+    truncating = ((top_p < 1.0) | (top_k > 0) | (min_p > 0.0)) & ~greedy
+    kept = jax.lax.cond(truncating, lambda x: truncate(x, top_k, top_p, min_p), lambda x: x, scaled)
     highest = jnp.max(kept, axis=-1, keepdims=True)
     weights = jnp.exp(kept - highest)
     drawn, total = _invert(weights, jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys.reshape(-1)))
@@ -81,8 +82,18 @@ def _first_above(weights: jax.Array, uniform: jax.Array) -> tuple[jax.Array, jax
     return jnp.argmax(running > target[:, None], axis=-1), total
 
 
-def truncate(logits: Float[Array, "... V"], top_k: ArrayLike, top_p: ArrayLike) -> Float[Array, "... V"]:
-    """Sets to -inf every token outside the top k and outside the smallest set whose probability reaches top_p."""
+def truncate(
+    logits: Float[Array, "... V"], top_k: ArrayLike, top_p: ArrayLike, min_p: ArrayLike
+) -> Float[Array, "... V"]:
+    """Sets to -inf every token outside the top k, outside the smallest set whose probability reaches top_p, and with
+    less than min_p times the probability of the most probable token."""
+    # The sort costs far more than the draw, and min-p needs none.
+    sorting = (top_p < 1.0) | (top_k > 0)
+    kept = jax.lax.cond(sorting, lambda x: _top_k_top_p(x, top_k, top_p), lambda x: x, logits)
+    return jnp.where(kept >= jnp.max(kept, axis=-1, keepdims=True) + jnp.log(min_p), kept, -jnp.inf)
+
+
+def _top_k_top_p(logits: jax.Array, top_k: ArrayLike, top_p: ArrayLike) -> jax.Array:
     V = logits.shape[-1]
     ordered = jnp.flip(jnp.sort(logits, axis=-1), axis=-1)
     in_k = jnp.arange(V) < jnp.where(top_k > 0, top_k, V)

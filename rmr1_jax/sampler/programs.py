@@ -55,6 +55,7 @@ class Controls(NamedTuple):
     temperature: Any
     top_k: Any
     top_p: Any
+    min_p: Any
     stop_ids: Any  # [MAX_STOP_IDS] int32, filled up with -1
     max_new: Any
 
@@ -91,6 +92,7 @@ def make_controls(sampling: SamplingConfig, stop_token_ids: Sequence[int]) -> Co
         temperature=np.float32(sampling.temperature),
         top_k=np.int32(sampling.top_k or 0),
         top_p=np.float32(sampling.top_p),
+        min_p=np.float32(sampling.min_p),
         stop_ids=stops,
         max_new=np.int32(sampling.max_new_tokens),
     )
@@ -140,6 +142,7 @@ def decode(
                 controls.temperature,
                 controls.top_k,
                 controls.top_p,
+                controls.min_p,
             )
             token = jnp.where(slots.live, new.token, -1)
             stopped = (token[:, None] == controls.stop_ids).any(-1) & slots.live

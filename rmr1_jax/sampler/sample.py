@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
@@ -16,8 +16,28 @@ LONGEST = 8192  # new tokens, the published response length
 
 
 @config_dataclass
-class SamplingConfig:
-    """The settings of the sampler. Temperature, top_p, top_k, seed and the stop ids are arguments of the compiled
+class Truncation:
+    """Which tokens can be drawn, after the temperature, in this order, as in Transformers: the top_k most probable
+    tokens; of these the smallest set whose probability reaches top_p; of these the tokens with at least min_p times the
+    probability of the most probable token. The defaults keep all tokens.
+
+    Raises:
+        InputError: a value is out of its range.
+    """
+
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_k: PositiveInt | None = None
+    min_p: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+    def given(self) -> dict[str, Any]:
+        """The settings of `Truncation` that differ from their defaults, by name."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(Truncation)}
+        return {name: value for name, value in values.items() if value != getattr(Truncation, name)}
+
+
+@config_dataclass
+class SamplingConfig(Truncation):
+    """The settings of the sampler. Temperature, truncation, seed and the stop ids are arguments of the compiled
     programs, so that a change recompiles nothing.
 
     temperature: 0 is greedy. slots: the most samples in flight. cache_gib: the most memory for keys and values, on all
@@ -31,8 +51,6 @@ class SamplingConfig:
     n: PositiveInt = 1
     max_new_tokens: PositiveInt = 256
     temperature: NonNegativeFloat = 1.0
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    top_k: PositiveInt | None = None
     seed: int = 0
     slots: PositiveInt = 256
     cache_gib: PositiveFloat | None = None

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import yaml
 
-from rmr1_jax.config import config_differences, dump_config
+from rmr1_jax.config import config_differences, dump_config, load_config
 from rmr1_jax.data.packing import lengths_of
 from rmr1_jax.distributed.exchange import first, wait
 from rmr1_jax.errors import InputError
@@ -77,8 +77,9 @@ def save_model(policy: Policy, out: Path) -> Policy:
 
 def _compare(path: Path, config: RunConfig) -> None:
     """Raise InputError if the config in `path` differs in a setting that matters; print other differences."""
-    old = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    differences = config_differences(old, yaml.safe_load(dump_config(config)))
+    # Loaded as a config: a setting that an earlier version did not have yet counts as its default.
+    old, new = (yaml.safe_load(dump_config(each)) for each in (load_config(type(config), path), config))
+    differences = config_differences(old, new)
     changed = {k: f"{k} was {a!r}, is {b!r}" for k, (a, b) in differences.items()}
 
     def listed(known: set[str], inside: bool = True) -> str:

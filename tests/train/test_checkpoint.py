@@ -9,11 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import yaml
 from jax.sharding import NamedSharding, PartitionSpec
 from training import assert_same, small_grpo, small_sft
 
 from rmr1_jax.distributed.mesh import MeshConfig, make_mesh
 from rmr1_jax.errors import InputError, RunError
+from rmr1_jax.sampler.sample import SamplingConfig
 from rmr1_jax.train import manifest
 from rmr1_jax.train.checkpoint import Checkpointer, restore_params, steps_of
 from rmr1_jax.train.config import BestConfig
@@ -327,6 +329,18 @@ def test_changes_of_a_config_that_do_not_matter_are_said(tmp_path, capsys):
     )
     with pytest.raises(InputError, match=r"holds a run with another config .*optimizer.clip was 1.0, is 9.0"):
         start_run(small_grpo(out=str(tmp_path), optimizer=OptimConfig(lr=1e-2, clip=9.0)), tmp_path)
+
+
+def test_a_run_of_a_version_without_a_setting_continues_with_its_default(tmp_path):
+    start_run(small_grpo(out=str(tmp_path)), tmp_path)
+    path = tmp_path / "config.yaml"
+    old = yaml.safe_load(path.read_text())
+    del old["sampling"]["min_p"], old["max_segments"]
+    path.write_text(yaml.safe_dump(old))
+    with pytest.raises(InputError, match=r"another config \(sampling.min_p was 0.0, is 0.1\)"):
+        start_run(small_grpo(out=str(tmp_path), sampling=SamplingConfig(n=4, max_new_tokens=12, min_p=0.1)), tmp_path)
+    start_run(small_grpo(out=str(tmp_path)), tmp_path)
+    assert yaml.safe_load(path.read_text())["sampling"]["min_p"] == 0
 
 
 def test_other_data_under_the_same_name_is_refused():
