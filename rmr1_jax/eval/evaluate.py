@@ -25,7 +25,7 @@ from rmr1_jax.eval.logs import JUDGEMENTS, ArrayFiles, Judged, is_ours, log_file
 from rmr1_jax.eval.registry import BENCHMARKS
 from rmr1_jax.eval.summary import write_summary
 from rmr1_jax.files.append import files_digest
-from rmr1_jax.files.write import write_whole, writing
+from rmr1_jax.files.write import to_json, write_whole, writing
 from rmr1_jax.judge.file import Output, Summary, judge_file, judgement_row, put_in_order
 from rmr1_jax.judge.judgement import AnyJudge, Voting, outcome, read_verdicts
 from rmr1_jax.pairs.pair import PreferencePair
@@ -148,7 +148,7 @@ def _score(benchmark: Benchmark, out: Path, judge: str, cut: Callable[[str, int]
     for name, content in scores.items():
         with writing(out / name):
             (out / name).parent.mkdir(parents=True, exist_ok=True)
-        write_whole(out / name, json.dumps(content, indent=1))
+        write_whole(out / name, to_json(content, indent=1))
     write_summary(out, scores[benchmark.main_scores], judge=judge, scoring=benchmark, cut=cut)
     return scores
 
@@ -172,7 +172,7 @@ def _convert(benchmark: Benchmark, paths: list[Path], output: Path, rule: str | 
                     for number, row in enumerate(benchmark.judgements(path), count):
                         row = row if rule is None else _read_again(row, rule)
                         row["meta"].setdefault("number", number)
-                        file.write(json.dumps(row).encode() + b"\n")
+                        file.write(to_json(row).encode() + b"\n")
                 except InputError as e:
                     failures.append(_located(path, e))
                     file.seek(start)

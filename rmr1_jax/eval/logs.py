@@ -9,7 +9,6 @@ Next: `benchmark.py`, the interface of a benchmark; `rewardbench.py`, whose log 
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -20,7 +19,7 @@ import pydantic
 
 from rmr1_jax.errors import InputError
 from rmr1_jax.files.untrusted import read_object
-from rmr1_jax.files.write import writing
+from rmr1_jax.files.write import to_json, writing
 from rmr1_jax.judge.file import judgement_row
 from rmr1_jax.judge.judgement import Judgement, Status, outcome
 from rmr1_jax.pairs.pair import ROLES, PreferencePair
@@ -250,7 +249,7 @@ class ArrayFiles:
     def add(self, name: str, element: Mapping[str, Any]) -> None:
         """Append an element to the file `name`, a path below the directory."""
         first, later, indent = ("", "", None) if name.endswith(".jsonl") else ("[\n ", ",\n ", 1)
-        text = json.dumps(element, indent=indent, ensure_ascii=False).replace("\n", "\n ")
+        text = to_json(element, indent=indent, ensure_ascii=False).replace("\n", "\n ")
         text += "\n" if name.endswith(".jsonl") else ""
         with writing(self.directory / name, then="run the same command again"):
             if name not in self._open:

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from rmr1_jax.config import config_differences, current_names
 from rmr1_jax.errors import InputError
-from rmr1_jax.files.write import write_whole, writing
+from rmr1_jax.files.write import to_json, write_whole, writing
 
 Item = TypeVar("Item")
 
@@ -92,7 +92,7 @@ def append_rows(path: Path, rows: Iterable[Mapping[str, Any]], *, sync: bool = T
         sync: wait until these rows and all before them are on the disk, which takes milliseconds. Otherwise the rows
             survive the end of this process, but not a crash of the machine before the next call with `sync`.
     """
-    lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    lines = "".join(to_json(row) + "\n" for row in rows).encode()
     advice = "the rows written so far stand, run the same command again"
     with writing(path, len(lines), advice), path.open("ab") as file:
         file.write(lines)

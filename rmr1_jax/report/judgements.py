@@ -13,7 +13,6 @@ and filters the judgements.
 from __future__ import annotations
 
 import base64
-import json
 import zlib
 from collections.abc import Iterator, Sequence
 from itertools import takewhile
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from rmr1_jax.eval.logs import Judged, read_judgements
+from rmr1_jax.files.write import to_json
 from rmr1_jax.prompts.trace import parse_trace
 from rmr1_jax.report.trace import QuoteFinder, blocks_of
 
@@ -47,7 +47,7 @@ def shown_judgements(file: Path, warnings: list[str]) -> Iterator[dict[str, Any]
         found |= {name: row.get(name) for name in ("votes", "tokens", "scores", "note")}
         found["verdicts"] = row.get("verdicts", [])
         traces = [[_trace(text, found, order) for text in votes] for order, votes in enumerate(row.get("texts", []))]
-        found["traces"] = json.dumps(traces, separators=(",", ":"))  # takes a tenth of the objects' memory
+        found["traces"] = to_json(traces, separators=(",", ":"))  # takes a tenth of the objects' memory
         blocks = [block for votes in traces for trace in votes for block in trace["blocks"]]
         found["quotes"] = [span[3] for _, _, spans in blocks for span in spans if span[1] == "quote"]
         yield found | {"facets": _facets(found, row.get("kind"))}
@@ -69,7 +69,7 @@ def pack(judges: Sequence[Sequence[dict[str, Any]]]) -> tuple[dict[str, Any], li
         for position, (judge, number) in enumerate(members):
             where[judge, number] = (piece, position)
             packed.append(_packed(judges[judge][number], pool, [judge, number]))
-        raw = f'{{"texts":{json.dumps(list(pool))},"rows":[{",".join(packed)}]}}'
+        raw = f'{{"texts":{to_json(list(pool))},"rows":[{",".join(packed)}]}}'
         pieces.append(base64.b64encode(zlib.compress(raw.encode(), 6)).decode())
     index = []
     for judge, judged in enumerate(judges):
@@ -109,7 +109,7 @@ def _packed(row: dict[str, Any], pool: dict[str, int], at: list[int]) -> str:
     kept = {name: row[name] for name in ("better", "winner", "status", "verdicts")} | {"at": at}
     kept |= {name: row[name] for name in ("votes", "tokens", "scores", "note", "meta") if row[name]}
     kept |= {name: pool.setdefault(row[name], len(pool)) for name in ("question", "a", "b")}
-    return f'{json.dumps(kept, separators=(",", ":"))[:-1]},"traces":{row["traces"]}}}'
+    return f'{to_json(kept, separators=(",", ":"))[:-1]},"traces":{row["traces"]}}}'
 
 
 def _texts(row: Judged) -> dict[str, str]:

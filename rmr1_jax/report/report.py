@@ -19,7 +19,7 @@ import jinja2
 
 from rmr1_jax.data.store import is_prepared
 from rmr1_jax.errors import InputError
-from rmr1_jax.files.write import write_whole, writing
+from rmr1_jax.files.write import to_json, write_whole, writing
 from rmr1_jax.report.curves import PLOT
 from rmr1_jax.report.evaluation import evaluation_page, find_evaluations
 from rmr1_jax.report.prepared import prepared_page
@@ -69,6 +69,7 @@ def _render(template: str, variables: Mapping[str, Any], out: Path) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.policies["json.dumps_function"] = to_json  # of the filter tojson
     environment.globals["plot"] = PLOT
     environment.filters["sha256"] = lambda text: base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
     pieces = environment.get_template(template).generate(variables)

@@ -81,3 +81,16 @@ def test_incompatible_options_are_refused(folder, capsys):
     assert "rmr1 eval --judge scalar" in capsys.readouterr().err
     assert main(["compare", str(folder), str(folder)]) == 2
     assert "judgements.jsonl" in capsys.readouterr().err
+
+
+def test_a_number_that_json_has_not_becomes_null(folder, monkeypatch, capsys):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    rows = [json.loads(line) | {"score": float("nan")} for line in (folder / "rows.jsonl").read_text().splitlines()]
+    (folder / "nan.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with ChatServer(lambda request, number: prefers("good")(request["messages"][-1]["content"], number)) as server:
+        options = ["--judge", "endpoint", "--base-url", server.url, "--model", "m", "--out", str(folder / "nan")]
+        assert main(["eval", "rewardbench", "--data", str(folder / "nan.jsonl"), *options]) == 0
+    written = [*(folder / "nan").rglob("*.json"), *(folder / "nan").rglob("*.jsonl")]
+    assert len(written) > 3 and not any("NaN" in file.read_text() for file in written)
+    judged = [json.loads(line) for line in (folder / "nan/judgements.jsonl").read_text().splitlines()]
+    assert [row["meta"]["score"] for row in judged] == [None] * 8

@@ -146,6 +146,18 @@ def test_hostile_text_is_only_data(tmp_path):
     assert "http:" not in page and "https:" not in page
 
 
+def test_numbers_that_json_has_not_do_not_reach_the_page(tmp_path):
+    row = judgement(0)
+    row["meta"] |= {"subset": float("nan"), "length": float("inf"), "parts": [float("nan"), 1]}
+    page = page_of(make_evaluation(tmp_path / "mine", [row], settings={"limit": float("nan")}))
+    texts = re.findall(r'<script type="application/json"[^>]*>([^<]*)</script>', page)
+    texts += [zlib.decompress(base64.b64decode(p)).decode() for p in re.findall(r'class="piece">([^<]*)<', page)]
+    assert len(texts) == 2
+    read = [json.loads(text, parse_constant=lambda token: pytest.fail(f"{token} is not JSON")) for text in texts]
+    meta = read[1]["rows"][0]["meta"]
+    assert (meta["subset"], meta["length"], meta["parts"]) == (None, None, [None, 1])
+
+
 # Two judges.
 
 

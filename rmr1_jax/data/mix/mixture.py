@@ -28,7 +28,7 @@ from rmr1_jax.data.mix.overlap import Benchmark, OverlapConfig, hash_ngrams, que
 from rmr1_jax.data.mix.sources import DROPPED, SourceConfig, SourceReport, read_source
 from rmr1_jax.errors import InputError
 from rmr1_jax.files.hub import locate
-from rmr1_jax.files.write import hash_written, write_whole, writing
+from rmr1_jax.files.write import hash_written, to_json, write_whole, writing
 from rmr1_jax.pairs.pair import Message, PreferencePair
 from rmr1_jax.pairs.read import read_pairs
 
@@ -205,7 +205,7 @@ def _lines(entries: list[Entry], seed: int) -> Iterator[str]:
         report.kept += 1
         report.a += better == "A"
         row = _row(report.name, pair if pair.better == better else pair.swapped())
-        yield json.dumps(row, default=str) + "\n"  # Parquet has values that JSON has not, such as dates
+        yield to_json(row, default=str) + "\n"  # Parquet has values that JSON has not, such as dates
 
 
 def _row(source: str, pair: PreferencePair) -> dict[str, Any]:
