@@ -52,7 +52,9 @@ def _measure(work: Path, count: int, seed: int, report: Path) -> int:
     with jax.set_mesh(policy.mesh), Checkpointer(work, keep=SFT.keep) as checkpoints:
         optimizer = make_optimizer(SFT.optimizer, total)
         state = init_state(master_weights(policy.params, keep=True), optimizer)
-        loss = functools.partial(sft_micro_loss, split(policy.model)[0], **forward_options(SFT, policy.mesh))
+        loss = functools.partial(
+            sft_micro_loss, split(policy.model)[0], **forward_options(SFT, policy.config, policy.mesh)
+        )
         step = compile_update(state, loss=loss, optimizer=optimizer, clip=SFT.optimizer.clip)
         for stretch in range(-2, 2 * count):
             saves, began, used = bool(stretch % 2), time.perf_counter(), time.process_time()

@@ -14,7 +14,19 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[1] / "rmr1_jax"
 ROOMS = (
-    *("errors", "config", "files", "distributed", "prompts", "pairs", "endpoint", "model", "sampler", "policy"),
+    *(
+        "errors",
+        "jax_private",
+        "config",
+        "files",
+        "distributed",
+        "prompts",
+        "pairs",
+        "endpoint",
+        "model",
+        "sampler",
+        "policy",
+    ),
     *("data", "train", "judge", "eval", "report", "plan", "quickstart", "__init__", "cli", "__main__"),
 )
 MOST_ROOMS, FILE_LINES, FUNCTION_LINES, PARAMETERS = 24, 350, 60, 8

@@ -78,7 +78,9 @@ def pack(
     return rows
 
 
-def plan_rows(lengths: Sequence[int], row_length: int, *, epochs: int, seed: int) -> list[list[int]]:
+def plan_rows(
+    lengths: Sequence[int], row_length: int, *, epochs: int, seed: int, max_items: int | None = None
+) -> list[list[int]]:
     """Plan the rows of a whole run: in each epoch every example that fits into a row occurs exactly once.
 
     The shuffled examples are packed window by window, the longest of a window first, which fills the rows better.
@@ -91,7 +93,7 @@ def plan_rows(lengths: Sequence[int], row_length: int, *, epochs: int, seed: int
         shuffled = rng.permutation(np.flatnonzero(lengths <= row_length))
         windows = (shuffled[i : i + WINDOW] for i in range(0, len(shuffled), WINDOW))
         order = [i for window in windows for i in window[np.argsort(-lengths[window], kind="stable")]]
-        packed = pack(lengths, row_length, order)
+        packed = pack(lengths, row_length, order, max_items=max_items)
         # First-fit leaves the emptiest rows last: shuffled again, all batches are filled alike.
         rows += [packed[i] for i in rng.permutation(len(packed))]
     return rows
@@ -144,11 +146,13 @@ def sft_batches(
     seed: int,
     start: int = 0,
     own: Sequence[int] | None = None,
+    max_items: int | None = None,
 ) -> tuple[Iterator[Batch], int]:
     """Return the batches of packed rows from batch number `start` on, and the number of batches of the whole run.
 
     Args:
         examples: of `Example` (see `lengths_of`). own: the rows of a batch that this process assembles; None: all.
+        max_items: the most examples in a row.
 
     Raises:
         InputError: there are no examples, or one fits in no row (a truncated trace would train a wrong end).
@@ -163,7 +167,7 @@ def sft_batches(
             f"{examples[worst].id}, has {lengths[worst]}); raise row_length, or set on_too_long: drop"
         )
     trained_lengths = trained_lengths_of(examples)
-    plan = plan_rows(lengths, row_length, epochs=epochs, seed=seed)
+    plan = plan_rows(lengths, row_length, epochs=epochs, seed=seed, max_items=max_items)
     total = -(-len(plan) // batch_rows)
 
     def make_batch(k: int) -> Batch:

@@ -14,6 +14,8 @@ import jax
 import numpy as np
 from jax.experimental.multihost_utils import process_allgather, sync_global_devices
 
+from rmr1_jax.jax_private import coordination_client
+
 T = TypeVar("T")
 
 GATHER_BYTES = 2**28  # gathered in one collective, over all processes; the bytes lie on every device for that time
@@ -48,13 +50,6 @@ def flag_is_set(name: str) -> bool:
     with suppress(jax.errors.JaxRuntimeError):  # no such key
         return bool(client and client.key_value_try_get(name))
     return False
-
-
-def coordination_client():
-    """Return the client of JAX's coordination service, which has a key-value store; None in a run of one process."""
-    from jax._src.distributed import global_state  # JAX has no public name for it
-
-    return global_state.client
 
 
 def gather(value: T) -> list[T]:

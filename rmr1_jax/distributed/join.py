@@ -21,9 +21,10 @@ from typing import NamedTuple
 
 import jax
 
-from rmr1_jax.distributed.exchange import coordination_client, first
+from rmr1_jax.distributed.exchange import first
 from rmr1_jax.distributed.heartbeat import Heartbeat
 from rmr1_jax.errors import InputError, RunError, exit_code
+from rmr1_jax.jax_private import cluster_classes, coordination_client
 
 VARIABLES = ("RMR1_COORDINATOR", "RMR1_PROCESSES", "RMR1_PROCESS")
 
@@ -85,11 +86,9 @@ def process_info(environ: Mapping[str, str], timeout: int) -> ProcessInfo | None
         return _from_variables(environ)
     # `jax.distributed.initialize` detects these clusters too, but does not report what it found, and without the number
     # of processes nobody could say which are missing.
-    from jax._src.clusters import GceTpuCluster, GkeTpuCluster, SlurmCluster
-
     cluster = None
     try:
-        cluster = next((c for c in (SlurmCluster, GkeTpuCluster, GceTpuCluster) if c.is_env_present()), None)
+        cluster = next((c for c in cluster_classes() if c.is_env_present()), None)
         if cluster is None or (count := cluster.get_process_count()) == 1:
             return None
         port = environ.get("JAX_COORDINATOR_PORT")

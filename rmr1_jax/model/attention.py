@@ -2,8 +2,8 @@
 
 Positions and segment ids alone decide which keys a query sees: those of its own segment whose position is not after
 its own; segment 0 is padding, and no query sees it. Packed rows and padded rows are both cases of this one rule. On
-TPUs the splash kernel that JAX ships (Pallas) computes it, elsewhere XLA in blocks; neither holds more than a block of
-scores.
+TPUs the splash kernel that JAX ships (Pallas) computes it, on new GPUs cuDNN (`cudnn.py`), elsewhere XLA in blocks;
+none of them holds more than a block of scores.
 `sampler/cache.py` has the forms of prefill and decode.
 """
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -23,15 +23,16 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
     SegmentIds,
     make_splash_mha_single_device,
 )
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
 from rmr1_jax.distributed.mesh import activation_sharding
 from rmr1_jax.errors import InputError
+from rmr1_jax.model import cudnn
 
 # auto: see `choose`. interpret: the splash kernel in Pallas' interpreter, for tests.
-Implementation = Literal["auto", "xla", "splash", "interpret"]
+Implementation = Literal["auto", "xla", "splash", "cudnn", "interpret"]
 
 # Finite, so that a padding query (which sees nothing) gets a uniform softmax instead of NaN.
 MASKED = -1e30
@@ -45,12 +46,28 @@ MAX_BLOCKS = 16
 ATTENTION = "attention"  # the name under which a remat policy finds what attention's backward pass needs
 
 
-def choose(implementation: Implementation, mesh: Mesh) -> Implementation:
-    """Resolves `auto`: the splash kernel on TPUs and XLA elsewhere, on a GPU too, because cuDNN's fused attention takes
-    no segment ids and packed rows would leak into each other."""
+def choose(implementation: Implementation, device: Any, *, dtype: Any, head_dim: int) -> Implementation:
+    """Resolves `auto`: the splash kernel on TPUs; cuDNN on GPUs where it can run; else XLA.
+
+    Args:
+        device: one of the mesh. dtype: that of the matrix products. head_dim: H.
+
+    Raises:
+        InputError: `cudnn` is asked for and cannot run.
+    """
+    obstacle = cudnn.obstacle(device, dtype, head_dim)
+    if implementation == "cudnn" and obstacle:
+        raise InputError(f"attention=cudnn: {obstacle}; set attention: auto")
     if implementation != "auto":
         return implementation
-    return "splash" if mesh.devices.flat[0].platform == "tpu" else "xla"
+    if device.platform == "tpu":
+        return "splash"
+    return "xla" if obstacle else "cudnn"
+
+
+def most_segments(implementation: Implementation, T: int) -> int | None:
+    """Returns the most segments that a row of T positions may have; None: any number."""
+    return cudnn.most_segments(T) if implementation == "cudnn" else None
 
 
 def attend(
@@ -75,10 +92,13 @@ def attend(
     if implementation == "xla":
         return _attend_blocks(q, k, v, positions, segment_ids, transform_scores)
     if transform_scores:
+        kernel = "cuDNN" if implementation == "cudnn" else "the splash kernel"
         raise InputError(
-            f"attention={implementation}: the splash kernel cannot transform scores, as this model's attention does; "
+            f"attention={implementation}: {kernel} cannot transform scores, as this model's attention does; "
             "set attention=xla"
         )
+    if implementation == "cudnn":
+        return checkpoint_name(_on_shards(cudnn.cudnn_attend, q, k, v, segment_ids), ATTENTION)
     return splash_attend(q, k, v, segment_ids, interpret=implementation == "interpret")
 
 
@@ -259,10 +279,15 @@ def splash_attend(
         out = jax.vmap(lambda q, k, v, s: kernel(q, k, v, segment_ids=SegmentIds(s, s)))(*heads_first, segment_ids)
         return out.swapaxes(1, 2)
 
+    return _on_shards(local, q, k, v, segment_ids)
+
+
+def _on_shards(local: Callable, q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: ArrayLike) -> jax.Array:
+    """Runs a kernel, which is a black box to the compiler, on the rows and heads of each device of the mesh in context.
+    Heads are split as the keys' divide."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return local(q, k, v, segment_ids)
-    # A kernel is a black box to the compiler: rows and heads are dealt out by hand. Heads as the keys' divide.
     heads = activation_sharding(mesh, "BTKH", k.shape).spec
     mapped = jax.shard_map(
         local, in_specs=(heads, heads, heads, PartitionSpec(heads[0])), out_specs=heads, check_vma=False

@@ -69,7 +69,7 @@ def update_cost(config: Config, model: QwenConfig, mesh: Mesh, batch: BatchShape
     parts = _forward_flops(config, model, mesh, batch)
     recomputed = int(config.remat in ("full", "offload"))
     # remat=dots keeps the results of matrix products, but a kernel is none.
-    attention_recomputed = recomputed or int(config.remat == "dots" and _is_splash(config, mesh))
+    attention_recomputed = recomputed or int(config.remat == "dots" and _is_splash(config, model, mesh))
     # The backward pass has two products for each of the forward pass. Attention's scores and the logits are always
     # recomputed. The last product of a layer never is: its result is kept as the input of the next layer.
     flops = parts["layers"] * (3 + recomputed) - recomputed * parts["last"]
@@ -132,7 +132,7 @@ def _forward_flops(config: Config, model: QwenConfig, mesh: Mesh, batch: BatchSh
     """Return the FLOPs of one forward pass as it is computed: attention in blocks, the last of which is partly masked.
     layers: all products with weights of layers; last: the last product of each layer, which `layers` includes."""
     T, rows = batch.row_length, batch.rows
-    block = next((b for b in BLOCKS if T % b == 0), BLOCKS[-1]) if _is_splash(config, mesh) else block_size(T)
+    block = next((b for b in BLOCKS if T % b == 0), BLOCKS[-1]) if _is_splash(config, model, mesh) else block_size(T)
     scores = rows * T * (T + min(block, T)) / 2
     layers = 2 * model.num_layers * rows * T
     return {
@@ -143,8 +143,9 @@ def _forward_flops(config: Config, model: QwenConfig, mesh: Mesh, batch: BatchSh
     }
 
 
-def _is_splash(config: Config, mesh: Mesh) -> bool:
-    return choose(config.attention, mesh) in ("splash", "interpret")
+def _is_splash(config: Config, model: QwenConfig, mesh: Mesh) -> bool:
+    chosen = choose(config.attention, mesh.devices.flat[0], dtype=DTYPES[config.dtype], head_dim=model.head_dim)
+    return chosen in ("splash", "interpret")
 
 
 def _forward_memory(

@@ -100,7 +100,7 @@ def training_programs(config: Config, model: QwenConfig, mesh: Mesh) -> Iterator
     """Compile the update, and in GRPO the log-probabilities before it; yield each program's name and memory."""
     shape = batch_shape(config)
     count = shape.micro_batches
-    forward, graphdef = forward_options(config, mesh), split(Qwen(model))[0]
+    forward, graphdef = forward_options(config, model, mesh), split(Qwen(model))[0]
     optimizer, state = abstract_training(config, model, mesh)
     batch = micro_batches(config, mesh, shape)
     compile_here = functools.partial(compile_program, devices=list(mesh.devices.flat), dynamic_trips=count)

@@ -27,6 +27,7 @@ from rmr1_jax.data.packing import View
 from rmr1_jax.data.store import open_examples
 from rmr1_jax.distributed.mesh import check_micro_rows, make_mesh, own_rows, place_rows, sampling_mesh
 from rmr1_jax.errors import InputError
+from rmr1_jax.model.attention import most_segments
 from rmr1_jax.model.qwen import Params, split
 from rmr1_jax.policy import DTYPES, Policy, load
 from rmr1_jax.train.config import GrpoConfig
@@ -173,7 +174,14 @@ class _Trainer:
             self.reference = in_memory(reference, config.reference_memory)
         # Only our own loss is known to be zero where the advantage is, and only without its other terms.
         self.skip_unmixed = loss is policy_loss and not (config.loss.kl_coef or config.loss.entropy_coef)
-        forward = forward_options(config, policy.mesh) | {"temperature": config.sampling.temperature or 1.0}
+        forward = forward_options(config, policy.config, policy.mesh)
+        most = most_segments(forward["attention"], config.row_length) or config.max_segments
+        if most < min(config.max_segments, config.row_length):
+            raise InputError(
+                f"max_segments={config.max_segments}: attention=cudnn takes at most {most} in a row of "
+                f"{config.row_length}; give at most {most}, or attention: xla"
+            )
+        forward["temperature"] = config.sampling.temperature or 1.0
         graphdef = split(policy.model)[0]
         micro_loss = functools.partial(grpo_micro_loss, graphdef, config, loss, **forward)
         self._update = compile_update(state, loss=micro_loss, optimizer=optimizer, clip=config.optimizer.clip)

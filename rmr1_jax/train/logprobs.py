@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from rmr1_jax.distributed.mesh import constrain, constrain_weight, rows_divisor
 from rmr1_jax.model.attention import choose
+from rmr1_jax.model.config import QwenConfig
 from rmr1_jax.model.qwen import Qwen
 from rmr1_jax.policy import DTYPES
 from rmr1_jax.train.config import RunConfig
@@ -29,9 +30,11 @@ CHUNK_LOGITS = 2**26  # the most logits on a device at a time: 256 MiB in float3
 LANES = 128  # a chunk has a multiple of so many columns
 
 
-def forward_options(config: RunConfig, mesh: Mesh) -> dict[str, Any]:
-    """The options of `row_logprobs` that a run's config decides."""
-    return {"dtype": DTYPES[config.dtype], "remat": config.remat, "attention": choose(config.attention, mesh)}
+def forward_options(config: RunConfig, model: QwenConfig, mesh: Mesh) -> dict[str, Any]:
+    """The options of `row_logprobs` that a run's config decides. Raises InputError as `attention.choose`."""
+    dtype = DTYPES[config.dtype]
+    attention = choose(config.attention, mesh.devices.flat[0], dtype=dtype, head_dim=model.head_dim)
+    return {"dtype": dtype, "remat": config.remat, "attention": attention}
 
 
 def row_logprobs(

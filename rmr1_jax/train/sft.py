@@ -21,6 +21,7 @@ from rmr1_jax.data.examples import Example
 from rmr1_jax.data.packing import Batch, sft_batches
 from rmr1_jax.data.store import open_examples
 from rmr1_jax.distributed.mesh import check_micro_rows, make_mesh, own_rows
+from rmr1_jax.model.attention import most_segments
 from rmr1_jax.model.qwen import Params, split
 from rmr1_jax.policy import Policy, load
 from rmr1_jax.train.config import SftConfig
@@ -49,14 +50,15 @@ def sft(config: SftConfig, *, policy: Policy | None = None, examples: Sequence[E
     if config.on_too_long == "drop":
         examples = drop_longer(examples, config.row_length, "examples")
     check_micro_rows(policy.mesh, config.micro_rows)
-    make_batches = batches_of(config, examples, policy.mesh)
+    forward = forward_options(config, policy.config, policy.mesh)
+    make_batches = batches_of(config, examples, policy.mesh, most_segments(forward["attention"], config.row_length))
     total = make_batches()[1]
     steps = min(total, config.max_steps or total)
     with jax.set_mesh(policy.mesh), open_run(config, "sft") as run:
         optimizer, schedule = make_optimizer(config.optimizer, steps), lr_schedule(config.optimizer, steps)
         state = init_state(master_weights(policy.params, keep=given), optimizer, config.optimizer.memory)
         state, cursor = run.restore(state, {"skipped": 0, "data": data_digest(examples)})
-        loss = functools.partial(sft_micro_loss, split(policy.model)[0], **forward_options(config, policy.mesh))
+        loss = functools.partial(sft_micro_loss, split(policy.model)[0], **forward)
         update = compile_update(state, loss=loss, optimizer=optimizer, clip=config.optimizer.clip)
         batches, _ = make_batches(start=int(state.step))
         for step in run.steps(int(state.step), steps):
@@ -86,11 +88,14 @@ def sft_micro_loss(
     return sft_loss(logp, batch["weights"]), {}
 
 
-def batches_of(config: SftConfig, examples: Sequence[Example], mesh: Mesh) -> functools.partial:
+def batches_of(
+    config: SftConfig, examples: Sequence[Example], mesh: Mesh, max_items: int | None = None
+) -> functools.partial:
     """`sft_batches` of a run, of which this process reads its own rows; takes `start`."""
     own = own_rows(mesh, config.micro_rows)
     own = [first + row for first in range(0, config.rows_per_step, config.micro_rows) for row in own]
     options = {"row_length": config.row_length, "batch_rows": config.rows_per_step, "seed": config.seed, "own": own}
+    options["max_items"] = max_items
     return functools.partial(sft_batches, examples, epochs=config.epochs, **options)
 
 
