@@ -8,7 +8,8 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
@@ -161,6 +162,13 @@ def run_peer(name: str, python: Path, folder: Path) -> dict[str, Any]:
         sys.stderr.write(done.stderr)
         raise RunError(f"the peer {name} failed with exit code {done.returncode}; its error output is above")
     return json.loads((folder / "result.json").read_text())
+
+
+def timed(call: Callable[[], Any]) -> float:
+    """The seconds of one call."""
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
 
 
 def warn_of_load() -> None:

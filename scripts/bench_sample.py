@@ -10,11 +10,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench_common import Comparison, Range, Shape, model_config, say
+from bench_common import Comparison, Range, Shape, model_config, say, timed
 
 from rmr1_jax.errors import InputError
 
@@ -162,38 +162,60 @@ class Steps(Shape):
     def measure(self) -> Iterator[dict[str, Any]]:
         """Yields one line for every width that the samples' part of the cache can have: the best of five dispatches."""
         import jax
-        import numpy as np
 
         from rmr1_jax.distributed.mesh import single_device_mesh
         from rmr1_jax.model.qwen import Qwen, init_params, with_params
-        from rmr1_jax.sampler import programs
         from rmr1_jax.sampler.engine import Engine
-        from rmr1_jax.sampler.programs import make_controls, stack_slots
+        from rmr1_jax.sampler.programs import STEPS
         from rmr1_jax.sampler.sample import SamplingConfig
-        from rmr1_jax.sampler.slots import Bank
         from rmr1_jax.sampler.weights import sampling_weights
 
         config, mesh = model_config(self, self.prompt_length[1] + self.max_new), single_device_mesh()
         sampling = SamplingConfig(max_new_tokens=self.max_new, slots=self.slots)
         engine = Engine(Qwen(config), sampling, prompts=self.slots, longest=self.prompt_length[1], mesh=mesh)
-        bank = Bank(*engine.shapes.sizes[0])
-        for number in range(self.slots):
-            bank.admit(number, np.zeros(self.prompt_length[1], np.int32), number, 1)
-        bank.fill(1)
         with jax.set_mesh(mesh):
-            model = with_params(Qwen(config), init_params(Qwen(config), jax.random.key(0), mesh=mesh))
-            weights = sampling_weights(model)
-            for width in engine.shapes.widths:
-                cache, seconds = engine.empty_cache(width), []
-                for _ in range(6):
-                    start = time.perf_counter()
-                    cache, drawn = programs.decode(
-                        engine.graphdef, weights, make_controls(sampling, ()), cache, stack_slots([bank], [0])
-                    )
-                    jax.block_until_ready(drawn)
-                    seconds.append((time.perf_counter() - start) / programs.STEPS)
-                held = sum(x.nbytes for x in jax.tree.leaves(cache))
-                yield {"live_length": width, "ms": round(1e3 * min(seconds[1:]), 3), "cache_bytes": held}
+            weights = sampling_weights(
+                with_params(Qwen(config), init_params(Qwen(config), jax.random.key(0), mesh=mesh))
+            )
+        bank = full_bank(engine, self.slots, self.prompt_length[1])
+        for width in engine.shapes.widths:
+            dispatch, cache = decode_dispatch(engine, weights, bank, width)
+            dispatch()
+            ms = round(1e3 * min(timed(dispatch) for _ in range(5)) / STEPS, 3)
+            yield {"live_length": width, "ms": ms, "cache_bytes": sum(x.nbytes for x in jax.tree.leaves(cache[0]))}
+
+
+def full_bank(engine: Any, slots: int, prompt_length: int, drawn: int = 0) -> Any:
+    """A bank with a live sample in each of `slots` slots, which has drawn so many tokens."""
+    import numpy as np
+
+    from rmr1_jax.sampler.slots import Bank
+
+    bank, group = Bank(*engine.shapes.sizes[0]), engine.sampling.n
+    for number in range(slots // group):
+        bank.admit(number, np.zeros(prompt_length, np.int32), number, group)
+    bank.fill(group)
+    bank.arrays.step[...], bank.arrays.drawn[...] = drawn, drawn
+    return bank
+
+
+def decode_dispatch(engine: Any, weights: Any, bank: Any, width: int) -> tuple[Callable[[], None], list]:
+    """A call that runs one dispatch of decode over the slots of `bank`, with rings of `width` columns, and waits for
+    it; and the cache, alone in a list, because each dispatch consumes it and makes it again."""
+    import jax
+
+    from rmr1_jax.sampler import programs
+
+    controls, slots = programs.make_controls(engine.sampling, ()), programs.stack_slots([bank], [0])
+    with jax.set_mesh(engine.mesh):
+        cache = [engine.empty_cache(width)]
+
+    def dispatch() -> None:
+        with jax.set_mesh(engine.mesh):
+            cache[0], drawn = programs.decode(engine.graphdef, weights, controls, cache[0], slots)
+            jax.block_until_ready(drawn)
+
+    return dispatch, cache
 
 
 def useful_tokens(rows: Sequence[Sequence[int]], stop_ids: Sequence[int]) -> int:

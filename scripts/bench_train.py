@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-from bench_common import Comparison, model_config, say
+from bench_common import Comparison, model_config, say, timed
 
 LEARNING_RATE = 1e-4
 
@@ -57,7 +57,7 @@ class Train(Comparison):
         from rmr1_jax.distributed.mesh import single_device_mesh
         from rmr1_jax.model.hf import save_params
         from rmr1_jax.model.qwen import Qwen, init_params, split
-        from rmr1_jax.train.optim import OptimConfig, compile_update, init_state, make_optimizer
+        from rmr1_jax.train.optim import OptimConfig, init_state, make_optimizer
         from rmr1_jax.train.sft import sft_micro_loss
 
         config, mesh = model_config(self, self.length), single_device_mesh()
@@ -70,21 +70,10 @@ class Train(Comparison):
         batch = {"tokens": rows, "positions": places, "segment_ids": np.ones_like(rows), "weights": weights}
         optimizer = make_optimizer(OptimConfig(lr=LEARNING_RATE, schedule="constant", warmup_ratio=0.0), self.steps)
         with jax.set_mesh(mesh):
-            state = init_state(params, optimizer)
             loss = functools.partial(sft_micro_loss, split(Qwen(config))[0], remat=self.remat)
-            start = time.perf_counter()
-            lowered = compile_update(state, loss=loss, optimizer=optimizer, clip=1.0).lower(state, batch, 1)
-            step = lowered.compile()
-            compiling = time.perf_counter() - start
-            losses = []
-
-            def once() -> None:
-                nonlocal state
-                state, metrics = step(state, batch, 1)
-                losses.append(float(metrics["loss"]))
-
-            once()
-            seconds = [timed(once) for _ in range(self.steps)]
+            update = Update(init_state(params, optimizer), batch, 1, loss=loss, optimizer=optimizer)
+            update()
+            seconds = [timed(update) for _ in range(self.steps)]
         say("rmr1_jax: timing the matrix products alone")
         products, flops = self.products()
         tokens, ours = self.batch * self.length, sorted(seconds)[self.steps // 2]
@@ -92,9 +81,9 @@ class Train(Comparison):
             "rmr1_jax",
             {
                 "seconds": seconds,
-                "first_loss": losses[0],
-                "compile_seconds": compiling,
-                "temporaries_mib": step.memory_analysis().temp_size_in_bytes / 2**20,
+                "first_loss": update.losses[0],
+                "compile_seconds": update.compile_seconds,
+                "temporaries_mib": update.temporaries / 2**20,
                 "gflop_s": flops / ours / 1e9,
                 "products_gflop_s": flops / products / 1e9,
                 "limit_tok_s": tokens / products,
@@ -150,6 +139,28 @@ class Train(Comparison):
         return "\n".join(text)
 
 
+class Update:
+    """A compiled update of training, as a call that makes one and waits for its loss.
+
+    losses: of the updates so far. compile_seconds: for tracing and compiling. temporaries: bytes on the device.
+    """
+
+    def __init__(self, state: Any, batch: dict[str, Any], count: int, *, loss: Callable, optimizer: Any):
+        from rmr1_jax.train.optim import compile_update
+
+        start = time.perf_counter()
+        update = compile_update(state, loss=loss, optimizer=optimizer, clip=1.0)
+        self._step = update.lower(state, batch, count).compile()
+        self.compile_seconds = time.perf_counter() - start
+        self.temporaries = self._step.memory_analysis().temp_size_in_bytes
+        self.losses: list[float] = []
+        self._state, self._batch, self._count = state, batch, count
+
+    def __call__(self) -> None:
+        self._state, metrics = self._step(self._state, self._batch, self._count)
+        self.losses.append(float(metrics["loss"]))
+
+
 def _product(equation: str, *shapes: tuple[int, ...]) -> float:
     """Seconds of one einsum of random arrays: the median of five runs."""
     import jax
@@ -159,9 +170,3 @@ def _product(equation: str, *shapes: tuple[int, ...]) -> float:
     product = jax.jit(lambda a, b: jnp.einsum(equation, a, b))
     jax.block_until_ready(product(*arrays))
     return sorted(timed(lambda: jax.block_until_ready(product(*arrays))) for _ in range(5))[2]
-
-
-def timed(call: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start

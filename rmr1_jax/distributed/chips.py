@@ -30,7 +30,9 @@ CHIPS = {
     **dict.fromkeys(("TPU v6 lite", "TPU v6e"), Chip(918e12, 1638e9, 400e9, 12.5e9)),
     # The kind of a GPU is its product's name, such as "NVIDIA H100 80GB HBM3".
     "A100": Chip(312e12),
-    **dict.fromkeys(("H100", "H200", "GH200"), Chip(989e12)),
+    "H100": Chip(989e12, 3350e9),
+    "H200": Chip(989e12, 4800e9),
+    "GH200": Chip(989e12),
 }
 
 

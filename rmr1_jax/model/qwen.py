@@ -139,8 +139,10 @@ class Block(nnx.Module):
         # the compiler for CPUs transposes whole activations first.
         B, T, D = x.shape
         x = x.reshape(B * T, D)
-        x = x + self.attn(rms_norm(x, self.attn_norm, self.config.rms_norm_eps), rope, attend)
-        x = x + self.mlp(rms_norm(x, self.mlp_norm, self.config.rms_norm_eps))
+        with jax.named_scope("attention"):
+            x = x + self.attn(rms_norm(x, self.attn_norm, self.config.rms_norm_eps), rope, attend)
+        with jax.named_scope("mlp"):
+            x = x + self.mlp(rms_norm(x, self.mlp_norm, self.config.rms_norm_eps))
         return x.reshape(B, T, D)
 
 
@@ -213,7 +215,8 @@ class Transformer(nnx.Module):
             return constrain(nnx.merge(graphdef, w)(x, rope, attend_rows), "BTD"), None
 
         x = constrain(self.embedded(tokens, dtype), "BTD")
-        x, _ = jax.lax.scan(_remat(layer, remat), x, split(self.layers)[1])
+        with jax.named_scope("layers"):
+            x, _ = jax.lax.scan(_remat(layer, remat), x, split(self.layers)[1])
         return rms_norm(x, self.final_norm, self.config.rms_norm_eps)
 
 
@@ -240,6 +243,7 @@ class Qwen(Transformer):
         """The head [D, V], or the embedding [V, D] where the two are tied; its `dims` say which."""
         return self.embed if self.config.tie_word_embeddings else self.head
 
+    @jax.named_scope("head")
     def logits(self, x: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """Logits of hidden states, accumulated and returned in float32."""
         return linear(x, self.output_weight, dtype=jnp.float32)

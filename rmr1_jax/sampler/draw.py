@@ -24,6 +24,7 @@ class Draw(NamedTuple):
     sampled_logp: Float[Array, "..."]
 
 
+@jax.named_scope("draw")
 def draw(
     logits: Float[Array, "... V"],
     keys: Key[Array, "..."],

@@ -186,7 +186,8 @@ def _decode_step(graphdef: nnx.GraphDef, weights: Weights, cache: Cache, slots: 
             prompts = Part(cache.prompt_k[i], cache.prompt_v[i], prompt_visible)
             return attend_slots(q[:, 0], prompts, Part(own_k[i], own_v[i], own_visible), members, transform)[:, None]
 
-        x = block(x, rope, attend)
+        with jax.named_scope("layers"):
+            x = block(x, rope, attend)
     x = rms_norm(x[:, 0], model.final_norm, model.config.rms_norm_eps)
     return cache._replace(own_k=own_k, own_v=own_v), model.logits(x)
 
@@ -236,7 +237,8 @@ def prefill_prompts(graphdef: nnx.GraphDef, weights: Weights, cache: Cache, toke
                 prompt_k[i], prompt_v[i] = write_chunk(prompt_k[i], prompt_v[i], k, v, entry, start, active)
                 return attend_chunk(q, prompt_k[i][entry], prompt_v[i][entry], positions, transform)
 
-            x = block(x, rope, attend)
+            with jax.named_scope("layers"):
+                x = block(x, rope, attend)
         return cache._replace(prompt_k=prompt_k, prompt_v=prompt_v)
 
     return _per_bank(bank, cache, (tokens, entry, start, active), replicated=(weights,))

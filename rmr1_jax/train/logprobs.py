@@ -155,6 +155,7 @@ def _logprobs(chunks: _Chunks, with_entropy: bool, hidden, head, targets, temper
     return _logprobs_forward(chunks, with_entropy, hidden, head, targets, temperature)[0]
 
 
+@jax.named_scope("head")
 def _logprobs_forward(chunks: _Chunks, with_entropy: bool, hidden, head, targets, temperature):
     def add(i, sums):
         highest, total, chosen, weighted = sums
@@ -176,6 +177,7 @@ def _logprobs_forward(chunks: _Chunks, with_entropy: bool, hidden, head, targets
     return TokenLogprobs(chosen - normalizer, entropy), (hidden, head, targets, temperature, normalizer, entropy)
 
 
+@jax.named_scope("head")
 def _logprobs_backward(chunks: _Chunks, with_entropy: bool, saved, d_out: TokenLogprobs):
     hidden, head, targets, temperature, normalizer, entropy = saved
 

@@ -169,10 +169,11 @@ def update(
     else:
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, 0))
         grads, metrics = jax.lax.fori_loop(0, count, add, zeros)
-    norm = global_norm(grads)
-    finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
-    scale = jnp.minimum(1.0, clip / jnp.maximum(norm, 1e-12))
-    updates, opt_state = optimizer.update(jax.tree.map(lambda g: g * scale, grads), state.opt_state, state.params)
-    new = (optax.apply_updates(state.params, updates), opt_state)
-    kept = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, (state.params, state.opt_state))
+    with jax.named_scope("update"):
+        norm = global_norm(grads)
+        finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
+        scale = jnp.minimum(1.0, clip / jnp.maximum(norm, 1e-12))
+        updates, opt_state = optimizer.update(jax.tree.map(lambda g: g * scale, grads), state.opt_state, state.params)
+        new = (optax.apply_updates(state.params, updates), opt_state)
+        kept = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, (state.params, state.opt_state))
     return TrainState(*kept, state.step + 1), metrics | {"grad_norm": norm}

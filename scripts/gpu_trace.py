@@ -1,0 +1,64 @@
+"""`gpu_check.py`: the profile of a call, as an archive for XProf or TensorBoard and as a list of what took the time."""
+
+from __future__ import annotations
+
+import tarfile
+import tempfile
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+ARCHIVE_BYTES = 12 * 2**20  # a larger profile is not kept
+LISTED = 40  # operations in the text
+
+
+def profile(out: Path, name: str, call: Callable[[], Any], *, archive: bool = True) -> dict[str, Any]:
+    """Profile one call. Appends the operations that took most time to `out/operations.txt`, keeps the profile as
+    `out/profile-NAME.tar.gz`, and returns the milliseconds of the call and the share in which a device was busy."""
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            jax.block_until_ready(call())
+        (path,) = Path(folder).rglob("*.xplane.pb")
+        facts, text = summary(path)
+        with (out / "operations.txt").open("a") as file:
+            file.write(f"== {name}: {facts}\n{text}\n\n")
+        if archive:
+            target = out / f"profile-{name}.tar.gz"
+            with tarfile.open(target, "w:gz") as tar:
+                tar.add(path, arcname=f"plugins/profile/{name}/{path.name}")
+            if target.stat().st_size > ARCHIVE_BYTES:
+                target.unlink()
+    return facts
+
+
+def summary(path: Path) -> tuple[dict[str, float], str]:
+    """The busy and total milliseconds of the first device in a profile, and a table of its operations: their total
+    time, their number, their kernel, and the operation and scope in the program that each belongs to."""
+    planes = list(jax.profiler.ProfileData.from_file(str(path)).planes)
+    devices = [p for p in planes if p.name.startswith("/device:GPU")] or [p for p in planes if "CPU" in p.name]
+    totals: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0.0, 0])
+    spans, sample = [], None
+    for line in devices[0].lines if devices else ():
+        if devices[0].name.startswith("/device") and not line.name.startswith("Stream"):
+            continue
+        for event in line.events:
+            stats = dict(event.stats)
+            if "hlo_op" not in stats and not devices[0].name.startswith("/device"):
+                continue
+            sample = sample or stats
+            entry = totals[event.name[:60], str(stats.get("tf_op") or stats.get("name") or stats.get("hlo_op"))[-110:]]
+            entry[0], entry[1] = entry[0] + event.duration_ns / 1e6, entry[1] + 1
+            spans.append((event.start_ns, event.start_ns + event.duration_ns))
+    if not spans:
+        return {}, f"no operations in {[(p.name, [x.name for x in p.lines]) for p in planes]}"
+    busy, end = 0.0, 0.0
+    for start, stop in sorted(spans):
+        busy, end = busy + max(0.0, stop - max(start, end)), max(end, stop)
+    total = end - min(start for start, _ in spans)
+    ranked = sorted(totals.items(), key=lambda item: -item[1][0])
+    lines = [f"{ms:10.3f} ms {count:7}x  {name:<60}  {where}" for (name, where), (ms, count) in ranked[:LISTED]]
+    facts = {"profile_ms": total / 1e6, "busy": busy / total, "kernels": len(spans)}
+    return facts, "\n".join([*lines, f"one event: {sample}"])
