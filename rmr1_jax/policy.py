@@ -23,10 +23,11 @@ from rmr1_jax.files.hub import locate
 from rmr1_jax.model import hf
 from rmr1_jax.model.config import QwenConfig, read_config
 from rmr1_jax.model.qwen import Params, Qwen, init_params, split, with_params
+from rmr1_jax.model.stored_model import StoredModel
 from rmr1_jax.model.tokenizer import Tokenizer, copy_side_files
 from rmr1_jax.sampler.engine import Engine
 from rmr1_jax.sampler.sample import Sample, SamplingConfig
-from rmr1_jax.sampler.weights import Weights, sampling_weights
+from rmr1_jax.sampler.weights import Weights, sampling_weights, stored_weights
 
 MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.jinja")  # of a hub repository
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -46,11 +47,12 @@ class Completion:
 class Policy:
     """A model with its tokenizer on a mesh, made by `load` or from its parts.
 
-    model: the Flax NNX module with its arrays. dtype: what the matrix products run in, "bfloat16" or "float32"; the
-    arrays may have another.
+    source: the Flax NNX module with its arrays; or a checked model directory, whose weights are read when something
+    needs them, into the layout that needs them: `sample` and `stream` read `weights`, all else reads `model`. dtype:
+    what the matrix products run in, "bfloat16" or "float32"; the arrays of `model` may have another.
     """
 
-    model: Qwen
+    source: Qwen | StoredModel
     tokenizer: Tokenizer
     mesh: Mesh
     dtype: str = "float32"
@@ -95,8 +97,8 @@ class Policy:
     ) -> Iterator[tuple[int, int, Sample]]:
         """Samples as `sample` does, in tokens, and yields (prompt, number, sample) as they finish."""
         stops = self.tokenizer.stop_ids if stop_token_ids is None else stop_token_ids
-        engine = Engine.for_prompts(self.model, self._weights, prompts, sampling, mesh=self.mesh)
-        return engine.stream(self._weights, prompts, stops)
+        engine = Engine.for_prompts(self.structure, self.weights, prompts, sampling, mesh=self.mesh)
+        return engine.stream(self.weights, prompts, stops)
 
     def save(self, directory: str | Path, *, dtype: str | None = None) -> None:
         """Write a Hugging Face directory: weights (in the params' own dtype unless given), config, tokenizer. All
@@ -109,7 +111,30 @@ class Policy:
 
     @property
     def config(self) -> QwenConfig:
-        return self.model.config
+        return self.structure.config
+
+    @property
+    def structure(self) -> Qwen:
+        """The module, which need not hold arrays."""
+        return self.source.module if isinstance(self.source, StoredModel) else self.source
+
+    @functools.cached_property
+    def model(self) -> Qwen:
+        """The module with its arrays, in the layout of training."""
+        if isinstance(self.source, StoredModel):
+            return with_params(self.source.module, self.source.read(self.mesh))
+        return self.source
+
+    @functools.cached_property
+    def weights(self) -> Weights:
+        """The weights in the layout and dtype of the sampler. They are read from the model directory unless the arrays
+        of `model` are in memory."""
+        dtype = DTYPES[self.dtype]
+        unread = isinstance(self.source, StoredModel) and "model" not in vars(self)
+        if unread and self.source.dtype in (dtype, "float32"):  # else they are rounded on the way
+            return stored_weights(self.source, dtype=dtype, mesh=self.mesh)
+        with jax.set_mesh(self.mesh):
+            return sampling_weights(self.model, dtype=dtype)
 
     @property
     def params(self) -> Params:
@@ -118,12 +143,7 @@ class Policy:
 
     def with_params(self, params: Params) -> Policy:
         """The same policy with other weights."""
-        return dataclasses.replace(self, model=with_params(self.model, params))
-
-    @functools.cached_property
-    def _weights(self) -> Weights:
-        with jax.set_mesh(self.mesh):
-            return sampling_weights(self.model, dtype=DTYPES[self.dtype])
+        return dataclasses.replace(self, source=with_params(self.structure, params))
 
     def _completion(self, sample: Sample) -> Completion:
         text = self.tokenizer.decode(sample.token_ids)
@@ -143,7 +163,8 @@ def load(
     master_dtype: str | None = None,
     module: type[Qwen] = Qwen,
 ) -> Policy:
-    """Load a policy from a Hugging Face directory or a hub id.
+    """Load a policy from a Hugging Face directory or a hub id. Everything is checked now; the weights are read when
+    they are first needed.
 
     Args:
         dtype: of the matrix products, "bfloat16" or "float32". master_dtype: of the weights that are kept (training
@@ -160,9 +181,8 @@ def load(
     config, tokenizer = read_config(directory), Tokenizer(directory)
     if len(tokenizer.hf) > config.vocab_size:
         raise InputError(f"{directory}: the tokenizer has {len(tokenizer.hf)} tokens, the model {config.vocab_size}")
-    declared = module(config)
-    params = hf.load_params(directory, declared, dtype=DTYPES[master_dtype or dtype], mesh=mesh)
-    return Policy(with_params(declared, params), tokenizer, mesh, dtype)
+    stored = StoredModel.open(directory, module(config), DTYPES[master_dtype or dtype])
+    return Policy(stored, tokenizer, mesh, dtype)
 
 
 def fresh_policy(config: QwenConfig, tokenizer_directory: str | Path, *, seed: int, mesh: Mesh | None = None) -> Policy:

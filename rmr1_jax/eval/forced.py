@@ -31,12 +31,12 @@ from rmr1_jax.files.untrusted import read_object
 from rmr1_jax.judge.judge import Judge
 from rmr1_jax.judge.judgement import RULES
 from rmr1_jax.judge.scalar import batches, last_states
-from rmr1_jax.model.qwen import Params, split
+from rmr1_jax.model.qwen import split
 from rmr1_jax.model.tokenizer import completion_text
 from rmr1_jax.pairs.pair import PreferencePair, render_pair
-from rmr1_jax.policy import DTYPES
 from rmr1_jax.prompts.trace import after_thinking
 from rmr1_jax.prompts.verdict import other_side
+from rmr1_jax.sampler.weights import Weights, bind
 
 ENDING = "\n<answer>[["
 CLOSE = "\n</think>\n"  # closes an open thought
@@ -124,23 +124,25 @@ def _ending(tokenizer: Any, close: str) -> tuple[list[int], tuple[int, int]]:
 
 def _answers(judge: Judge, asked: list[_Question], batch_tokens: int) -> Iterator[tuple[_Place, str]]:
     policy, rows = judge.policy, [question.tokens for question in asked]
-    divisor = rows_divisor(policy.mesh)
+    divisor, graphdef = rows_divisor(policy.mesh), split(policy.structure)[0]
     for batch in batches(rows, longest=policy.config.max_length, batch_tokens=batch_tokens, divisor=divisor):
         choices = np.zeros((len(batch.counts), 2), np.int32)
         choices[: len(batch.numbers)] = [asked[number].choices for number in batch.numbers]
         with jax.set_mesh(policy.mesh):
-            found = _logits(*split(policy.model), *batch[1:], choices, dtype=DTYPES[policy.dtype])
+            found = _logits(graphdef, policy.weights, *batch[1:], choices)
         for number, (a, b) in zip(batch.numbers, np.asarray(found).tolist(), strict=False):
             yield asked[number].place, "A" if a >= b else "B"
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "dtype"))
+@functools.partial(jax.jit, static_argnames=("graphdef",))
 def _logits(
-    graphdef: nnx.GraphDef, params: Params, tokens: jax.Array, counts: jax.Array, choices: jax.Array, *, dtype
+    graphdef: nnx.GraphDef, weights: Weights, tokens: jax.Array, counts: jax.Array, choices: jax.Array
 ) -> jax.Array:
-    """tokens [B, T], counts [B], choices [B, 2] token ids -> their logits after each row, [B, 2] float32."""
-    model = nnx.merge(graphdef, params)
-    last = last_states(model, tokens, counts, dtype=dtype)  # [B, D]
+    """tokens [B, T], counts [B], choices [B, 2] token ids -> their logits after each row, [B, 2] float32. From the
+    sampler's weights: the judge has just sampled from them, so that no other copy is needed."""
+    model, blocks = bind(graphdef, weights)
+    dtype = weights["final_norm"].dtype
+    last = last_states(model, tokens, counts, dtype=dtype, blocks=blocks)  # [B, D]
     weight, dims = model.output_weight.get_value(), model.output_weight.dims
     chosen = weight[choices] if dims == "VD" else jnp.moveaxis(weight[:, choices], 0, -1)  # [B, 2, D]
-    return jnp.einsum("BD,BXD->BX", last, chosen.astype(dtype), preferred_element_type=jnp.float32)
+    return jnp.einsum("BD,BXD->BX", last, chosen, preferred_element_type=jnp.float32)

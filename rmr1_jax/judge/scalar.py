@@ -76,10 +76,11 @@ def batches(rows: Sequence[Sequence[int]], *, longest: int, batch_tokens: int, d
             yield Batch(numbers, tokens, counts)
 
 
-def last_states(model: Transformer, tokens: jax.Array, counts: jax.Array, *, dtype) -> jax.Array:
-    """tokens [B, T] int32, of which the first counts [B] of each row are real -> [B, D] in `dtype`. To be jitted."""
+def last_states(model: Transformer, tokens: jax.Array, counts: jax.Array, **options: Any) -> jax.Array:
+    """tokens [B, T] int32, of which the first counts [B] of each row are real -> [B, D]. To be jitted. options: those
+    of `hidden_states`."""
     segment_ids = (jnp.arange(tokens.shape[1]) < counts[:, None]).astype(jnp.int32)  # [B, T]
-    x = model.hidden_states(tokens, segment_ids=segment_ids, dtype=dtype)  # [B, T, D]
+    x = model.hidden_states(tokens, segment_ids=segment_ids, **options)  # [B, T, D]
     return jnp.take_along_axis(x, counts[:, None, None] - 1, axis=1)[:, 0]
 
 

@@ -18,7 +18,7 @@ for the names on disk.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
@@ -183,9 +183,11 @@ class Transformer(nnx.Module):
         dtype: Any = jnp.float32,
         remat: Remat = "none",
         attention: Implementation = "xla",
+        blocks: Sequence[Block] | None = None,
     ) -> Float[Array, "B T D"]:
         """The states that the head reads, in `dtype`, which is that of the matrix products. Tokens see their own
-        segment alone; segment 0 is padding. By default positions are 0..T-1 and all rows one segment.
+        segment alone; segment 0 is padding. By default positions are 0..T-1 and all rows one segment. blocks: the
+        layers one by one, in place of the module's own stack (of the sampler's weights, in their layout).
 
         Raises:
             InputError: the rows are longer than the model's sliding window.
@@ -216,7 +218,10 @@ class Transformer(nnx.Module):
 
         x = constrain(self.embedded(tokens, dtype), "BTD")
         with jax.named_scope("layers"):
-            x, _ = jax.lax.scan(_remat(layer, remat), x, split(self.layers)[1])
+            if blocks is None:
+                x, _ = jax.lax.scan(_remat(layer, remat), x, split(self.layers)[1])
+            for own in blocks or ():
+                x = constrain(own(x, rope, attend_rows), "BTD")
         return rms_norm(x, self.final_norm, self.config.rms_norm_eps)
 
 

@@ -1,8 +1,9 @@
 """Safetensors files: the place of each tensor's bytes, errors that say what a damaged file is, and writing.
 
 The format is 8 bytes of header length, a JSON header (name, dtype, shape, offsets), then the data. Reading it here,
-not through the library, says how many bytes are missing, and reads rows of a tensor by offset: a mapped file counts
-as memory for as long as it is open. No pickle is ever opened. Next: `hf.py`, which says what the tensors mean.
+not through the library, says how many bytes are missing, and reads rows of a tensor by offset. Files are read and not
+mapped, as the library does: pages of a mapped file count as the process's memory, and a network mount serves them in
+small pieces. No pickle is ever opened. Next: `table.py`, which says what the tensors mean.
 """
 
 import itertools
@@ -13,12 +14,12 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import jax.numpy as jnp
 import numpy as np
 
-from rmr1_jax.errors import InputError
+from rmr1_jax.errors import InputError, RunError
 from rmr1_jax.files.untrusted import own_file, parse_json, read_object, wrong_download
 
 DTYPES = {"F32": jnp.dtype(jnp.float32), "BF16": jnp.dtype(jnp.bfloat16), "F16": jnp.dtype(jnp.float16)}
@@ -37,13 +38,38 @@ class StoredTensor:
     shape: tuple[int, ...]
     offset: int
 
-    def read(self, first: int, count: int, row_shape: tuple[int, ...]) -> np.ndarray:
-        """Rows `first` to `first + count`, each of `row_shape`: [count, *row_shape] in the stored dtype."""
-        row_bytes = math.prod(row_shape) * self.dtype.itemsize
-        data = np.fromfile(self.file, np.uint8, count * row_bytes, offset=self.offset + first * row_bytes)
-        if data.size != count * row_bytes:
-            raise InputError(f"{self.file}: changed while it was read: {self.file.stat().st_size} bytes are left of it")
-        return data.view(self.dtype).reshape(count, *row_shape)
+
+class Reader:
+    """Reads rows of stored tensors. A file is opened once, and stays open until the reader is closed."""
+
+    def __init__(self) -> None:
+        self._files: dict[Path, BinaryIO] = {}
+
+    def __enter__(self) -> "Reader":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for file in self._files.values():
+            file.close()
+
+    def read(self, tensor: StoredTensor, first: int, count: int, row_shape: tuple[int, ...]) -> np.ndarray:
+        """Rows `first` to `first + count`, each of `row_shape`: [count, *row_shape] in the stored dtype.
+
+        Raises:
+            InputError: the file was cut short after its header was read. RunError: the file system fails.
+        """
+        row_bytes = math.prod(row_shape) * tensor.dtype.itemsize
+        data, path = np.empty(count * row_bytes, np.uint8), tensor.file
+        try:
+            file = self._files[path] = self._files.get(path) or path.open("rb")
+            file.seek(tensor.offset + first * row_bytes)
+            size = file.readinto(data)
+        except OSError as e:
+            raise RunError(f"{path} cannot be read: {e.strerror or e}") from e
+        if size != data.size:
+            left = os.fstat(file.fileno()).st_size
+            raise InputError(f"{path}: changed while it was read: {left} bytes are left of it")
+        return data.view(tensor.dtype).reshape(count, *row_shape)
 
 
 def find_tensors(model_dir: Path) -> dict[str, StoredTensor]:

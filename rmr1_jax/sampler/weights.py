@@ -1,7 +1,7 @@
 """The weights as the sampler reads them: a list of layers, in the layout of the sampling mesh.
 
-`sampling_weights` makes them from the training weights, once a policy update; `bind` makes modules of them again inside
-a compiled program. Read `programs.py` next.
+`sampling_weights` makes them from the training weights, once a policy update, and `stored_weights` reads them from a
+model directory; `bind` makes modules of them again inside a compiled program. Read `programs.py` next.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding
 from rmr1_jax.distributed.mesh import local_mesh, sampling_sharding
 from rmr1_jax.model.config import QwenConfig
 from rmr1_jax.model.qwen import Block, Qwen, abstract_params, split
+from rmr1_jax.model.stored_model import StoredModel
 
 Weights = dict[str, Any]  # as `qwen.Params`, but "layers" is a list of trees without the axis L
 
@@ -40,6 +41,13 @@ def sampling_weights(model: Qwen, *, dtype: Any = jnp.float32, mesh: Mesh | None
 
     unstack = _unstack(type(model), model.config, mesh, jnp.dtype(dtype))
     return jax.tree.map(own_part, unstack(split(model)[1]))
+
+
+def stored_weights(stored: StoredModel, *, dtype: Any = jnp.float32, mesh: Mesh | None = None) -> Weights:
+    """Reads the weights for sampling straight from a model directory: `sampling_weights` without training weights.
+    Each process reads what its own part of the mesh keeps."""
+    local = local_mesh(mesh or jax.sharding.get_mesh())
+    return stored.read(local, dtype, sharding=sampling_sharding, stacked=False)
 
 
 def abstract_weights(model: Qwen, mesh: Mesh, dtype: Any) -> Weights:

@@ -17,7 +17,7 @@ from rmr1_jax.model.config import MOST_LAYERS, config_to_hf, parse_config, read_
 from rmr1_jax.model.hf import load_params, save_params
 from rmr1_jax.model.qwen import module_for
 from rmr1_jax.model.rope import rope_inverse_frequencies
-from rmr1_jax.model.tensor_files import MAX_HEADER_BYTES, find_tensors, read_header
+from rmr1_jax.model.tensor_files import MAX_HEADER_BYTES, Reader, find_tensors, read_header
 from rmr1_jax.model.tokenizer import Tokenizer, copy_side_files
 from rmr1_jax.quickstart.tokenizer import CHAT_TEMPLATE
 
@@ -140,7 +140,8 @@ def test_tensors_lie_one_after_the_other_and_each_name_stands_once(tmp_path):
 def test_weights_that_change_while_they_are_read(export):
     stored = find_tensors(export)["model.norm.weight"]
     os.truncate(export / "model.safetensors", 100)
-    assert "changed while it was read: 100 bytes are left" in error_of(stored.read, 0, 8, ())
+    with Reader() as reader:
+        assert "changed while it was read: 100 bytes are left" in error_of(reader.read, stored, 0, 8, ())
 
 
 # ---- config.json ----

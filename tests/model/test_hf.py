@@ -16,10 +16,11 @@ from safetensors.numpy import load_file, save_file
 
 from rmr1_jax.distributed.mesh import MeshConfig, make_mesh
 from rmr1_jax.errors import InputError
-from rmr1_jax.model import hf
+from rmr1_jax.model import hf, stored_model
 from rmr1_jax.model.config import parse_config, read_config
-from rmr1_jax.model.hf import TABLE, load_params, save_params
+from rmr1_jax.model.hf import load_params, save_params
 from rmr1_jax.model.qwen import module_for, param_dims
+from rmr1_jax.model.table import TABLE
 from rmr1_jax.model.tokenizer import copy_side_files
 
 RAW = {
@@ -109,7 +110,7 @@ def test_round_trip_in_shards_and_blocks(tmp_path, monkeypatch, model_type, tied
         assert json.loads(index.read_text())["metadata"]["total_size"] == sum(x.nbytes for x in jax.tree.leaves(params))
     assert read_config(tmp_path) == config
     assert_equal(load_params(tmp_path, module_for(config)), params)
-    monkeypatch.setattr(hf, "BLOCK_BYTES", 7 * 16 * 4)  # blocks that divide nothing
+    monkeypatch.setattr(stored_model, "BLOCK_BYTES", 7 * 16 * 4)  # blocks that divide nothing
     assert_equal(load_params(tmp_path, module_for(config)), params)
     mesh = make_mesh(MeshConfig(replica=2, fsdp=2, tensor=2))
     sharded = load_params(tmp_path, module_for(config), mesh=mesh)
@@ -175,7 +176,7 @@ def test_every_tensor_that_does_not_fit_is_in_one_error(export):
 
 def test_another_architecture_is_named_before_anything_is_allocated(export, monkeypatch):
     path, _, _ = export
-    monkeypatch.setattr(hf, "_load_leaf", lambda *_: pytest.fail("allocated"))
+    monkeypatch.setattr(stored_model, "_zeros", lambda **_: pytest.fail("allocated"))
     text = error_of(path, make_config("qwen3", num_hidden_layers=4))
     assert "q_norm.weight: missing (l = 0, 1, 2, 3)" in text
     assert "q_proj.bias: not a weight of this model (l = 0, 1, 2)" in text
