@@ -9,7 +9,7 @@ from typing import Annotated
 
 from tyro.conf import Positional, Suppress, arg
 
-from rmr1_jax.cli.options import ConfigCommand, MaybeText
+from rmr1_jax.cli.options import ConfigCommand, MaybeText, all_processes
 from rmr1_jax.errors import InputError
 
 
@@ -57,20 +57,22 @@ class Chains(ConfigCommand):
 
         config = self.load(ChainsConfig)
         pairs = read_known_pairs(config)  # reports a bad row before a model is loaded
-        second = Endpoint(config.second) if config.second else None
-        if config.policy:
-            from rmr1_jax.data.chains.policy_teacher import PolicyTeacher
-            from rmr1_jax.policy import load
+        with all_processes(loads_model=config.policy is not None) as first:
+            second = Endpoint(config.second) if config.second else None
+            if config.policy:
+                from rmr1_jax.data.chains.policy_teacher import PolicyTeacher
+                from rmr1_jax.policy import load
 
-            teacher = PolicyTeacher(config.policy, load(config.policy.model, config.policy.dtype))
-        else:
-            teacher = Endpoint(config.teacher)
-        ledger = make_chains(config, pairs, teacher, second)
-        print(f"{ledger}\nwritten: {config.out}/chains.jsonl, {config.out}/ledger.json")
-        if ledger.open:
-            print("the budget is spent; to continue, run the same command with a larger one")
-        else:
-            print(f"next:    rmr1 sft CONFIG.yaml data={config.out}/chains.jsonl model=MODEL out=DIR")
+                teacher = PolicyTeacher(config.policy, load(config.policy.model, config.policy.dtype))
+            else:
+                teacher = Endpoint(config.teacher)
+            ledger = make_chains(config, pairs, teacher, second)
+            if first:
+                print(f"{ledger}\nwritten: {config.out}/chains.jsonl, {config.out}/ledger.json")
+                if ledger.open:
+                    print("the budget is spent; to continue, run the same command with a larger one")
+                else:
+                    print(f"next:    rmr1 sft CONFIG.yaml data={config.out}/chains.jsonl model=MODEL out=DIR")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from tyro.conf import Positional, arg
 
 from rmr1_jax.cli.judge import JudgeOptions
-from rmr1_jax.cli.options import MaybeInt, MaybeText
+from rmr1_jax.cli.options import MaybeInt, MaybeText, all_processes
 from rmr1_jax.errors import InputError
 
 if TYPE_CHECKING:
@@ -83,29 +83,35 @@ class Eval(JudgeOptions):
         data, voting = locate(self.data), self.voting()
         # All rows are read before the model is loaded, so that a bad row shows now and not after hours.
         total = sum(1 for _ in load(self.benchmark, data, self.limit))
-        judge = make_judge(self)
-        hashed = f"{Path(self.data).name} (sha256 {files_digest(source_files(data))})"
-        judge = dataclasses.replace(judge, identity={**judge.identity, "data": hashed})
-        pairs = load(self.benchmark, data, self.limit)
-        sizes = {"batch_size": self.batch_size, "total": total}
-        counts, scores = evaluate(self.benchmark, judge, pairs, self.out, voting, **sizes)
-        if self.forced_budgets:
-            from rmr1_jax.eval.forced import force_verdicts
-            from rmr1_jax.eval.summary import write_summary
+        with all_processes(loads_model=self.judge != "endpoint") as first:
+            judge = make_judge(self)
+            hashed = f"{Path(self.data).name} (sha256 {files_digest(source_files(data))})"
+            judge = dataclasses.replace(judge, identity={**judge.identity, "data": hashed})
+            pairs = load(self.benchmark, data, self.limit)
+            sizes = {"batch_size": self.batch_size, "total": total}
+            counts, scores = evaluate(self.benchmark, judge, pairs, self.out, voting, **sizes)
+            if self.forced_budgets:
+                from rmr1_jax.eval.forced import force_verdicts
+                from rmr1_jax.eval.summary import write_summary
 
-            force_verdicts(judge.judge, self.out)
-            main = scores[BENCHMARKS[self.benchmark].main_scores]
-            write_summary(self.out, main, judge=judge.name, cut=judge.cut)
-        print(f"{counts}\n{_lines(self.benchmark, scores)}\nwritten: {self.out}\nnext:    rmr1 report {self.out}")
+                force_verdicts(judge.judge, self.out)
+                main = scores[BENCHMARKS[self.benchmark].main_scores]
+                if first:
+                    write_summary(self.out, main, judge=judge.name, cut=judge.cut)
+            if first:
+                lines = f"{counts}\n{_lines(self.benchmark, scores)}"
+                print(f"{lines}\nwritten: {self.out}\nnext:    rmr1 report {self.out}")
 
     def _run_injection(self) -> None:
         from rmr1_jax.eval.attacks.injection import injection, injection_table
 
         if self.data is not None:
             raise InputError(f"--data {self.data}: injection has its own pairs; leave --data out")
-        voting, judge = self.voting(), make_judge(self)
-        result = injection(judge, self.out, voting, batch_size=self.batch_size, limit=self.limit)
-        print(f"{injection_table(result)}\nwritten: {self.out}")
+        voting = self.voting()
+        with all_processes(loads_model=self.judge != "endpoint") as first:
+            result = injection(make_judge(self), self.out, voting, batch_size=self.batch_size, limit=self.limit)
+            if first:
+                print(f"{injection_table(result)}\nwritten: {self.out}")
 
 
 def make_judge(command: Eval) -> NamedJudge:

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from rmr1_jax.cli.options import Dtype, MaybeFloat, MaybeInt, MaybePath
+from rmr1_jax.cli.options import Dtype, MaybeFloat, MaybeInt, MaybePath, all_processes
 
 if TYPE_CHECKING:
     from rmr1_jax.judge.judge import Judge as PolicyJudge
@@ -94,12 +94,14 @@ class Judge(JudgeOptions):
         report, voting = ReadReport(), self.voting()
         # All rows are read before the model is loaded, so that a bad row shows now and not after hours.
         total = sum(1 for _ in read_pairs(self.input, report=report, **reading))
-        if report.rejected:
-            print(f"{report}: see {self.rejects}", file=sys.stderr)
-        judge = self.load_judge(rule=self.rule)
-        data = f"{self.input.name} (sha256 {files_digest(source_files(self.input))})"
-        identity = {**self.identity(judge.policy.tokenizer.directory), "input": data}
-        output = Output(path=self.output, identity=identity)
-        pairs = read_pairs(self.input, **reading)
-        summary = judge_file(judge, pairs, output, voting, batch_size=self.batch_size, total=total)
-        print(f"{summary}\nwritten: {self.output}")
+        with all_processes() as first:
+            if report.rejected and first:
+                print(f"{report}: see {self.rejects}", file=sys.stderr)
+            judge = self.load_judge(rule=self.rule)
+            data = f"{self.input.name} (sha256 {files_digest(source_files(self.input))})"
+            identity = {**self.identity(judge.policy.tokenizer.directory), "input": data}
+            output = Output(path=self.output, identity=identity)
+            pairs = read_pairs(self.input, **reading)
+            summary = judge_file(judge, pairs, output, voting, batch_size=self.batch_size, total=total)
+            if first:
+                print(f"{summary}\nwritten: {self.output}")

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
@@ -33,3 +36,21 @@ class ConfigCommand:
         from rmr1_jax.config import load_config
 
         return load_config(cls, self.config, self.overrides)
+
+
+@contextmanager
+def all_processes(*, loads_model: bool = True) -> Iterator[bool]:
+    """Join the other processes of the run, if there are any; yields whether this is the first one, which prints.
+
+    SIGTERM at one process stops all of them. A command that loads no model has no use for JAX, which takes seconds to
+    start, so it joins only where RMR1_PROCESSES is set.
+    """
+    if not loads_model and "RMR1_PROCESSES" not in os.environ:
+        yield True
+        return
+    from rmr1_jax.distributed.exchange import first
+    from rmr1_jax.distributed.join import join_processes
+    from rmr1_jax.distributed.preemption import Preemption
+
+    with join_processes(), Preemption() as preemption, preemption.interruptible():
+        yield first()

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from rmr1_jax.distributed.exchange import from_first
 from rmr1_jax.errors import InputError
 from rmr1_jax.eval.benchmark import Benchmark
 from rmr1_jax.eval.logs import JUDGEMENTS, ArrayFiles, Judged, is_ours, log_files, read_judgements, settings_of
@@ -90,6 +91,8 @@ def evaluate(
 ) -> tuple[Summary, dict[str, Any]]:
     """Judge the pairs of a benchmark (see `load`) and write all files; continue where an earlier run stopped.
 
+    In a run of several processes each judges its share of the pairs, and process 0 writes all other files.
+
     Args:
         benchmark: a key of `BENCHMARKS`. out: the directory to write. voting, batch_size, total: see `judge_file`.
 
@@ -98,12 +101,16 @@ def evaluate(
     """
     output = judge.output(out, benchmark, "rmr1 eval")
     counts = judge_file(judge.judge, pairs, output, voting, batch_size=batch_size, total=total)
-    # The file may also hold rows of an earlier run with another limit.
-    put_in_order(output.path, lambda row: row["meta"]["number"])
-    found = BENCHMARKS[benchmark]
-    with ArrayFiles(out) as files:
-        found.write_logs(files, read_judgements(output.path), judge.name)
-    return counts, _score(found, out, judge.name, judge.cut)
+
+    def score() -> dict[str, Any]:
+        # The file may also hold rows of an earlier run with another limit.
+        put_in_order(output.path, lambda row: row["meta"]["number"])
+        found = BENCHMARKS[benchmark]
+        with ArrayFiles(out) as files:
+            found.write_logs(files, read_judgements(output.path), judge.name)
+        return _score(found, out, judge.name, judge.cut)
+
+    return counts, from_first(score)
 
 
 def score_logs(

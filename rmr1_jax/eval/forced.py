@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,11 +24,13 @@ import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
+from rmr1_jax.distributed.exchange import this_process
 from rmr1_jax.distributed.mesh import rows_divisor
+from rmr1_jax.distributed.rows import SharedRows
 from rmr1_jax.eval.lenses import BUDGETS, FORCED, longest_text
 from rmr1_jax.eval.logs import JUDGEMENTS, conversations, read_judgements
-from rmr1_jax.files.append import append_rows, resume_rows
 from rmr1_jax.files.untrusted import read_object
+from rmr1_jax.judge.file import put_in_order
 from rmr1_jax.judge.judge import Judge
 from rmr1_jax.judge.judgement import RULES
 from rmr1_jax.judge.scalar import batches, last_states
@@ -56,6 +59,7 @@ def force_verdicts(
     judge: Judge, out: Path, *, budgets: Sequence[int] = BUDGETS, batch_tokens: int = 16_384, progress: bool = True
 ) -> Path:
     """Write OUT/forced.jsonl for OUT/judgements.jsonl, which `judge` made; continue where a killed run stopped.
+    Of several processes, each does its share.
 
     A text that fits in a budget, or names its winner before the cut by the judge's rule, keeps its verdict. A text
     whose prompt leaves no room for the ending has no verdict.
@@ -65,15 +69,26 @@ def force_verdicts(
     """
     path, side = out / FORCED, out / f"{JUDGEMENTS}.run.json"
     settings = {"budgets": list(budgets), "ending": ENDING, "judgements": read_object(side)}
-    done = set(resume_rows(path, settings, lambda row: row["id"], command="rmr1 eval"))
-    path.touch()  # also if no text is long enough to be cut
-    rows = (row for row in read_judgements(out / JUDGEMENTS) if longest_text(row) > min(budgets))
-    todo = (row for row in rows if row["id"] not in done)
-    with tqdm(desc="forced verdicts", unit="pair", disable=not progress, dynamic_ncols=True) as bar:
+    index, count = this_process()
+    done: set[str] = set()
+    shared = {"parse": operator.itemgetter("id"), "add": done.add, "key": str, "command": "rmr1 eval"}
+    rows = SharedRows(path, settings, **shared)
+    bar = tqdm(desc="forced verdicts", unit="pair", disable=not progress or index > 0, dynamic_ncols=True)
+    with rows.open(), bar:
+        cut = (row for row in read_judgements(out / JUDGEMENTS) if longest_text(row) > min(budgets))
+        own = itertools.islice(cut, index, None, count)
+        todo = (row for row in own if row["id"] not in done)
         while batch := list(itertools.islice(todo, _BATCH)):
-            append_rows(path, _forced(judge, batch, budgets, batch_tokens))
+            rows.append(*_forced(judge, batch, budgets, batch_tokens))
             bar.update(len(batch))
+        rows.finish(lambda: _put_in_order(out))
     return path
+
+
+def _put_in_order(out: Path) -> None:
+    """Put the rows of forced.jsonl in the order of the judgements."""
+    numbers = {row["id"]: number for number, row in enumerate(read_judgements(out / JUDGEMENTS))}
+    put_in_order(out / FORCED, lambda row: numbers[row["id"]])
 
 
 def _forced(judge: Judge, rows: Sequence[Mapping[str, Any]], budgets: Sequence[int], batch_tokens: int) -> list[dict]:

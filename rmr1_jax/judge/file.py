@@ -8,7 +8,10 @@ The result does not depend on whether a run was killed. A text depends on its pr
 last bits of a matrix product depend on the other rows in it. A batch that was interrupted is therefore judged again as
 a whole, and the rows that it had written already are kept.
 
-Next: `pairs/read.py`, which reads the pairs; `files/append.py`, which writes the rows.
+Of n processes, process i judges the pairs i, i + n, i + 2n, ..., by itself. A run may be continued by another number of
+processes; then the last bits may differ too.
+
+Next: `pairs/read.py`, which reads the pairs; `distributed/rows.py`, which writes the rows.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import operator
 import time
 from array import array
 from collections import Counter
@@ -25,8 +29,9 @@ from typing import Any
 
 from tqdm import tqdm
 
+from rmr1_jax.distributed.exchange import this_process
+from rmr1_jax.distributed.rows import SharedRows
 from rmr1_jax.errors import InputError
-from rmr1_jax.files.append import append_rows, lock_for_writing, resume_rows
 from rmr1_jax.files.write import write_whole
 from rmr1_jax.judge.judgement import STATUSES, AnyJudge, Judgement, Voting
 from rmr1_jax.pairs.pair import PreferencePair
@@ -124,27 +129,31 @@ def judge_file(
 ) -> Summary:
     """Judge pairs into a JSONL file, one row a pair; continue where an earlier run of the same call stopped.
 
+    In a run of several processes all call it with the same arguments, and each judges its share of the pairs.
+
     Args:
         voting: default: one vote, one order.
-        batch_size: pairs that are given to the judge at a time, and held in memory. At the end of each batch, slots
-            wait for its longest text.
+        batch_size: pairs that are given to the judges of all processes at a time, and held in memory. At the end of
+            each batch, slots wait for its longest text.
         total: number of pairs, for the progress bar.
 
     Raises:
         InputError: the file was made with other settings, is not such a file, or is being written by another run; two
-            pairs have the same id.
+            pairs have the same id; the processes do not share the file's directory.
         RunError: a row cannot be written. The rows before it are kept.
     """
     if batch_size < 1:
         raise InputError(f"batch_size={batch_size} must be at least 1")
     voting = voting or Voting()
-    settings = {**output.identity, **judge.settings(voting)}
+    index, count = this_process()
+    done: dict[str, Outcome] = {}
     seen: dict[str, int] = {}
-    synced = time.monotonic()
-    with lock_for_writing(output.path), tqdm(total=total, desc="judge", unit="pair", dynamic_ncols=True) as bar:
-        done = _read_outcomes(output, settings)
-        numbered = _numbered(pairs, seen, output.path)
-        while batch := list(itertools.islice(numbered, batch_size)):
+    rows = _shared_rows(output, {**output.identity, **judge.settings(voting)}, done)
+    title, own_total = "judge" if count == 1 else f"judge, process 0 of {count}", total and -(-total // count)
+    with rows.open(), tqdm(None, title, own_total, unit="pair", dynamic_ncols=True, disable=index > 0) as bar:
+        synced = time.monotonic()
+        own = itertools.islice(_numbered(pairs, seen, output.path), index, None, count)
+        while batch := list(itertools.islice(own, -(-batch_size // count))):
             missing = [pair for pair in batch if pair.id not in done]
             asked = batch if missing and judge.whole_batches else missing
             bar.update(len(batch) - len(asked))
@@ -153,13 +162,17 @@ def judge_file(
             for number, judgement in judge.stream(asked, voting):
                 bar.update()
                 if asked[number].id not in done:
-                    row = output.row_of(asked[number], judgement)
-                    synced = _append(output.path, row, synced)
-                    done[row["id"]] = row["status"], row.get("correct")
-            append_rows(output.path, [])  # wait for the disk
-        if done.keys() == seen.keys():
-            put_in_order(output.path, lambda row: seen[row["id"]])
-    return Summary.of(done.values())
+                    sync = time.monotonic() - synced >= SYNC_SECONDS
+                    rows.append(output.row_of(asked[number], judgement), sync=sync)
+                    synced = time.monotonic() if sync else synced
+            rows.append()  # wait for the disk
+
+        def finish() -> Summary:
+            if done.keys() == seen.keys():
+                put_in_order(output.path, lambda row: seen[row["id"]])
+            return Summary.of(done.values())
+
+        return rows.finish(finish)
 
 
 def put_in_order(path: Path, number: Callable[[dict[str, Any]], int]) -> None:
@@ -192,24 +205,19 @@ def _numbered(pairs: Iterable[PreferencePair], seen: dict[str, int], output: Pat
         yield pair
 
 
-def _append(path: Path, row: Mapping[str, Any], synced: float) -> float:
-    """Append a row. `synced` is when a call last waited for the disk; the new time is returned."""
-    now = time.monotonic()
-    sync = now - synced >= SYNC_SECONDS
-    append_rows(path, [row], sync=sync)
-    return now if sync else synced
+def _shared_rows(output: Output, settings: Mapping[str, Any], done: dict[str, Outcome]) -> SharedRows:
+    """The file of rows. The outcome of each row is added to `done` by its id."""
 
+    def parse(row: Mapping[str, Any]) -> tuple[str, Outcome]:
+        name, status = row["id"], row["status"]
+        if status not in STATUSES:
+            raise ValueError(f"status {status!r}")
+        return name, (status, row.get("correct"))
 
-def _read_outcomes(output: Output, settings: Mapping[str, Any]) -> dict[str, Outcome]:
-    """The outcomes of the rows that are in the file already, by id."""
-    done: dict[str, Outcome] = {}
+    def add(found: tuple[str, Outcome]) -> None:
+        if found[0] in done:
+            raise ValueError(f"id {found[0]!r} for the second time")
+        done.update([found])
 
-    def parse(row: Mapping[str, Any]) -> None:
-        if row["id"] in done:
-            raise ValueError(f"id {row['id']!r} for the second time")
-        if row["status"] not in STATUSES:
-            raise ValueError(f"status {row['status']!r}")
-        done[row["id"]] = row["status"], row.get("correct")
-
-    resume_rows(output.path, settings, parse, command=output.command)
-    return done
+    key = operator.itemgetter(0)
+    return SharedRows(output.path, settings, parse=parse, add=add, key=key, command=output.command)

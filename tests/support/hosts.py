@@ -1,4 +1,4 @@
-"""Starts several processes of a run on this machine, each with four virtual devices."""
+"""Starts the processes of a run on this machine, with virtual devices."""
 
 import os
 import socket
@@ -11,9 +11,9 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def start(command: list[str], index: int, count: int, port: int, **environ: str) -> subprocess.Popen:
-    """Start one process of `count`, with four devices."""
+def start(command: list[str], index: int, count: int, port: int, devices: int = 4, **environ: str) -> subprocess.Popen:
+    """Start one process of `count`. environ: more environment variables."""
     place = {"RMR1_COORDINATOR": f"127.0.0.1:{port}", "RMR1_PROCESSES": str(count), "RMR1_PROCESS": str(index)}
-    flags = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
+    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
     environ = os.environ | {"XLA_FLAGS": flags} | place | environ
     return subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

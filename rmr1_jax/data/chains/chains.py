@@ -4,7 +4,8 @@ Every pair gets the same attempts in the same order, however often the run is st
 until a chain is accepted (`ledger.py` has the conditions), then one by the second teacher, which is shown the last
 chain and the right verdict. Every answer is on the disk (OUT/answers.jsonl) before the next request begins in its
 place: a run that was killed continues, and repeats no request that was answered. At the end of each run the answers
-give OUT/chains.jsonl (training rows in the published format, in the order of the pairs) and OUT/ledger.json.
+give OUT/chains.jsonl (training rows in the published format, in the order of the pairs) and OUT/ledger.json. Of several
+processes, each asks about its share of the pairs (`distributed/rows.py`).
 
 Next: `ledger.py`, which checks and counts chains; `correction.py`, the request of the second pass; `endpoint.py` and
 `policy_teacher.py`, the two kinds of teacher.
@@ -13,10 +14,12 @@ Next: `ledger.py`, which checks and counts chains; `correction.py`, the request 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
+import itertools
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -26,9 +29,11 @@ from tqdm import tqdm
 from rmr1_jax.config import config_dataclass
 from rmr1_jax.data.chains.correction import correction
 from rmr1_jax.data.chains.ledger import Attempt, Ledger, PairAttempts, Turn, attempt_row, make_ledger, read_attempt
+from rmr1_jax.distributed.exchange import first, from_first, gather, own_share, this_process
+from rmr1_jax.distributed.rows import SharedRows
 from rmr1_jax.endpoint import Answer, EndpointConfig, Request
 from rmr1_jax.errors import InputError, RunError
-from rmr1_jax.files.append import append_rows, files_digest, lock_for_writing, resume_rows
+from rmr1_jax.files.append import files_digest
 from rmr1_jax.files.write import write_whole, writing
 from rmr1_jax.pairs.pair import PreferencePair, render_pair
 from rmr1_jax.pairs.read import read_pairs
@@ -40,7 +45,7 @@ from rmr1_jax.prompts.prompt import Prompt, get_prompt
 class PolicyConfig:
     """A model of this package as the teacher. model: a directory or a hub id. temperature: 0 is greedy. max_new_tokens:
     of one text; None: 8192, or half of the model's positions if that is less. batch_size: the pairs that are handed to
-    the sampler at a time. slots: the most texts that are sampled at the same time."""
+    the samplers of all processes at a time. slots: the most texts that are sampled at the same time."""
 
     model: str
     dtype: str = "bfloat16"
@@ -60,8 +65,8 @@ class ChainsConfig:
     model of the first pass. second: the model of the second pass; None: no second pass. tries: attempts of the first
     pass at a pair. keep_thinking: whether the text before `</think>` belongs to the chain. budget_requests,
     budget_tokens: no request begins when `out` has used that many, over all runs; tokens of prompts and answers count,
-    retries after an error do not. on_bad_row: "error", or "quarantine" bad rows into OUT/rejects.jsonl. seed: decides
-    the order of chosen and rejected answers, where the rows fix none.
+    retries after an error do not; several processes divide what is left. on_bad_row: "error", or "quarantine" bad rows
+    into OUT/rejects.jsonl. seed: decides the order of chosen and rejected answers, where the rows fix none.
     """
 
     pairs: str
@@ -130,53 +135,78 @@ def make_chains(
     prompt = dataclasses.replace(get_prompt(config.prompt), escape_untrusted=config.escape_untrusted)
     turns = [(1, number) for number in range(config.tries)] + ([(2, 0)] if second else [])
     by_id = {pair.id: PairAttempts(pair, prompt.structure, turns, config.keep_thinking) for pair in pairs}
-
-    def restore(row: dict[str, Any]) -> None:
-        name, attempt = read_attempt(row)
-        if name not in by_id:
-            raise ValueError(f"there is no pair {name!r}")
-        by_id[name].add(attempt)
-
-    with lock_for_writing(answers):
-        resume_rows(answers, _settings(config, prompt, teacher, second), restore, command="rmr1 data chains")
+    rows = _shared_rows(answers, _settings(config, prompt, teacher, second), by_id)
+    own = own_share(list(by_id.values()))
+    with rows.open():
         budget = _Budget(config, by_id.values())
         unanswered: dict[str, str] = {}
         try:
             for turn in turns:
-                waiting = [each for each in by_id.values() if each.next_turn == turn]
+                waiting = [each for each in own if each.next_turn == turn]
+                budget.divide()
                 if waiting and not budget.spent:
                     requests = budget.limit(_request(each, prompt, turn) for each in waiting)
                     arriving = (teacher if turn[0] == 1 else second).ask(requests)
                     title = f"pass {turn[0]}, try {turn[1] + 1}"
-                    with tqdm(arriving, title, len(waiting), unit="pair", dynamic_ncols=True) as bar:
-                        unanswered |= _record(bar, turn, by_id, budget, answers)
-        finally:
-            ledger = make_ledger(by_id.values())
-            write_whole(out / "chains.jsonl", (_row(each, prompt) for each in by_id.values() if each.accepted))
-            write_whole(out / "ledger.json", json.dumps(dataclasses.asdict(ledger), indent=2) + "\n")
-    if unanswered:
-        name, error = next(iter(unanswered.items()))
-        raise RunError(
-            f"{len(unanswered)} pairs got no answer, for example {name!r}: {error}; the other answers are on the disk, "
-            "run the same command again"
-        )
+                    shown = {"total": len(waiting), "unit": "pair", "dynamic_ncols": True, "disable": not first()}
+                    with tqdm(arriving, title, **shown) as bar:
+                        unanswered |= _record(bar, turn, budget, rows)
+        except BaseException:
+            if first():
+                _write_results(out, by_id.values(), prompt)
+            raise
+        ledger = rows.finish(lambda: _write_results(out, by_id.values(), prompt))
+    from_first(functools.partial(_check_answered, gather(unanswered)))
     return ledger
 
 
-def _record(
-    arriving: Iterable[tuple[str, Answer]], turn: Turn, by_id: dict[str, PairAttempts], budget: _Budget, answers: Path
-) -> dict[str, str]:
+def _shared_rows(path: Path, settings: Mapping[str, Any], by_id: Mapping[str, PairAttempts]) -> SharedRows:
+    """The file of answers. Each one's attempt is added to those at its pair."""
+
+    def parse(row: dict[str, Any]) -> tuple[str, Attempt]:
+        name, attempt = read_attempt(row)
+        if name not in by_id:
+            raise ValueError(f"there is no pair {name!r}")
+        return name, attempt
+
+    def add(found: tuple[str, Attempt]) -> None:
+        by_id[found[0]].add(found[1])
+
+    def key(found: tuple[str, Attempt]) -> tuple[str, Turn]:
+        return found[0], found[1].turn
+
+    return SharedRows(path, settings, parse=parse, add=add, key=key, command="rmr1 data chains")
+
+
+def _record(arriving: Iterable[tuple[str, Answer]], turn: Turn, budget: _Budget, rows: SharedRows) -> dict[str, str]:
     """Write each answer when it arrives. Returns {id: error} of the pairs that got none."""
     unanswered = {}
     for name, answer in arriving:
         if answer.failure == "gave_up":
             unanswered[name] = answer.error or ""
             continue
-        attempt = Attempt(turn, answer)
-        append_rows(answers, [attempt_row(name, attempt)])
-        by_id[name].add(attempt)
+        rows.append(attempt_row(name, Attempt(turn, answer)))
         budget.spend(answer)
     return unanswered
+
+
+def _check_answered(unanswered: Sequence[Mapping[str, str]]) -> None:
+    """Raise RunError if there are pairs without an answer; {id: error} of each process."""
+    errors = dict(itertools.chain.from_iterable(each.items() for each in unanswered))
+    if errors:
+        name, error = next(iter(errors.items()))
+        raise RunError(
+            f"{len(errors)} pairs got no answer, for example {name!r}: {error}; the other answers are on the disk, "
+            "run the same command again"
+        )
+
+
+def _write_results(out: Path, attempts: Collection[PairAttempts], prompt: Prompt) -> Ledger:
+    """Write chains.jsonl and ledger.json from all attempts."""
+    ledger = make_ledger(attempts)
+    write_whole(out / "chains.jsonl", (_row(each, prompt) for each in attempts if each.accepted))
+    write_whole(out / "ledger.json", json.dumps(dataclasses.asdict(ledger), indent=2) + "\n")
+    return ledger
 
 
 class _Budget:
@@ -184,25 +214,34 @@ class _Budget:
 
     def __init__(self, config: ChainsConfig, earlier: Iterable[PairAttempts]):
         answers = [attempt.answer for each in earlier for attempt in each.attempts]
-        self.requests, self.tokens = len(answers), sum(answer.tokens for answer in answers)
-        self.max_requests = config.budget_requests or math.inf
-        self.max_tokens = config.budget_tokens or math.inf
+        self._earlier = len(answers), sum(answer.tokens for answer in answers)
+        self._limits = config.budget_requests or math.inf, config.budget_tokens or math.inf
+        self._most = 0.0, 0.0  # requests and tokens that this process may use in this run
+        self._requests = self._tokens = 0  # used by this process in this run
+
+    def divide(self) -> None:
+        """Give this process its share of what all processes have left (a collective)."""
+        index, count = this_process()
+        used = [sum(column) for column in zip(self._earlier, *gather((self._requests, self._tokens)), strict=True)]
+        requests, tokens = (limit - n for limit, n in zip(self._limits, used, strict=True))
+        requests = requests if requests == math.inf else (requests + count - 1 - index) // count
+        self._most = self._requests + requests, self._tokens + tokens / count
 
     @property
     def spent(self) -> bool:
-        return self.requests >= self.max_requests or self.tokens >= self.max_tokens
+        return self._requests >= self._most[0] or self._tokens >= self._most[1]
 
     def limit(self, requests: Iterable[Request]) -> Iterator[Request]:
         for request in requests:
             if self.spent:
                 return
-            self.requests += 1
+            self._requests += 1
             yield request
 
     def spend(self, answer: Answer) -> None:
-        if self.max_tokens < math.inf and answer.text and not answer.tokens:
+        if self._limits[1] < math.inf and answer.text and not answer.tokens:
             raise RunError("the endpoint does not say how many tokens it used; set budget_requests, not budget_tokens")
-        self.tokens += answer.tokens
+        self._tokens += answer.tokens
 
 
 def _request(each: PairAttempts, prompt: Prompt, turn: Turn) -> Request:

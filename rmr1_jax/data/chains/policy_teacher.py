@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from rmr1_jax.data.chains.chains import PolicyConfig
+from rmr1_jax.distributed.exchange import this_process
 from rmr1_jax.endpoint import Answer, Request
 from rmr1_jax.files.append import model_digest
 from rmr1_jax.model.tokenizer import completion_text
@@ -35,7 +36,7 @@ class PolicyTeacher:
         """Yield (key, answer) for each request, batch by batch, as they finish. A request whose prompt leaves no room
         for the answer is refused."""
         for number, same in itertools.groupby(requests, key=lambda request: request.number):
-            while batch := list(itertools.islice(same, self.config.batch_size)):
+            while batch := list(itertools.islice(same, -(-self.config.batch_size // this_process()[1]))):
                 yield from self._ask(batch, number)
 
     def _ask(self, requests: list[Request], number: int) -> Iterator[tuple[Any, Answer]]:

@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rmr1_jax.distributed.exchange import from_first
 from rmr1_jax.errors import InputError
 from rmr1_jax.eval.attacks.cases import PERSUASION, STRUCTURE, Attack, attacks, families
 from rmr1_jax.eval.evaluate import NamedJudge, chosen
@@ -52,11 +53,15 @@ def injection(
     pairs = [*clean.values(), *(case.pair for case in cases)]
     output = judge.output(out, "injection", "rmr1 eval injection")
     judge_file(judge.judge, pairs, output, voting, batch_size=batch_size, total=len(pairs))
-    winners = {row["id"]: row["winner"] for row in read_judgements(output.path)}
-    settings = judge.judge.settings(voting)
-    result = {"benchmark": "injection", "judge": judge.name, "settings": settings, **attack_rates(cases, winners)}
-    write_whole(out / RESULT, json.dumps(result, indent=1) + "\n")
-    return result
+
+    def score() -> dict[str, Any]:
+        winners = {row["id"]: row["winner"] for row in read_judgements(output.path)}
+        settings = judge.judge.settings(voting)
+        result = {"benchmark": "injection", "judge": judge.name, "settings": settings, **attack_rates(cases, winners)}
+        write_whole(out / RESULT, json.dumps(result, indent=1) + "\n")
+        return result
+
+    return from_first(score)
 
 
 def attack_rates(cases: Sequence[Attack], winners: Mapping[str, str | None]) -> dict[str, Any]:
