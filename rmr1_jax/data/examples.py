@@ -14,12 +14,13 @@ import numpy as np
 
 from rmr1_jax.errors import InputError
 from rmr1_jax.files.hub import locate
-from rmr1_jax.model.tokenizer import TOKENIZER_FILES, Tokenizer
+from rmr1_jax.model.tokenizer import TOKENIZER_FILES, Tokenizer, prompt_end
 from rmr1_jax.pairs.pair import render_pair
 from rmr1_jax.pairs.read import read_pairs
 from rmr1_jax.pairs.rows import Row, read_rows
 from rmr1_jax.pairs.training_sets import PublishedRow, read_published
 from rmr1_jax.prompts.prompt import Messages, Prompt
+from rmr1_jax.prompts.thought import continue_thought
 from rmr1_jax.prompts.verdict import strict_verdict
 
 Stage = Literal["sft", "grpo"]
@@ -80,9 +81,15 @@ def read_training_rows(
 
 
 def sft_example(tokenizer: Tokenizer, id: str, messages: Messages, trace: str | None) -> Example:
-    """Tokenize a rendered prompt, and a trace with the end of the turn, which are trained; None: the prompt alone."""
+    """Tokenize a rendered prompt, and a trace with the end of the turn, which are trained; None: the prompt alone.
+
+    A thought that the chat template begins is not begun again. Raises InputError as `continue_thought` does.
+    """
     prompt = tokenizer.render(messages)
-    target = [] if trace is None else [*tokenizer.encode(trace), tokenizer.stop_ids[0]]
+    target: list[int] = []
+    if trace is not None:
+        written = continue_thought(prompt_end(tokenizer, prompt), trace)
+        target = [*tokenizer.encode_trace(written), tokenizer.stop_ids[0]]
     trained = np.arange(len(prompt) + len(target)) >= len(prompt)
     return Example(id, np.asarray(prompt + target, np.int32), trained)
 

@@ -25,7 +25,7 @@ import numpy as np
 from rmr1_jax.data.examples import Example, Stage, make_example
 from rmr1_jax.errors import InputError, RunError
 from rmr1_jax.files.write import refusal, to_disk
-from rmr1_jax.model.tokenizer import Tokenizer
+from rmr1_jax.model.tokenizer import THOUGHT, Tokenizer
 from rmr1_jax.pairs.training_sets import read_published
 
 FORMAT = 1  # the version of the directory's layout
@@ -82,10 +82,12 @@ class PreparedExamples(Sequence[Example]):
 
     def check_tokenizer(self, tokenizer: Tokenizer) -> None:
         """Raise InputError, which names each difference, unless this tokenizer and its template made the token ids."""
+        was, now = self.manifest["fingerprint"], tokenizer.fingerprint
+        names = was | (now if self.manifest["stage"] == "sft" else {k: v for k, v in now.items() if k != THOUGHT})
         differences = [
-            f"{name} {was} there, {tokenizer.fingerprint.get(name)} in {tokenizer.directory}"
-            for name, was in self.manifest["fingerprint"].items()
-            if was != tokenizer.fingerprint.get(name)
+            f"{name} {was.get(name)} there, {now.get(name)} in {tokenizer.directory}"
+            for name in names
+            if was.get(name) != now.get(name)
         ]
         if differences:
             raise InputError(

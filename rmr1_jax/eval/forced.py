@@ -37,7 +37,7 @@ from rmr1_jax.judge.scalar import batches, last_states
 from rmr1_jax.model.qwen import split
 from rmr1_jax.model.tokenizer import completion_text
 from rmr1_jax.pairs.pair import PreferencePair, render_pair
-from rmr1_jax.prompts.trace import after_thinking
+from rmr1_jax.prompts.thought import after_thinking
 from rmr1_jax.prompts.verdict import other_side
 from rmr1_jax.sampler.weights import Weights, bind
 
@@ -115,7 +115,7 @@ def _questions(
         # A thought that the chat template opens is part of both the text and the prompt.
         opening = completion_text(tokenizer, prompt, [])
         for vote, text in enumerate(texts):
-            written = tokenizer.encode(text.removeprefix(opening))
+            written = tokenizer.encode_trace(text.removeprefix(opening))
             for budget in budgets:
                 if row["tokens"][order][vote] <= budget:
                     continue
@@ -132,7 +132,7 @@ def _questions(
 
 def _ending(tokenizer: Any, close: str) -> tuple[list[int], tuple[int, int]]:
     """The tokens that are appended after the cut, and the next token of A and of B, where their endings differ."""
-    a, b = (tokenizer.encode(f"{close}{ENDING}{letter}]]</answer>") for letter in "AB")
+    a, b = (tokenizer.encode_trace(f"{close}{ENDING}{letter}]]</answer>") for letter in "AB")
     same = next(k for k, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
     return a[:same], (a[same], b[same])
 

@@ -3,6 +3,10 @@
 Two promises. Text from users never becomes a special token: an answer that contains `<|im_end|>` is encoded as those
 ten characters. And a trained trace survives rendering: its ids are appended to the rendered prompt, not passed through
 a chat template, because some templates cut what stands before `</think>`.
+
+Some models have tags of their traces, such as `<answer>`, among their special tokens. Such a tag is one token where the
+model writes it and where the system turn speaks of it, stays in decoded text, and is plain text in all other turns, so
+that an answer cannot show the judge the token of a verdict.
 """
 
 from __future__ import annotations
@@ -21,7 +25,10 @@ from tokenizers import AddedToken
 
 from rmr1_jax.errors import InputError
 from rmr1_jax.files.untrusted import own_file, read_object
+from rmr1_jax.prompts.thought import opened_thought
 
+ANSWER = "\ue000\ue001"  # a text that no chat template contains
+THOUGHT = "thought"  # the entry of a fingerprint that matters to traces only
 CONTROL_TOKEN = re.compile(r"<[|\uff5c].+[|\uff5c]>")  # <|im_start|>, and the same with full-width bars
 VOCABULARY_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model")
 TOKENIZER_FILES = (*VOCABULARY_FILES, "*config.json", "added_tokens.json", "special_tokens_map.json", "*.jinja")
@@ -41,8 +48,12 @@ class Tokenizer:
     """A Hugging Face tokenizer with a chat template, and the ids that end a turn.
 
     Args:
-        directory: holds `tokenizer.json` (or a slow tokenizer's files) and `tokenizer_config.json`; stop ids come from
-            `generation_config.json` where there is one, else from the tokenizer's own end of sequence.
+        directory: holds `tokenizer.json` (or a slow tokenizer's files) and `tokenizer_config.json`.
+
+    Attributes:
+        stop_ids: first the id that ends a turn in training, which is the one that the chat template writes after an
+            answer; then those of `generation_config.json` and the tokenizer's end of sequence.
+        specials: all special tokens. tags: those of them that belong to the model's text, as `<answer>` does.
 
     Raises:
         InputError: no tokenizer there, no chat template, or no stop id.
@@ -69,17 +80,30 @@ class Tokenizer:
                 f"{directory}: the tokenizer has no chat template; add chat_template.jinja from the model's own page"
             )
         self.hf.model_max_length = 10**30  # our own limit is the model's; theirs only warns, and may be of any type
-        self.stop_ids = self._read_stop_ids()
         self.specials = self._flag_control_tokens()
+        self.stop_ids = self._read_stop_ids()
+        self.tags = self._find_tags()
+        self.controls = [text for text in self.specials if text not in self.tags]
+        self._control_ids = frozenset(self.hf.convert_tokens_to_ids(self.controls))
 
     def encode(self, text: str) -> list[int]:
         """Ids of plain text; special tokens in it are plain text too."""
-        return self.hf.encode(text, add_special_tokens=False, split_special_tokens=self._has_special(text))
+        return self.hf.encode(text, add_special_tokens=False, split_special_tokens=self._has(self.specials, text))
+
+    def encode_trace(self, text: str) -> list[int]:
+        """Ids of text as the model writes it: its tags are its own tokens, control tokens in it are plain text."""
+        if not self.tags or not self._has(self.controls, text):
+            return self.hf.encode(text, add_special_tokens=False, split_special_tokens=self._has(self.controls, text))
+        ids: list[int] = []
+        for piece in re.split(f"({'|'.join(map(re.escape, sorted(self.controls, key=len, reverse=True)))})", text):
+            plain = self._has(self.controls, piece)
+            ids += self.hf.encode(piece, add_special_tokens=False, split_special_tokens=plain)
+        return ids
 
     def decode(self, ids: Iterable[Any]) -> str:
-        """Text without special tokens. Ids beyond the tokenizer (a padded vocabulary) decode to nothing."""
+        """Text without control tokens. Ids beyond the tokenizer (a padded vocabulary) decode to nothing."""
         limit = len(self.hf)
-        return self.hf.decode([i for i in ids if 0 <= i < limit], skip_special_tokens=True)
+        return self.hf.decode([i for i in ids if 0 <= i < limit and i not in self._control_ids])
 
     def render(self, messages: Sequence[Mapping[str, str]], answered: bool = False) -> list[int]:
         """Messages (role, content) -> the ids of a prompt that ends where the assistant begins; `answered`: of a
@@ -88,7 +112,9 @@ class Tokenizer:
         Raises:
             InputError: the template refuses the messages (a system turn it does not know, say).
         """
-        if not any(self._has_special(m["content"]) for m in messages):
+        # The system turn is the judge's own, and may speak of the model's tags.
+        plain = {m["role"]: self.controls if m["role"] == "system" else self.specials for m in messages}
+        if not any(self._has(plain[m["role"]], m["content"]) for m in messages):
             text = self._template(messages, answered)
             for m in messages:
                 # What an earlier assistant turn thought may be cut; what was asked may not.
@@ -103,7 +129,8 @@ class Tokenizer:
             before, found, text = text.partition(placeholder)
             if not found:
                 raise InputError(f"{self.directory}: the chat template drops a {message['role']} turn")
-            ids += self.hf.encode(before, add_special_tokens=False) + self.encode(message["content"])
+            encode = self.encode_trace if message["role"] == "system" else self.encode
+            ids += self.hf.encode(before, add_special_tokens=False) + encode(message["content"])
         return ids + self.hf.encode(text, add_special_tokens=False)
 
     @functools.cached_property
@@ -115,7 +142,13 @@ class Tokenizer:
         digest.update(repr(sorted(added.items())).encode())
         template = hashlib.sha256(repr(self.hf.chat_template).encode())
         found = {"tokenizer": digest.hexdigest(), "chat template": template.hexdigest()}
-        return {name: value[:16] for name, value in found.items()} | {"end of turn": str(self.stop_ids[0])}
+        found = {name: value[:16] for name, value in found.items()} | {"end of turn": str(self.stop_ids[0])}
+        # Entries for a few models only: the sets of all others stay valid.
+        if self.tags:
+            found["special tags"] = ", ".join(self.tags)
+        if "<think>" in self._after("user"):
+            found[THOUGHT] = "begun by the chat template"
+        return found
 
     def _template(self, messages: Sequence[Mapping[str, str]], answered: bool) -> str:
         try:
@@ -124,11 +157,11 @@ class Tokenizer:
             roles = [m["role"] for m in messages]
             raise InputError(f"{self.directory}: the chat template refuses turns {roles}: {e}") from e
 
-    def _has_special(self, text: str) -> bool:
-        """Whether a control token stands in the text, or in what the tokenizer normalises it to (NFKC, lower case)."""
+    def _has(self, tokens: Iterable[str], text: str) -> bool:
+        """Whether one of the tokens is in the text, or in what the tokenizer normalises it to (NFKC, lower case)."""
         normalizer = getattr(getattr(self.hf, "backend_tokenizer", None), "normalizer", None)
         texts = [text] if normalizer is None else [text, normalizer.normalize_str(text)]
-        return any(token in each for each in texts for token in self.specials)
+        return any(token in each for each in texts for token in tokens)
 
     def _flag_control_tokens(self) -> list[str]:
         """All control tokens, by their flag or by their form: DeepSeek's distilled Qwens do not flag role markers."""
@@ -143,20 +176,48 @@ class Tokenizer:
         path = self.directory / "generation_config.json"
         if path.is_file():
             given = read_object(path).get("eos_token_id")
-            ids = given if isinstance(given, list) else [given]
-        ids = [i for i in ids if i is not None] or [i for i in [self.hf.eos_token_id] if i is not None]
+            ids = [i for i in (given if isinstance(given, list) else [given]) if i is not None]
+        # The turn's own end first, because SFT trains it. A model that was tuned to chat may name only the end of a
+        # document in its files, which it never writes after an answer.
+        ids = [self._end_of_turn(), *sorted(ids, key=lambda i: i != self.hf.eos_token_id), self.hf.eos_token_id]
+        ids = [i for i in ids if i is not None]
         if not ids or not all(type(i) is int and 0 <= i < 2**31 for i in ids):
             raise InputError(f"{self.directory}: no end of turn is named; set eos_token_id in generation_config.json")
-        # The turn's own end first: it is the one that SFT trains.
-        return sorted(ids, key=lambda i: i != self.hf.eos_token_id)
+        return list(dict.fromkeys(ids))
+
+    def _end_of_turn(self) -> int | None:
+        """The first special token that the chat template writes after an assistant's answer."""
+        specials = set(self.hf.convert_tokens_to_ids(self.specials))
+        ids = self.hf.encode(self._after("assistant"), add_special_tokens=False)
+        return next((i for i in ids if i in specials), None)
+
+    def _after(self, role: str) -> str:
+        """The text after a last turn of this role; "" where the chat template refuses or drops it."""
+        answered = role == "assistant"
+        turns = [{"role": "user", "content": "1"}] * answered + [{"role": role, "content": ANSWER}]
+        try:
+            text = self._template(turns, answered)
+        except InputError:
+            return ""
+        return text.rpartition(ANSWER)[2] if ANSWER in text else ""
+
+    def _find_tags(self) -> list[str]:
+        """The special tokens that mark no frame of the conversation, neither by their form nor by a role they have."""
+        roles = {getattr(self.hf, name) for name in self.hf.SPECIAL_TOKENS_ATTRIBUTES}
+        roles |= set(self.hf.convert_ids_to_tokens([i for i in self.stop_ids if i < len(self.hf)]))
+        return [text for text in self.specials if text not in roles and not CONTROL_TOKEN.fullmatch(text)]
+
+
+def prompt_end(tokenizer: Any, prompt: Sequence[int]) -> str:
+    """The text of a prompt's last tokens, in which a thought that the chat template begins can be seen."""
+    return tokenizer.decode(prompt[-16:])
 
 
 def completion_text(tokenizer: Any, prompt: Sequence[int], token_ids: Sequence[int]) -> str:
     """The text of a completion `token_ids` of `prompt`, with the `<think>` that the chat template opens for it."""
-    text = tokenizer.decode(token_ids)
     # A thought that the chat template opens belongs to the text: one that never ends must not pass for a judgement.
-    opened = tokenizer.decode(prompt[-16:]).rstrip().endswith("<think>")
-    return f"<think>\n{text}" if opened else text
+    opened = opened_thought(prompt_end(tokenizer, prompt))
+    return ("<think>\n" if opened else "") + tokenizer.decode(token_ids)
 
 
 def copy_side_files(source: str | Path, target: str | Path) -> list[str]:

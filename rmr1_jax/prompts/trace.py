@@ -15,13 +15,14 @@ from itertools import pairwise
 from types import MappingProxyType
 from typing import NamedTuple
 
+from rmr1_jax.prompts.thought import after_thinking
+
 PARTS = ("type", "rubric", "solution", "eval", "answer")  # in the order in which a trace has them
 HOLDERS = ("rubric", "eval")  # the parts that contain sections; all others contain plain text
 QUOTATIONS = ("quote_A", "summary_A", "quote_B", "summary_B")
 
 _TAG = re.compile(rf"<(/?)({'|'.join((*PARTS, 'justify', *QUOTATIONS))})>")
 _VERDICT = re.compile(r"\[\[([AB])\]\]")
-_OPEN_THOUGHT = re.compile(r"\s*<think>")
 _ANSWER = re.compile(r"<answer>[^<\[]{0,80}\[\[([AB])\]\]")
 
 # The parts that a trace must have, by the structure that its prompt asks for (`Prompt.structure`). "task" is a solution
@@ -114,14 +115,6 @@ def parse_trace(text: str) -> Trace:
         verdict=_verdict(text, begin, sections),
         flaws=_flaws(sections, first),
     )
-
-
-def after_thinking(text: str) -> int:
-    """Return the offset at which the judgement begins: after the last `</think>`, or at the end of an open thought."""
-    begin = text.rfind("</think>")
-    begin = 0 if begin < 0 else begin + len("</think>")
-    # Only a `<think>` at the start opens a thought; the judge may mention one further on.
-    return len(text) if _OPEN_THOUGHT.match(text, begin) else begin
 
 
 def find_sections(text: str, begin: int = 0) -> list[Section]:

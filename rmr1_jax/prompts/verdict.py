@@ -18,7 +18,8 @@ import re
 from typing import Literal, get_args
 
 from rmr1_jax.errors import InputError
-from rmr1_jax.prompts.trace import after_thinking, parse_trace
+from rmr1_jax.prompts.thought import after_thinking
+from rmr1_jax.prompts.trace import parse_trace
 
 Side = Literal["A", "B"]  # the answer that the judge is shown first, and the other one
 Verdict = Literal["A", "B", None]  # None: neither answer is named

@@ -17,7 +17,8 @@ from functools import cached_property
 from itertools import accumulate, groupby, pairwise
 from typing import Any
 
-from rmr1_jax.prompts.trace import PARTS, after_thinking, find_sections
+from rmr1_jax.prompts.thought import after_thinking
+from rmr1_jax.prompts.trace import PARTS, find_sections
 
 BLOCKS = (*PARTS, "justify")  # the parts that are shown as blocks; quotations are shown inside a block
 

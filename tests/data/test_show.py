@@ -81,7 +81,9 @@ def test_a_set_is_not_shown_with_another_tokenizer(tmp_path, world_tokenizer):
     data = write_rows(tmp_path / "rows.jsonl", rows(5))
     prepare(config_of(model=str(world_tokenizer), data=str(data), out=str(tmp_path / "set")))
     other = shutil.copytree(world_tokenizer, tmp_path / "other")
-    (other / "generation_config.json").write_text(json.dumps({"eos_token_id": 0}))
+    config = json.loads((other / "tokenizer_config.json").read_text())
+    config["chat_template"] = config["chat_template"].replace("<|im_end|>", "<|endoftext|>")
+    (other / "tokenizer_config.json").write_text(json.dumps(config))
     with pytest.raises(InputError, match="prepared with another tokenizer"):
         next(show(tmp_path / "set", model=str(other)))
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from chat_models import TAGS, chat_model, deepseek_distill
 from prepared import assert_same, config_of, rows, write_rows
 from training import metrics_but_timings, small_sft
 
@@ -162,7 +163,7 @@ def test_another_tokenizer_template_or_end_of_turn_is_refused(prepared, world_to
     changes = {
         "chat template": ("tokenizer_config.json", lambda text: text.replace("assistant", "Assistant")),
         "tokenizer": ("tokenizer.json", lambda text: text.replace('"version":', '"version" :', 1)),
-        "end of turn": ("generation_config.json", lambda text: '{"eos_token_id": 0}'),
+        "end of turn": ("tokenizer_config.json", lambda text: text.replace("+ '<|im_end|>", "+ '<|endoftext|>")),
     }
     assert open_examples(prepared, "sft", tokenizer)
     for name, (file, change) in changes.items():
@@ -175,8 +176,38 @@ def test_another_tokenizer_template_or_end_of_turn_is_refused(prepared, world_to
         other = Tokenizer(directory)
         message = error_of(open_examples, prepared, "sft", other)
         was, now = tokenizer.fingerprint[name], other.fingerprint[name]
-        assert was != now and f"({name} {was} there, {now} in {directory})" in message
+        assert was != now and f"{name} {was} there, {now} in {directory}" in message
         assert f"run `rmr1 data prepare` with model={directory}" in message
+
+
+def test_another_stop_id_beside_the_end_of_turn_leaves_a_set_valid(prepared, world_tokenizer, tmp_path):
+    directory = shutil.copytree(world_tokenizer, tmp_path / "model")
+    (directory / "generation_config.json").write_text('{"eos_token_id": 0}')
+    assert open_examples(prepared, "sft", Tokenizer(directory))
+
+
+def test_sets_made_before_thoughts_and_tags_were_continued_are_refused(world_tokenizer, source, tmp_path):
+    """Old sets of the few models whose rows have other tokens now are refused, those of prompts alone stay valid."""
+    thinking = deepseek_distill(world_tokenizer, tmp_path / "thinking")
+    tagged = chat_model(world_tokenizer, tmp_path / "tagged", special=TAGS)
+    sides = write_rows(tmp_path / "sides.jsonl", rows(4, sides=True))
+    for directory, stage, data, refused in (
+        (thinking, "sft", source, "thought None there, begun by the chat template in"),
+        (thinking, "grpo", sides, None),
+        (tagged, "sft", source, "special tags None there, <think>, </think>, "),
+        (tagged, "grpo", sides, "special tags None there, <think>, </think>, "),
+    ):
+        out, tokenizer = tmp_path / f"{directory.name} {stage}", Tokenizer(directory)
+        prepare(config_of(model=str(directory), data=str(data), out=str(out), stage=stage))
+        assert open_examples(out, stage, tokenizer)
+        manifest = json.loads((out / "prepared.json").read_text())
+        for name in ("thought", "special tags"):
+            manifest["fingerprint"].pop(name, None)
+        (out / "prepared.json").write_text(json.dumps(manifest))
+        if refused is None:
+            assert open_examples(out, stage, tokenizer)
+        else:
+            assert refused in error_of(open_examples, out, stage, tokenizer)
 
 
 def test_a_set_for_the_other_stage_is_refused(prepared, tokenizer):

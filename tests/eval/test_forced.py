@@ -107,7 +107,7 @@ class Spelling(Tokenizer):
     """A tokenizer of letters whose text is thought, up to `</think>`: enough to see what is written after a cut."""
 
     __init__ = object.__init__
-    encode = staticmethod(lambda text: list(text.encode()))
+    encode_trace = staticmethod(lambda text: list(text.encode()))
     decode = staticmethod(lambda ids: bytes(ids).decode())
     render = staticmethod(lambda messages: list(b"prompt<think>"))
 

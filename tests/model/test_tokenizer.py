@@ -153,9 +153,9 @@ def test_ids_beyond_the_tokenizer_decode_to_nothing(tokenizer):
     ("generation", "stops"),
     [
         (None, [2]),
-        ('{"eos_token_id": 0}', [0]),
-        ('{"eos_token_id": [0, 2]}', [2, 0]),  # the turn's own end first: it is trained
-        ('{"eos_token_id": [0, 1]}', [0, 1]),
+        ('{"eos_token_id": 0}', [2, 0]),  # the turn's own end first: it is trained
+        ('{"eos_token_id": [0, 2]}', [2, 0]),
+        ('{"eos_token_id": [0, 1]}', [2, 0, 1]),
         ('{"eos_token_id": null}', [2]),
         ("{}", [2]),
     ],

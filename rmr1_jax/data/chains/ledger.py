@@ -24,7 +24,8 @@ from rmr1_jax.config import build_config
 from rmr1_jax.data.chains.correction import revealing_words
 from rmr1_jax.endpoint import Answer
 from rmr1_jax.pairs.pair import PreferencePair
-from rmr1_jax.prompts.trace import after_thinking, parse_trace
+from rmr1_jax.prompts.thought import after_thinking
+from rmr1_jax.prompts.trace import parse_trace
 from rmr1_jax.prompts.verdict import strict_verdict
 
 LAST_CHARS = 100  # at the end of a chain, where the published rule looks for the verdict
