@@ -17,7 +17,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from rmr1_jax.distributed.exchange import first, wait
-from rmr1_jax.distributed.mesh import single_device_mesh
+from rmr1_jax.distributed.mesh import rows_divisor, single_device_mesh
 from rmr1_jax.errors import InputError
 from rmr1_jax.files.hub import locate
 from rmr1_jax.model import hf
@@ -26,7 +26,8 @@ from rmr1_jax.model.qwen import Params, Qwen, init_params, split, with_params
 from rmr1_jax.model.stored_model import StoredModel
 from rmr1_jax.model.tokenizer import Tokenizer, copy_side_files
 from rmr1_jax.sampler.engine import Engine
-from rmr1_jax.sampler.sample import Sample, SamplingConfig
+from rmr1_jax.sampler.layout import local_layout
+from rmr1_jax.sampler.sample import Sample, SampleStats, SamplingConfig
 from rmr1_jax.sampler.weights import Weights, sampling_weights, stored_weights
 
 MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.jinja")  # of a hub repository
@@ -98,7 +99,25 @@ class Policy:
         """Samples as `sample` does, in tokens, and yields (prompt, number, sample) as they finish."""
         stops = self.tokenizer.stop_ids if stop_token_ids is None else stop_token_ids
         engine = Engine.for_prompts(self.structure, self.weights, prompts, sampling, mesh=self.mesh)
-        return engine.stream(self.weights, prompts, stops)
+        try:
+            yield from engine.stream(self.weights, prompts, stops)
+        finally:
+            self.stats.add(engine.stats)
+
+    @functools.cached_property
+    def stats(self) -> SampleStats:
+        """The sampler's counts over all calls of `sample` and `stream` so far."""
+        return SampleStats()
+
+    def stats_text(self) -> str:
+        """The counts so far in one line: texts, tokens a second, devices, occupancy."""
+        s, mesh = self.stats, self.mesh
+        data, tensor = rows_divisor(mesh), mesh.shape["tensor"]
+        return (
+            f"sampled {s.samples:,} texts, {s.new_tokens:,} tokens at {s.new_tokens / max(s.seconds, 1e-9):,.0f} "
+            f"tokens/s on {mesh.size} device{'s' * (mesh.size > 1)} (data {data} x tensor {tensor}), "
+            f"occupancy {s.occupancy:.0%}"
+        )
 
     def save(self, directory: str | Path, *, dtype: str | None = None) -> None:
         """Write a Hugging Face directory: weights (in the params' own dtype unless given), config, tokenizer. All
@@ -160,6 +179,7 @@ def load(
     dtype: str = "bfloat16",
     mesh: Mesh | None = None,
     *,
+    tensor: int | None = None,
     master_dtype: str | None = None,
     module: type[Qwen] = Qwen,
 ) -> Policy:
@@ -168,21 +188,30 @@ def load(
 
     Args:
         dtype: of the matrix products, "bfloat16" or "float32". master_dtype: of the weights that are kept (training
-            wants "float32"); default `dtype`. mesh: default one device. module: a subclass of `Qwen` to put the weights
-            into.
+            wants "float32"); default `dtype`. mesh: default all devices of this process, laid out by the model's size
+            (`sampler/layout.py`). tensor: the number of devices that share a copy of the weights, instead of that
+            rule's; the devices hold as many copies as fit. module: a subclass of `Qwen` to put the weights into.
 
     Raises:
-        InputError: not a directory or a reachable hub id, or anything wrong in it (all differences at once).
+        InputError: not a directory or a reachable hub id, or anything wrong in it (all differences at once); or
+            `tensor` does not divide the number of devices, or the devices are too small for the weights.
     """
-    for name in (dtype, master_dtype or dtype):
+    directory, config, tokenizer = open_model(model, dtype, master_dtype or dtype)
+    stored = StoredModel.open(directory, module(config), DTYPES[master_dtype or dtype])
+    return Policy(stored, tokenizer, local_layout(stored.module, DTYPES[dtype], mesh, tensor), dtype)
+
+
+def open_model(model: str | Path, *dtypes: str, scalar: bool = False) -> tuple[Path, QwenConfig, Tokenizer]:
+    """Find a model by its directory or hub id; return its local directory, its config and its tokenizer. scalar: it is
+    a scalar reward model. Raises InputError for anything wrong in them, or a dtype that is not known."""
+    for name in dtypes:
         if name not in DTYPES:
             raise InputError(f"dtype {name!r} is not known; give one of {', '.join(DTYPES)}")
-    directory, mesh = locate(model, kind="model", patterns=MODEL_FILES), mesh or single_device_mesh()
-    config, tokenizer = read_config(directory), Tokenizer(directory)
+    directory = locate(model, kind="model", patterns=MODEL_FILES)
+    config, tokenizer = read_config(directory, scalar=scalar), Tokenizer(directory)
     if len(tokenizer.hf) > config.vocab_size:
         raise InputError(f"{directory}: the tokenizer has {len(tokenizer.hf)} tokens, the model {config.vocab_size}")
-    stored = StoredModel.open(directory, module(config), DTYPES[master_dtype or dtype])
-    return Policy(stored, tokenizer, mesh, dtype)
+    return directory, config, tokenizer
 
 
 def fresh_policy(config: QwenConfig, tokenizer_directory: str | Path, *, seed: int, mesh: Mesh | None = None) -> Policy:

@@ -63,7 +63,8 @@ class Chains(ConfigCommand):
                 from rmr1_jax.data.chains.policy_teacher import PolicyTeacher
                 from rmr1_jax.policy import load
 
-                teacher = PolicyTeacher(config.policy, load(config.policy.model, config.policy.dtype))
+                policy = load(config.policy.model, config.policy.dtype, tensor=config.policy.tensor)
+                teacher = PolicyTeacher(config.policy, policy)
             else:
                 teacher = Endpoint(config.teacher)
             ledger = make_chains(config, pairs, teacher, second)

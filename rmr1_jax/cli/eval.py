@@ -42,8 +42,6 @@ class Eval(JudgeOptions):
     """Random seed of the sampling. The order of A and B is the published one for every seed."""
     limit: MaybeInt = None
     """Judge only this many items, spread evenly over the data. A later run without the limit judges the rest."""
-    slots: int = 64
-    """Maximum number of texts that are sampled at once. Lower it if memory runs out."""
     escape_untrusted: Literal["auto", "on", "off"] = "auto"
     """Escape imitated delimiters, verdicts and control tokens inside the answers. auto is off, as in the published
     evaluations, but on for injection, as in `rmr1 judge`."""
@@ -98,6 +96,7 @@ class Eval(JudgeOptions):
                 main = scores[BENCHMARKS[self.benchmark].main_scores]
                 if first:
                     write_summary(self.out, main, judge=judge.name, cut=judge.cut)
+            self.print_stats(judge.judge)
             if first:
                 lines = f"{counts}\n{_lines(self.benchmark, scores)}"
                 print(f"{lines}\nwritten: {self.out}\nnext:    rmr1 report {self.out}")
@@ -109,7 +108,9 @@ class Eval(JudgeOptions):
             raise InputError(f"--data {self.data}: injection has its own pairs; leave --data out")
         voting = self.voting()
         with all_processes(loads_model=self.judge != "endpoint") as first:
-            result = injection(make_judge(self), self.out, voting, batch_size=self.batch_size, limit=self.limit)
+            judge = make_judge(self)
+            result = injection(judge, self.out, voting, batch_size=self.batch_size, limit=self.limit)
+            self.print_stats(judge.judge)
             if first:
                 print(f"{injection_table(result)}\nwritten: {self.out}")
 
@@ -136,10 +137,10 @@ def make_judge(command: Eval) -> NamedJudge:
     if command.judge == "scalar":
         from rmr1_jax.judge.scalar import ScalarJudge, load_scalar
 
-        model = load_scalar(command.model, command.dtype)
+        model = load_scalar(command.model, command.dtype, tensor=command.tensor)
         judge, directory = ScalarJudge(model), model.tokenizer.directory
     else:
-        judge = command.load_judge(slots=command.slots, **command.reading())
+        judge = command.load_judge(**command.reading())
         directory = judge.policy.tokenizer.directory
     return NamedJudge(judge=judge, name=command.model_name(), identity=command.identity(directory))
 

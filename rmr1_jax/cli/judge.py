@@ -40,6 +40,12 @@ class JudgeOptions:
     """Number of pairs that are given to the judge at a time. A run that was killed judges its last batch again."""
     dtype: Dtype = "bfloat16"
     """Data type of the model's matrix products."""
+    tensor: MaybeInt = None
+    """Number of devices that share one copy of the weights; the devices of a process hold as many copies as fit.
+    Defaults to the smallest number with which the weights take at most half of each device's memory."""
+    slots: MaybeInt = None
+    """Maximum number of texts that are sampled at once, in each process. Lower it if memory runs out. Defaults to 64
+    for each copy of the weights."""
 
     def voting(self) -> Voting:
         from rmr1_jax.judge.judgement import Voting
@@ -59,7 +65,17 @@ class JudgeOptions:
 
         prompt = get_prompt(self.prompt)  # before the weights, so that a mistake in it shows at once
         lengths = {"max_new_tokens": self.max_new_tokens, "max_prompt_tokens": self.max_prompt_tokens}
-        return Judge(load(self.model, self.dtype), prompt, temperature=self.temperature, **lengths, **options)
+        policy = load(self.model, self.dtype, tensor=self.tensor)
+        return Judge(policy, prompt, temperature=self.temperature, slots=self.slots, **lengths, **options)
+
+    @staticmethod
+    def print_stats(judge: Any) -> None:
+        """Print how many texts this process sampled and how fast, if the judge samples."""
+        from rmr1_jax.distributed.exchange import this_process
+
+        policy, (index, count) = getattr(judge, "policy", None), this_process()
+        if policy is not None and policy.stats.samples:
+            print(f"process {index} of {count} " * (count > 1) + policy.stats_text(), file=sys.stderr)
 
     def identity(self, directory: Path) -> dict[str, Any]:
         """A digest that identifies the model in a directory."""
@@ -103,5 +119,6 @@ class Judge(JudgeOptions):
             output = Output(path=self.output, identity=identity)
             pairs = read_pairs(self.input, **reading)
             summary = judge_file(judge, pairs, output, voting, batch_size=self.batch_size, total=total)
+            self.print_stats(judge)
             if first:
                 print(f"{summary}\nwritten: {self.output}")

@@ -88,10 +88,11 @@ class Export:
     def run(self) -> None:
         import jax
 
+        from rmr1_jax.distributed.mesh import single_device_mesh
         from rmr1_jax.policy import load
         from rmr1_jax.train.checkpoint import restore_params
 
-        policy = load(self.model or self._model_of_run(), self.dtype)
+        policy = load(self.model or self._model_of_run(), self.dtype, single_device_mesh())
         like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), policy.params)
         policy = policy.with_params(like)  # frees the original weights before the checkpoint's are read
         policy.with_params(restore_params(self.checkpoint, like)).save(self.out)

@@ -1,10 +1,12 @@
-"""The speeds of TPU chips and GPUs, by the `device_kind` that JAX reports."""
+"""Facts about devices: the speeds of TPU chips and GPUs by the `device_kind` that JAX reports, and their memory."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 
 class Chip(NamedTuple):
@@ -40,3 +42,19 @@ def chip_of(device: jax.Device) -> Chip | None:
     """Return the entry for the device's kind, or None for a kind that is not in the table."""
     kind = device.device_kind
     return next((CHIPS[name] for name in (kind, *kind.replace("-", " ").split()) if name in CHIPS), None)
+
+
+def free_memory(devices: Sequence[jax.Device]) -> int | None:
+    """Return the bytes that are free on each of the devices (on the fullest of them); None where they do not report it,
+    as CPUs do not."""
+    reports = [device.memory_stats() for device in devices]
+    if not all(reports):
+        return None
+    return min(report["bytes_limit"] - report["bytes_in_use"] for report in reports)
+
+
+def bytes_per_chip(tree: Any) -> int:
+    """Return the bytes of all `ShapeDtypeStruct`s on one chip; those in host memory do not count."""
+    arrays = [x for x in jax.tree.leaves(tree) if isinstance(x, jax.ShapeDtypeStruct)]
+    on_chip = [x for x in arrays if x.sharding.memory_kind != "pinned_host"]
+    return sum(int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize for x in on_chip)

@@ -18,6 +18,7 @@ from rmr1_jax.judge.judgement import Judgement, Pending, Text, TextJudge, Voting
 from rmr1_jax.model.tokenizer import completion_text
 from rmr1_jax.pairs.pair import PreferencePair, render_pair
 from rmr1_jax.prompts.prompt import Prompt
+from rmr1_jax.sampler.layout import default_slots
 from rmr1_jax.sampler.sample import Sample, SamplingConfig, token_limits
 
 if TYPE_CHECKING:
@@ -36,7 +37,8 @@ class Judge(TextJudge):
         temperature: default 0 (greedy) for one vote and 1 for several.
         escape_untrusted: whether imitated delimiters, verdicts and control tokens in the question and the answers are
             escaped (`prompts/escape.py`). Off: they are shown unchanged, as in the published evaluations.
-        slots: how many texts are sampled at once, at most. It bounds memory and changes no text.
+        slots: how many texts each process samples at once, at most. It bounds memory and changes no text. Default: 64
+            for each copy of the weights.
 
     Raises:
         InputError: an unknown prompt or rule, or limits that do not fit the model.
@@ -55,12 +57,12 @@ class Judge(TextJudge):
         max_prompt_tokens: int | None = None,
         temperature: float | None = None,
         escape_untrusted: bool = True,
-        slots: int = 64,
+        slots: int | None = None,
     ):
         limits = token_limits(policy.config, max_new_tokens, max_prompt_tokens)
         self.max_new_tokens, self.max_prompt_tokens = limits
         super().__init__(prompt, rule, temperature, escape_untrusted)
-        self.policy, self.slots = policy, slots
+        self.policy, self.slots = policy, default_slots(policy.mesh) if slots is None else slots
 
     def stream(self, pairs: Sequence[PreferencePair], voting: Voting) -> Iterator[tuple[int, Judgement]]:
         """Yield (index of the pair, its judgement), each as soon as the last of its texts is sampled."""

@@ -25,17 +25,17 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from rmr1_jax.distributed.mesh import rows_divisor, single_device_mesh
+from rmr1_jax.distributed.mesh import rows_divisor
 from rmr1_jax.errors import InputError, RunError
-from rmr1_jax.files.hub import locate
 from rmr1_jax.judge.judgement import AnyJudge, Judgement, Voting, both_empty, count_votes, too_long
 from rmr1_jax.model import hf
-from rmr1_jax.model.config import QwenConfig, read_config
+from rmr1_jax.model.config import QwenConfig
 from rmr1_jax.model.qwen import Params, ScalarQwen, Transformer, split, with_params
 from rmr1_jax.model.tokenizer import Tokenizer
 from rmr1_jax.pairs.pair import Message, PreferencePair
-from rmr1_jax.policy import DTYPES, MODEL_FILES
+from rmr1_jax.policy import DTYPES, open_model
 from rmr1_jax.prompts.verdict import Verdict
+from rmr1_jax.sampler.layout import local_layout
 
 SHORTEST = 64  # tokens of the shortest batch
 
@@ -117,20 +117,19 @@ def _scores(graphdef: nnx.GraphDef, params: Params, tokens: jax.Array, counts: j
     return model(last_states(model, tokens, counts, dtype=dtype))
 
 
-def load_scalar(model: str | Path, dtype: str = "bfloat16", mesh: Mesh | None = None) -> ScalarModel:
-    """Load a scalar reward model from a Hugging Face directory or a hub id.
+def load_scalar(
+    model: str | Path, dtype: str = "bfloat16", mesh: Mesh | None = None, *, tensor: int | None = None
+) -> ScalarModel:
+    """Load a scalar reward model from a Hugging Face directory or a hub id; for mesh and tensor see `policy.load`.
 
     Raises:
-        InputError: not a directory or a reachable hub id, another architecture, several labels, or weights that do not
-            fit (all differences at once).
+        InputError: not a directory or a reachable hub id, another architecture, several labels, or weights that are not
+            those of the config (all differences at once); or `tensor` does not divide the number of devices, or the
+            devices are too small for the weights.
     """
-    if dtype not in DTYPES:
-        raise InputError(f"dtype {dtype!r} is not known; give one of {', '.join(DTYPES)}")
-    directory, mesh = locate(model, kind="model", patterns=MODEL_FILES), mesh or single_device_mesh()
-    config, tokenizer = read_config(directory, scalar=True), Tokenizer(directory)
-    if len(tokenizer.hf) > config.vocab_size:
-        raise InputError(f"{directory}: the tokenizer has {len(tokenizer.hf)} tokens, the model {config.vocab_size}")
+    directory, config, tokenizer = open_model(model, dtype, scalar=True)
     declared = ScalarQwen(config)
+    mesh = local_layout(declared, DTYPES[dtype], mesh, tensor)
     params = hf.load_params(directory, declared, dtype=DTYPES[dtype], mesh=mesh)
     return ScalarModel(with_params(declared, params), tokenizer, mesh, dtype)
 

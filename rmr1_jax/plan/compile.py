@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from jax.stages import Wrapped
 
+from rmr1_jax.distributed.chips import bytes_per_chip
 from rmr1_jax.distributed.mesh import slice_of
 from rmr1_jax.plan.slice import parse_out_of_memory
 from rmr1_jax.plan.traffic import Traffic, read_traffic
@@ -82,10 +82,3 @@ def _compile(lowered: Any, platform: str) -> tuple[Any, str]:
 def abstract(tree: Any, sharding: jax.sharding.Sharding) -> Any:
     """Replace arrays by their shapes and dtypes, with a sharding."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
-
-
-def bytes_per_chip(tree: Any) -> int:
-    """Return the bytes of all `ShapeDtypeStruct`s on one chip; those in host memory do not count."""
-    arrays = [x for x in jax.tree.leaves(tree) if isinstance(x, jax.ShapeDtypeStruct)]
-    on_chip = [x for x in arrays if x.sharding.memory_kind != "pinned_host"]
-    return sum(int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize for x in on_chip)

@@ -20,14 +20,16 @@ from jax.sharding import Mesh
 from rmr1_jax.config import load_config, read_yaml
 from rmr1_jax.errors import InputError
 from rmr1_jax.model.config import QwenConfig
+from rmr1_jax.model.qwen import Qwen
 from rmr1_jax.plan.compile import Compiled
 from rmr1_jax.plan.costs import Cost, decode_cost, forward_cost, grow_cost, prefill_cost, time_bound, update_cost
 from rmr1_jax.plan.model import model_shape
-from rmr1_jax.plan.sampler import SamplingTask, fit_slots, host_mesh, weight_bytes
+from rmr1_jax.plan.sampler import SamplingTask, fit_slots
 from rmr1_jax.plan.slice import GIB, Target, slice_target
 from rmr1_jax.plan.traffic import COLLECTIVES
 from rmr1_jax.plan.train import Config, batch_shape, mean_length, resident_bytes, training_mesh, training_programs
 from rmr1_jax.policy import DTYPES
+from rmr1_jax.sampler.layout import layout, weight_bytes
 from rmr1_jax.sampler.shapes import cache_ways
 from rmr1_jax.train.config import GrpoConfig, SftConfig
 
@@ -103,7 +105,7 @@ def _sampler_lines(
 ) -> Iterator[Line]:
     """Yield the sampler's lines. resident: bytes per chip of training's data, which stays there during sampling."""
     dtype, limit = jnp.dtype(DTYPES[config.dtype]), target.memory
-    local = host_mesh(model, target.host, limit, dtype, resident=resident, tensor=config.sampling_tensor)
+    local = layout(Qwen(model), dtype, target.host, limit - resident, config.sampling_tensor)
     hosts = mesh.size // local.size
     budget = config.sampling.cache_gib and config.sampling.cache_gib / hosts
     sampling = dataclasses.replace(config.sampling, cache_gib=budget)
@@ -113,7 +115,7 @@ def _sampler_lines(
     try:
         shapes, programs = fit_slots(model, local, task, limit, resident=resident)
     except InputError:
-        held = Compiled(resident + weight_bytes(model, local, dtype), 0, 0, 0.0, None)
+        held = Compiled(resident + weight_bytes(Qwen(model), local, dtype), 0, 0, 0.0, None)
         yield _line("decode", held, None, limit, local) | facts | {"overrides": overrides}
         return
     slots = hosts * shapes.banks * shapes.slots

@@ -9,27 +9,26 @@ import dataclasses
 import functools
 import math
 import sys
-from collections.abc import Sequence
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from rmr1_jax.distributed.mesh import MeshConfig, activation_sharding, make_mesh, rows_divisor, sampling_mesh
+from rmr1_jax.distributed.chips import bytes_per_chip
+from rmr1_jax.distributed.mesh import activation_sharding, rows_divisor
 from rmr1_jax.errors import InputError
 from rmr1_jax.model.config import QwenConfig
 from rmr1_jax.model.qwen import Qwen, split
-from rmr1_jax.plan.compile import Compiled, abstract, bytes_per_chip, compile_program
+from rmr1_jax.plan.compile import Compiled, abstract, compile_program
 from rmr1_jax.plan.slice import GIB
 from rmr1_jax.sampler import programs
 from rmr1_jax.sampler.cache import Cache
+from rmr1_jax.sampler.layout import weight_bytes
 from rmr1_jax.sampler.programs import make_controls, stack_slots
 from rmr1_jax.sampler.sample import SamplingConfig
 from rmr1_jax.sampler.shapes import CHUNKS, PREFILL_ROWS, Shapes, cache_ways, plan_shapes
 from rmr1_jax.sampler.slots import Bank
 from rmr1_jax.sampler.weights import abstract_weights
-
-WEIGHTS_SHARE = 0.5  # the largest part of the memory beside training for weights, before the tensor axis grows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,9 +68,9 @@ def fit_slots(
         return compiled, max(c.total for c in compiled.values()) - shapes.cache_bytes(config, itemsize) // ways
 
     shallow = dataclasses.replace(config, num_layers=2)
-    weights = weight_bytes(config, mesh, task.dtype)
+    weights = weight_bytes(Qwen(config), mesh, task.dtype)
     _, used = attempt(shallow, shapes_beside(resident + weights))
-    used += weights - weight_bytes(shallow, mesh, task.dtype)
+    used += weights - weight_bytes(Qwen(shallow), mesh, task.dtype)
     shapes = shapes_beside(used)
     while True:
         compiled, used = attempt(config, shapes)
@@ -122,25 +121,3 @@ def sampler_programs(config: QwenConfig, mesh: Mesh, shapes: Shapes, dtype, resi
     decodes, prefills = len(shapes.widths) * len(shapes.sizes), 2 * len(CHUNKS)
     code = decodes * compiled["decode"].code + prefills * compiled["prefill"].code
     return {name: dataclasses.replace(c, code=code) for name, c in compiled.items()}
-
-
-def host_mesh(
-    config: QwenConfig, devices: Sequence[jax.Device], limit: int, dtype, *, resident: int, tensor: int | None
-) -> Mesh:
-    """Make the mesh of one host's sampler over its `devices`. If `tensor` (the run's `sampling_tensor`) is None, the
-    tensor axis is the smallest with which the weights take at most WEIGHTS_SHARE of the memory that `resident` leaves.
-    Sizes that divide the key-value heads are preferred, because with others every chip has the whole cache. Raises
-    InputError if `tensor` does not divide the number of devices."""
-    whole = make_mesh(MeshConfig(), devices)
-    if tensor:
-        return sampling_mesh(whole, tensor)
-    sizes = [t for t in range(1, whole.size + 1) if whole.size % t == 0]
-    sizes.sort(key=lambda t: config.num_kv_heads % t != 0)
-    meshes = [sampling_mesh(whole, t) for t in sizes]
-    most = WEIGHTS_SHARE * (limit - resident)
-    return next((mesh for mesh in meshes if weight_bytes(config, mesh, dtype) <= most), meshes[-1])
-
-
-def weight_bytes(config: QwenConfig, mesh: Mesh, dtype) -> int:
-    """Return the bytes of the sampling weights on one chip."""
-    return bytes_per_chip(abstract_weights(Qwen(config), mesh, dtype))

@@ -16,11 +16,12 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
+from rmr1_jax.distributed.chips import bytes_per_chip
 from rmr1_jax.distributed.mesh import activation_sharding, make_mesh, rows_divisor
 from rmr1_jax.errors import InputError
 from rmr1_jax.model.config import QwenConfig
 from rmr1_jax.model.qwen import Qwen, abstract_params, split
-from rmr1_jax.plan.compile import Compiled, bytes_per_chip, compile_program
+from rmr1_jax.plan.compile import Compiled, compile_program
 from rmr1_jax.policy import DTYPES
 from rmr1_jax.train.config import GrpoConfig, SftConfig
 from rmr1_jax.train.grpo import batch_logprobs, grpo_micro_loss

@@ -69,6 +69,7 @@ class Run:
                 finished = self._decode()
             self.stats.compiles = compiled() - before
             self.stats.seconds += time.perf_counter() - mark
+            self.stats.samples += len(finished)
             yield from finished
             mark = time.perf_counter()
 

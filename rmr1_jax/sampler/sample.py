@@ -72,14 +72,15 @@ class Sample:
 
 @dataclasses.dataclass
 class SampleStats:
-    """Counts of one call.
+    """Counts of one call, or of several (`add`).
 
-    prompt_tokens: of the prompts, each counted once. prefill_tokens: positions that prefill computed, padding included;
-    a prefix that all prompts share is computed once. new_tokens: drawn, up to and with the stop. row_steps: slots x
-    decode steps, `busy_row_steps` and `busy_new_tokens` the same and the tokens drawn while prompts were still waiting.
-    compiles: programs that were compiled during the call.
+    samples: those that are finished. prompt_tokens: of the prompts, each counted once. prefill_tokens: positions that
+    prefill computed, padding included; a prefix that all prompts share is computed once. new_tokens: drawn, up to and
+    with the stop. row_steps: slots x decode steps, `busy_row_steps` and `busy_new_tokens` the same and the tokens drawn
+    while prompts were still waiting. compiles: programs that were compiled during the call.
     """
 
+    samples: int = 0
     prompt_tokens: int = 0
     prefill_tokens: int = 0
     new_tokens: int = 0
@@ -99,6 +100,12 @@ class SampleStats:
         if self.busy_row_steps:
             return self.busy_new_tokens / self.busy_row_steps
         return self.new_tokens / max(1, self.row_steps)
+
+    def add(self, other: SampleStats) -> None:
+        """Count another call too. Of the slots and the bytes of the cache, the larger number stays."""
+        for name, value in dataclasses.asdict(other).items():
+            mine = getattr(self, name)
+            setattr(self, name, max(mine, value) if name in ("slots", "cache_bytes") else mine + value)
 
 
 def token_limits(

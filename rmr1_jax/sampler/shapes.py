@@ -13,6 +13,7 @@ from collections.abc import Iterator
 import numpy as np
 from jax.sharding import Mesh
 
+from rmr1_jax.distributed.chips import free_memory
 from rmr1_jax.distributed.mesh import rows_divisor
 from rmr1_jax.errors import InputError
 from rmr1_jax.model.config import QwenConfig
@@ -20,12 +21,15 @@ from rmr1_jax.sampler.sample import SamplingConfig
 
 
 def free_cache_gib(mesh: Mesh, config: QwenConfig) -> float | None:
-    """The largest cache in GiB that fits in four fifths of the devices' free memory (the rest is for a step's
-    temporaries); None where the devices do not report it, as CPUs do not."""
-    reports = [device.memory_stats() for device in mesh.local_devices]
-    if not all(reports):
-        return None
-    free = min(report["bytes_limit"] - report["bytes_in_use"] for report in reports)
+    """The largest cache in GiB that `cache_gib_beside` allows in the devices' free memory; None where they do not
+    report it, as CPUs do not."""
+    free = free_memory(mesh.local_devices)
+    return None if free is None else cache_gib_beside(free, mesh, config)
+
+
+def cache_gib_beside(free: int, mesh: Mesh, config: QwenConfig) -> float:
+    """The largest cache in GiB, on all devices together, where each has `free` bytes beside the weights: four fifths of
+    them, because a step needs room for its temporaries."""
     return 0.8 * free * cache_ways(config, mesh) / 2**30
 
 

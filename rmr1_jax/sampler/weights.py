@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from rmr1_jax.distributed.mesh import local_mesh, sampling_sharding
 from rmr1_jax.model.config import QwenConfig
-from rmr1_jax.model.qwen import Block, Qwen, abstract_params, split
+from rmr1_jax.model.qwen import Block, Qwen, Transformer, abstract_params, split
 from rmr1_jax.model.stored_model import StoredModel
 
 Weights = dict[str, Any]  # as `qwen.Params`, but "layers" is a list of trees without the axis L
@@ -50,7 +50,7 @@ def stored_weights(stored: StoredModel, *, dtype: Any = jnp.float32, mesh: Mesh 
     return stored.read(local, dtype, sharding=sampling_sharding, stacked=False)
 
 
-def abstract_weights(model: Qwen, mesh: Mesh, dtype: Any) -> Weights:
+def abstract_weights(model: Transformer, mesh: Mesh, dtype: Any) -> Weights:
     """The shapes, dtypes and shardings of `sampling_weights`. `model` need not have arrays."""
     whole = abstract_params(model, mesh, dtype, sharding=sampling_sharding)
     layer = abstract_params(model.Block(model.config), mesh, dtype, sharding=sampling_sharding)

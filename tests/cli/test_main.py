@@ -15,6 +15,7 @@ from policies import tiny_policy
 
 from rmr1_jax.cli import main as cli
 from rmr1_jax.cli.train import Sft
+from rmr1_jax.distributed.mesh import single_device_mesh
 from rmr1_jax.errors import InputError, RunError
 from rmr1_jax.policy import load
 from rmr1_jax.prompts.prompt import load_prompt, save_prompt
@@ -183,11 +184,11 @@ def test_export_writes_the_newest_checkpoint(policy, folder, tmp_path, capsys):
     assert "names no model; give --model" in error_of(capsys, argv, 2)
     (run / "config.yaml").write_text(yaml.safe_dump({"model": str(folder / "model")}))
     assert cli.main(argv) == 0
-    exported = load(tmp_path / "out", "float32")
+    exported = load(tmp_path / "out", "float32", single_device_mesh())
     assert jax.tree.all(jax.tree.map(lambda x, y: bool((x + 12 == y).all()), policy.params, exported.params))
     assert exported.tokenizer.encode("Reverse a b c") == policy.tokenizer.encode("Reverse a b c")
     assert cli.main([*argv[:-1], "bfloat16"]) == 0
-    exported = load(tmp_path / "out", "bfloat16")
+    exported = load(tmp_path / "out", "bfloat16", single_device_mesh())
     assert jax.tree.all(
         jax.tree.map(lambda x, y: bool(((x + 12).astype("bfloat16") == y).all()), policy.params, exported.params)
     )

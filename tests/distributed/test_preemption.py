@@ -18,6 +18,7 @@ from training import assert_same, metrics_but_timings, run, small_grpo, small_sf
 
 from rmr1_jax.cli import main as cli
 from rmr1_jax.distributed.heartbeat import Heartbeat
+from rmr1_jax.distributed.mesh import single_device_mesh
 from rmr1_jax.distributed.preemption import PREEMPTED, Preempted, Preemption
 from rmr1_jax.errors import RunError, exit_code
 from rmr1_jax.policy import load
@@ -40,7 +41,7 @@ def send_sigterm() -> None:
 def policy(tiny_policy, tmp_path_factory):
     path = tmp_path_factory.mktemp("preemption") / "model"
     tiny_policy.save(path)
-    return load(path, "float32")
+    return load(path, "float32", single_device_mesh())
 
 
 # ---- one process

@@ -8,6 +8,7 @@ import pytest
 from flax import nnx
 from training import run, small_sft
 
+from rmr1_jax.distributed.mesh import single_device_mesh
 from rmr1_jax.errors import InputError
 from rmr1_jax.model.attention import attend
 from rmr1_jax.model.qwen import Attention, Block, Qwen, split, weight, with_params
@@ -77,7 +78,8 @@ def capped(tiny_policy, tmp_path_factory):
     sharp["layers"]["attn"]["q"] = sharp["layers"]["attn"]["q"] * 8
     path = tmp_path_factory.mktemp("model")
     tiny_policy.with_params(sharp).save(path)
-    return load(path, "float32", module=SoftCapQwen), load(path, "float32")
+    mesh = single_device_mesh()
+    return load(path, "float32", mesh, module=SoftCapQwen), load(path, "float32", mesh)
 
 
 def test_the_sampler_and_the_training_forward_agree(capped):

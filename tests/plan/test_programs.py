@@ -15,18 +15,20 @@ from planning import MODEL, small_grpo, small_sft
 
 from rmr1_jax.cli import main as cli
 from rmr1_jax.config import dump_config
+from rmr1_jax.distributed.chips import bytes_per_chip
 from rmr1_jax.distributed.mesh import MeshConfig, make_mesh
 from rmr1_jax.errors import InputError
 from rmr1_jax.model.config import config_to_hf
 from rmr1_jax.model.qwen import Qwen, abstract_params
 from rmr1_jax.plan import sampler as plan_sampler
-from rmr1_jax.plan.compile import Compiled, bytes_per_chip, compile_program
+from rmr1_jax.plan.compile import Compiled, compile_program
 from rmr1_jax.plan.costs import update_cost
 from rmr1_jax.plan.plan import MEMORY_SETTINGS, plan, table
-from rmr1_jax.plan.sampler import SamplingTask, fit_slots, host_mesh, weight_bytes
+from rmr1_jax.plan.sampler import SamplingTask, fit_slots
 from rmr1_jax.plan.slice import Target, parse_out_of_memory
 from rmr1_jax.plan.traffic import COLLECTIVES, Traffic
 from rmr1_jax.plan.train import batch_shape, micro_batches, resident_bytes, training_mesh, training_programs
+from rmr1_jax.sampler.layout import weight_bytes
 from rmr1_jax.sampler.sample import SamplingConfig
 from rmr1_jax.sampler.shapes import Shapes, cache_ways
 from rmr1_jax.train.losses import PolicyLossConfig
@@ -187,7 +189,11 @@ def without_compiling(monkeypatch, *, per_layer: int = 0, per_slot: int = 0, fix
 
     def sampler_programs(config, mesh, shapes, dtype, resident):
         attempts.append((config.num_layers, shapes.slots))
-        held = weight_bytes(config, mesh, dtype) + shapes.cache_bytes(config, 4) // cache_ways(config, mesh) + resident
+        held = (
+            weight_bytes(Qwen(config), mesh, dtype)
+            + shapes.cache_bytes(config, 4) // cache_ways(config, mesh)
+            + resident
+        )
         small = Compiled(held, fixed, 0, 0.0, Traffic({}, 0))
         needs = fixed + per_layer * config.num_layers + per_slot * shapes.slots
         return {"prefill": small, "decode": dataclasses.replace(small, temporaries=needs)}
@@ -201,7 +207,7 @@ def without_compiling(monkeypatch, *, per_layer: int = 0, per_slot: int = 0, fix
 def test_the_most_slots_that_fit(monkeypatch, tensor, needs):
     attempts = without_compiling(monkeypatch, **needs)
     mesh, resident = make_mesh(MeshConfig(tensor=tensor)), 40_000
-    held = resident + weight_bytes(MODEL, mesh, TASK.dtype)
+    held = resident + weight_bytes(Qwen(MODEL), mesh, TASK.dtype)
 
     def total(slots: int, shapes: Shapes) -> int:
         enattempts = min(slots, -(-64 // shapes.banks), -(-3 * slots // 4))
@@ -224,28 +230,12 @@ def test_limits_of_the_number_of_slots(monkeypatch):
     mesh = make_mesh()
     shapes, _ = fit_slots(MODEL, mesh, TASK, 2**30)
     assert shapes.slots * shapes.banks == 64 * 4
-    held = weight_bytes(MODEL, mesh, TASK.dtype)
+    held = weight_bytes(Qwen(MODEL), mesh, TASK.dtype)
     with pytest.raises(InputError, match="holds no sample of 32"):
         fit_slots(MODEL, mesh, TASK, held + 1000)
     budget = dataclasses.replace(TASK, sampling=dataclasses.replace(TASK.sampling, cache_gib=1e6 / 2**30))
     shapes, _ = fit_slots(MODEL, mesh, budget, 2**30)
     assert shapes.cache_bytes(MODEL, 4) <= 1e6
-
-
-def test_the_sampler_s_mesh():
-    weights = {t: weight_bytes(MODEL, make_mesh(MeshConfig(tensor=t)), TASK.dtype) for t in (1, 2, 4)}
-
-    def tensor(limit: int, resident: int = 0, given: int | None = None) -> int:
-        mesh = host_mesh(MODEL, jax.devices(), limit, TASK.dtype, resident=resident, tensor=given)
-        assert mesh.size == 8 and mesh.shape["replica"] == 1
-        return mesh.shape["tensor"]
-
-    assert tensor(2 * weights[1]) == 1
-    assert tensor(2 * weights[1] - 2) == 2
-    assert tensor(2 * weights[1], resident=2) == 2
-    assert tensor(2 * weights[1], given=4) == 4
-    with pytest.raises(InputError, match="sampling_tensor=3"):
-        tensor(2 * weights[1], given=3)
 
 
 # ---- the command

@@ -7,13 +7,14 @@ import tempfile
 import jax
 import numpy as np
 
+from rmr1_jax.distributed.mesh import single_device_mesh
 from rmr1_jax.model.config import QwenConfig
 from rmr1_jax.model.qwen import module_for, split
 from rmr1_jax.model.tokenizer import Tokenizer
 from rmr1_jax.policy import Policy, fresh_policy
 from rmr1_jax.quickstart.tokenizer import train_tokenizer
 from rmr1_jax.quickstart.world import world_texts
-from rmr1_jax.sampler.sample import Sample
+from rmr1_jax.sampler.sample import Sample, SampleStats
 
 CONFIG = QwenConfig(
     model_type="qwen2",
@@ -39,7 +40,7 @@ class ScriptedPolicy(Tokenizer):
     def __init__(self, script, positions: int = 20_000, opening: str = ""):
         self.script, self.opening, self.calls = script, opening, []
         self.config = dataclasses.replace(CONFIG, max_position_embeddings=positions)
-        self.tokenizer = self
+        self.tokenizer, self.mesh, self.stats = self, single_device_mesh(), SampleStats()
 
     def render(self, messages) -> list[int]:
         return list((messages[-1]["content"] + self.opening).encode())

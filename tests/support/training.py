@@ -20,7 +20,7 @@ import optax
 
 from rmr1_jax.config import dump_config, load_config
 from rmr1_jax.data.examples import sft_example
-from rmr1_jax.distributed.mesh import MeshConfig, activation_sharding
+from rmr1_jax.distributed.mesh import MeshConfig, activation_sharding, single_device_mesh
 from rmr1_jax.model.qwen import abstract_params
 from rmr1_jax.pairs.pair import render_pair
 from rmr1_jax.policy import load
@@ -154,7 +154,11 @@ def _run_and_die(stage: str, model: str, config: str, step: str) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     MetricsLog.write = write_and_die
-    run(stage, load_config({"sft": SftConfig, "grpo": GrpoConfig}[stage], config), load(model, "float32"))
+    run(
+        stage,
+        load_config({"sft": SftConfig, "grpo": GrpoConfig}[stage], config),
+        load(model, "float32", single_device_mesh()),
+    )
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from training import (
     vowels,
 )
 
-from rmr1_jax.distributed.mesh import make_mesh
+from rmr1_jax.distributed.mesh import make_mesh, single_device_mesh
 from rmr1_jax.errors import InputError, RunError
 from rmr1_jax.model.qwen import split
 from rmr1_jax.policy import load
@@ -74,7 +74,7 @@ def model(tiny_policy, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def policy(model):
-    return load(model, "float32")
+    return load(model, "float32", single_device_mesh())
 
 
 @pytest.fixture(scope="module")
@@ -188,7 +188,7 @@ def test_every_recipe_runs(policy, whole, recipe):
     assert all(x > 1e-3 for x in jax.tree.leaves(moved))
     if config.loss.kl_coef:
         assert rows[0]["kl"] < 1e-6 * (1 if config.updates_per_step == 1 else 1e6) and rows[-1]["kl"] > 1e-4
-    assert_same(load(f"{config.out}/model", "float32").params, trained.params)
+    assert_same(load(f"{config.out}/model", "float32", single_device_mesh()).params, trained.params)
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ from training import (
 )
 
 from rmr1_jax.data.packing import sft_batches
-from rmr1_jax.distributed.mesh import MeshConfig, make_mesh
+from rmr1_jax.distributed.mesh import MeshConfig, make_mesh, single_device_mesh
 from rmr1_jax.errors import InputError, RunError
 from rmr1_jax.model.qwen import split
 from rmr1_jax.policy import load
@@ -43,7 +43,7 @@ def model(tiny_policy, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def policy(model):
-    return load(model, "float32")
+    return load(model, "float32", single_device_mesh())
 
 
 @pytest.fixture(scope="module")
@@ -84,8 +84,10 @@ def test_the_loss_falls_and_the_result_is_saved(policy, model, whole):
     assert rows[-1]["loss"] < 0.8 * rows[0]["loss"]
     assert all(row["packed"] > 0.5 and row["tokens"] > row["trained_tokens"] > 0 for row in rows)
     assert rows[0]["lr"] == pytest.approx(1e-2) and 1e-3 < rows[-1]["lr"] < 2e-3
-    assert_same(policy.params, load(model, "float32").params)  # the policy that was handed in is as it was
-    again = load(f"{config.out}/model", "float32")
+    assert_same(
+        policy.params, load(model, "float32", single_device_mesh()).params
+    )  # the policy that was handed in is as it was
+    again = load(f"{config.out}/model", "float32", single_device_mesh())
     assert_same(again.params, trained.params)
     assert again.config == policy.config and again.tokenizer.stop_ids == policy.tokenizer.stop_ids
 

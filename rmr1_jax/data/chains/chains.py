@@ -45,7 +45,9 @@ from rmr1_jax.prompts.prompt import Prompt, get_prompt
 class PolicyConfig:
     """A model of this package as the teacher. model: a directory or a hub id. temperature: 0 is greedy. max_new_tokens:
     of one text; None: 8192, or half of the model's positions if that is less. batch_size: the pairs that are handed to
-    the samplers of all processes at a time. slots: the most texts that are sampled at the same time."""
+    the samplers of all processes at a time. slots: the most texts that each process samples at the same time; None: 64
+    for each copy of the weights. tensor: the number of devices that share one copy of the weights; None: the smallest
+    with which the weights take at most half of each device's memory."""
 
     model: str
     dtype: str = "bfloat16"
@@ -53,7 +55,8 @@ class PolicyConfig:
     max_new_tokens: PositiveInt | None = None
     seed: NonNegativeInt = 0
     batch_size: PositiveInt = 256
-    slots: PositiveInt = 64
+    slots: PositiveInt | None = None
+    tensor: PositiveInt | None = None
 
 
 @config_dataclass

@@ -15,6 +15,7 @@ from rmr1_jax.endpoint import Answer, Request
 from rmr1_jax.files.append import model_digest
 from rmr1_jax.model.tokenizer import completion_text
 from rmr1_jax.policy import Policy
+from rmr1_jax.sampler.layout import default_slots
 from rmr1_jax.sampler.sample import SamplingConfig, token_limits
 
 
@@ -54,7 +55,7 @@ class PolicyTeacher:
             max_new_tokens=self._max_new_tokens,
             temperature=self.config.temperature,
             seed=self.config.seed + number,
-            slots=self.config.slots,
+            slots=self.config.slots or default_slots(self.policy.mesh),
         )
         for k, _, sample in self.policy.stream([prompt for _, prompt in asked], sampling):
             key, prompt = asked[k]
