@@ -74,7 +74,7 @@ class Eval(JudgeOptions):
         from rmr1_jax.eval.registry import BENCHMARKS
         from rmr1_jax.files.append import files_digest
         from rmr1_jax.files.hub import locate
-        from rmr1_jax.pairs.rows import source_files
+        from rmr1_jax.pairs.containers import source_files
 
         if self.data is None:
             raise InputError(f"--data is missing: the file, folder or hub id of {self.benchmark}")

@@ -89,7 +89,8 @@ class Judge(JudgeOptions):
     """Judge a file of preference pairs. To continue a run that was killed, run the same command again."""
 
     input: Path
-    """File of pairs: JSONL, JSON or Parquet, in our own format or in that of RewardBench, RM-Bench or RMB."""
+    """File of pairs: JSONL, JSON, Parquet or CSV, perhaps compressed with gzip, in our own format, in that of TRL,
+    OpenRLHF, UltraFeedback, HelpSteer or OpenRubrics, or in that of a benchmark."""
     output: Path
     """JSONL file to write, with one row for each pair: id, winner, status, votes, text, and correct if the better
     answer is known."""
@@ -103,8 +104,9 @@ class Judge(JudgeOptions):
     def run(self) -> None:
         from rmr1_jax.files.append import files_digest
         from rmr1_jax.judge.file import Output, judge_file
+        from rmr1_jax.pairs.containers import source_files
         from rmr1_jax.pairs.read import read_pairs
-        from rmr1_jax.pairs.rows import ReadReport, source_files
+        from rmr1_jax.pairs.rows import ReadReport
 
         reading = {"seed": self.seed, "rejects": self.rejects}
         report, voting = ReadReport(), self.voting()

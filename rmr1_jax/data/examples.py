@@ -15,9 +15,10 @@ import numpy as np
 from rmr1_jax.errors import InputError
 from rmr1_jax.files.hub import locate
 from rmr1_jax.model.tokenizer import TOKENIZER_FILES, Tokenizer, prompt_end
+from rmr1_jax.pairs.containers import read_rows
 from rmr1_jax.pairs.pair import render_pair
 from rmr1_jax.pairs.read import read_pairs
-from rmr1_jax.pairs.rows import Row, read_rows
+from rmr1_jax.pairs.rows import Row
 from rmr1_jax.pairs.training_sets import PublishedRow, read_published
 from rmr1_jax.prompts.prompt import Messages, Prompt
 from rmr1_jax.prompts.thought import continue_thought
@@ -75,9 +76,11 @@ def read_training_rows(
         yield from read_published(paths, **reading)
         return
     for pair in read_pairs(paths[0], seed=seed, **reading):
-        facts = {"better": pair.better, "both_empty": "both_empty" in pair.meta}
-        source = str(pair.meta.get("source") or "")
-        yield PublishedRow(id=pair.id, messages=render_pair(prompt, pair), winner="", source=source, meta=facts)
+        both_empty = "both_empty" in pair.meta  # an error, and not one of the pairs that are dropped
+        untaught = "ties" if pair.tie else "identical_answers" if pair.identical and not both_empty else ""
+        facts = {"better": pair.better, "both_empty": both_empty}
+        source, messages = str(pair.meta.get("source") or ""), render_pair(prompt, pair)
+        yield PublishedRow(id=pair.id, messages=messages, winner="", source=source, untaught=untaught, meta=facts)
 
 
 def sft_example(tokenizer: Tokenizer, id: str, messages: Messages, trace: str | None) -> Example:

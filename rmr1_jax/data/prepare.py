@@ -45,6 +45,10 @@ from rmr1_jax.pairs.training_sets import PublishedRow
 from rmr1_jax.prompts.prompt import get_prompt
 
 CHUNK = 64  # rows a process takes at a time
+UNTAUGHT = {  # pairs that are dropped and counted, whatever the config says about bad rows
+    "ties": "the pair is a tie: no side is right",
+    "identical_answers": "the two answers are the same: no side is right",
+}
 _load_once = functools.cache(Tokenizer)  # in each worker process
 
 
@@ -115,7 +119,7 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
 
 
 def summary_line(manifest: Mapping[str, Any]) -> str:
-    """Describe a set in a line. The counts of rows add up: read = kept + rejected + too long + left out."""
+    """Describe a set in a line. The counts of rows add up: read is the sum of the others."""
     tokens, trained = (manifest["lengths"].get(kind, {"sum": 0})["sum"] for kind in ("tokens", "trained"))
     return f"rows: {_in_words(manifest['counts'])}; tokens: {tokens}, {trained} of them trained"
 
@@ -162,6 +166,7 @@ def _write_set(config: PrepareConfig, tokenizer: Tokenizer, partial: Path) -> di
         "rejected": report.rejected + drops["rejected"],
         "too_long": drops["too_long"],
         "left_out": total - count,
+        **{kind: drops[kind] for kind in UNTAUGHT if drops[kind]},
     }
     if not counts["kept"]:
         raise InputError(f"{config.data}: no row is left ({_in_words(counts)})")
@@ -182,7 +187,7 @@ def _write_set(config: PrepareConfig, tokenizer: Tokenizer, partial: Path) -> di
 
 
 class Dropped(NamedTuple):
-    """A row that is left out. kind: the count that it belongs to, "rejected" or "too_long"."""
+    """A row that is left out. kind: the count that it belongs to, "rejected", "too_long" or a key of `UNTAUGHT`."""
 
     id: str
     kind: str
@@ -213,6 +218,8 @@ def _tokenize(
 
 def _make(config: PrepareConfig, tokenizer: Tokenizer, row: PublishedRow) -> Example | Dropped:
     """Raises InputError for a row that the config does not allow to drop."""
+    if row.untaught:
+        return Dropped(row.id, row.untaught, UNTAUGHT[row.untaught])
     try:
         example = make_example(tokenizer, row, config.stage, config.target)
     except InputError as e:

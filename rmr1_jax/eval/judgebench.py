@@ -20,8 +20,9 @@ from rmr1_jax.eval.logs import OURS, ArrayFiles, Judged
 from rmr1_jax.eval.scores import Items, Place
 from rmr1_jax.judge.file import judgement_row
 from rmr1_jax.judge.judgement import Judgement, outcome, settle
+from rmr1_jax.pairs.containers import read_rows
 from rmr1_jax.pairs.pair import PreferencePair
-from rmr1_jax.pairs.rows import Row, describe, parse_rows, read_rows
+from rmr1_jax.pairs.rows import Row, describe, parse_rows
 from rmr1_jax.prompts.trace import Trace, parse_trace
 from rmr1_jax.prompts.verdict import other_side
 

@@ -22,8 +22,9 @@ from rmr1_jax.files.untrusted import read_object
 from rmr1_jax.files.write import to_json, writing
 from rmr1_jax.judge.file import judgement_row
 from rmr1_jax.judge.judgement import Judgement, Status, outcome
+from rmr1_jax.pairs.containers import read_rows, source_files
 from rmr1_jax.pairs.pair import ROLES, PreferencePair
-from rmr1_jax.pairs.rows import BadRow, Row, describe, read_rows, source_files
+from rmr1_jax.pairs.rows import BadRow, Row, describe
 from rmr1_jax.prompts.trace import Trace, parse_trace
 from rmr1_jax.prompts.verdict import Side, Verdict, eval_verdict, other_side
 
@@ -172,7 +173,7 @@ def judged(entry: Row, id: str, meta: Mapping[str, Any]) -> Judged:
     Raises:
         BadRow: a result or a flag that is none.
     """
-    chosen, rejected = (entry.messages(name, ROLES, last="assistant") for name in ("text_chosen", "text_rejected"))
+    chosen, rejected = (entry.conversation(name) for name in ("text_chosen", "text_rejected"))
     text, result, in_b, ours = entry.text("answers"), entry.get("results"), entry.get(FLAG), entry.value.get(OURS)
     if isinstance(result, bool) or result not in (0, 1, 0.5):
         raise entry.bad("results", f"is {describe(result)}, expected 1 or 0")

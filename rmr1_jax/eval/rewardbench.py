@@ -18,8 +18,9 @@ from rmr1_jax.eval import logs
 from rmr1_jax.eval.benchmark import Benchmark
 from rmr1_jax.eval.logs import OURS, ArrayFiles, Judged
 from rmr1_jax.eval.scores import Items, Place, Statistic, score
+from rmr1_jax.pairs.containers import source_files
 from rmr1_jax.pairs.pair import PreferencePair
-from rmr1_jax.pairs.rows import Row, source_files
+from rmr1_jax.pairs.rows import Row
 
 LOG = "reward_bench/log_result/logs.json"
 SUBSETS = "reward_bench/score_result/each_small_section_score.json"

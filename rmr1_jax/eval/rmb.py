@@ -19,8 +19,9 @@ from rmr1_jax.eval import logs
 from rmr1_jax.eval.benchmark import Benchmark
 from rmr1_jax.eval.logs import FLAG, OURS, ArrayFiles, Judged
 from rmr1_jax.eval.scores import Items, Place, Statistic, equal_sections
+from rmr1_jax.pairs.containers import source_files
 from rmr1_jax.pairs.pair import PreferencePair
-from rmr1_jax.pairs.rows import Row, source_files
+from rmr1_jax.pairs.rows import Row
 
 _SET_SCORE = "RMB/{folder}/score_result/Final_score.json"
 

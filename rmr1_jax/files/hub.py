@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from rmr1_jax.errors import InputError
 
-SUFFIXES = (".jsonl", ".json", ".parquet")
+SUFFIXES = (".jsonl", ".json", ".parquet", ".jsonl.gz", ".json.gz", ".csv", ".csv.gz")
 
 _LOCAL = {"dataset": "file or folder", "model": "directory"}  # what a local source of each kind is
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from rmr1_jax.endpoint import Answer, Endpoint, Request
 from rmr1_jax.errors import RunError
-from rmr1_jax.judge.judgement import Judgement, Pending, Text, TextJudge, Voting, both_empty, judgement_of, not_asked
+from rmr1_jax.judge.judgement import Judgement, Pending, Text, TextJudge, Voting, judgement_of, known_tie, not_asked
 from rmr1_jax.pairs.pair import PreferencePair, render_pair
 from rmr1_jax.prompts.prompt import Prompt
 
@@ -62,7 +62,7 @@ class EndpointJudge(TextJudge):
         """
         asked: list[int] = []
         for number, pair in enumerate(pairs):
-            if found := both_empty(pair):
+            if found := known_tie(pair):
                 yield number, found
             else:
                 asked.append(number)

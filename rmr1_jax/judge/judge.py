@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rmr1_jax.errors import RunError
-from rmr1_jax.judge.judgement import Judgement, Pending, Text, TextJudge, Voting, both_empty, judgement_of, too_long
+from rmr1_jax.judge.judgement import Judgement, Pending, Text, TextJudge, Voting, judgement_of, known_tie, too_long
 from rmr1_jax.model.tokenizer import completion_text
 from rmr1_jax.pairs.pair import PreferencePair, render_pair
 from rmr1_jax.prompts.prompt import Prompt
@@ -71,7 +71,7 @@ class Judge(TextJudge):
         places: list[tuple[int, int]] = []  # of each prompt: the index of its pair, and the order
         for number, pair in enumerate(pairs):
             rows = [self.policy.tokenizer.render(render_pair(self.prompt, shown)) for shown in voting.shown(pair)]
-            if found := both_empty(pair) or too_long("the prompt", rows, self.max_prompt_tokens):
+            if found := known_tie(pair) or too_long("the prompt", rows, self.max_prompt_tokens):
                 yield number, found
             else:
                 prompts += rows

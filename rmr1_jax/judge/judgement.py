@@ -36,9 +36,10 @@ class Judgement:
     """The result of comparing the two answers of a pair.
 
     winner: "A", "B", or None unless `status` is "ok". status: "ok"; "tie": the votes or the two orders disagree, or
-    both answers are empty; "invalid": no text has a verdict; "too_long": the prompt does not fit, so the model was not
-    asked. text: the first text that names the winner, otherwise the first one. trace: the parts of `text`. votes: the
-    counts of "A", "B" and "invalid" over all texts. note: a remark, such as the reason why the model was not asked.
+    both answers are empty or the same; "invalid": no text has a verdict; "too_long": the prompt does not fit, so the
+    model was not asked. text: the first text that names the winner, otherwise the first one. trace: the parts of
+    `text`. votes: the counts of "A", "B" and "invalid" over all texts. note: a remark, such as the reason why the model
+    was not asked.
 
     texts, verdicts, tokens: all texts, their verdicts and their lengths in generated tokens, by order and then by
     vote; empty where the model was not asked. Verdicts of the second order are given in the letters of the pair.
@@ -223,6 +224,14 @@ def not_asked(status: Status, note: str) -> Judgement:
 def both_empty(pair: PreferencePair) -> Judgement | None:
     """The judgement of a pair whose answers are both empty; None for any other pair."""
     return not_asked("tie", "both answers are empty") if pair.meta.get("both_empty") else None
+
+
+def known_tie(pair: PreferencePair) -> Judgement | None:
+    """The judgement of a pair whose answers are both empty or the same; None for any other pair, and for a pair of a
+    benchmark with the same answers: its published evaluation asks about each one."""
+    if pair.identical and "benchmark" not in pair.meta:
+        return both_empty(pair) or not_asked("tie", "the two answers are the same")
+    return both_empty(pair)
 
 
 def too_long(name: str, rows: Sequence[Sequence[int]], limit: int) -> Judgement | None:

@@ -1,4 +1,5 @@
-"""Makes preference pairs of the rows of RewardBench, RM-Bench and RMB, in the A/B order of the published evaluations.
+"""Makes preference pairs of the rows of RewardBench, RM-Bench and RMB, in the A/B order of the published evaluations;
+and of RewardBench 2, whose published evaluations are not pairwise.
 
 Next: `pairs/read.py`, which opens the files; `eval/`, which scores the judgements.
 """
@@ -8,8 +9,8 @@ from __future__ import annotations
 import itertools
 
 from rmr1_jax.pairs.order import Order
-from rmr1_jax.pairs.pair import ROLES, PreferencePair
-from rmr1_jax.pairs.rows import Row
+from rmr1_jax.pairs.pair import PreferencePair
+from rmr1_jax.pairs.rows import Row, describe
 
 STYLES = 3  # RM-Bench: 0 concise, 1 detailed and plain, 2 detailed with markdown
 
@@ -30,6 +31,34 @@ def parse_rewardbench(row: Row, order: Order) -> list[PreferencePair]:
         meta={"benchmark": "rewardbench", **rest, "index": row.place.index},
     )
     return [pair]
+
+
+def parse_rewardbench_2(row: Row, order: Order) -> list[PreferencePair]:
+    """Row {prompt, chosen[], rejected[] [, subset, id, num_correct]} -> a pair `subset/id#i-j` for each chosen answer i
+    and rejected answer j, ordered by (seed, id). `meta["item"]` is the same for all pairs of a row.
+
+    Most subsets have one chosen answer and three rejected ones; Ties has several right answers.
+    """
+    item, question = row.name(), row.text("prompt")
+    if row.value.get("subset") is not None:
+        item = f"{row.text('subset')}/{item}"
+    chosen, rejected = (_texts(row, name) for name in ("chosen", "rejected"))
+    for name, texts in (("chosen", chosen), ("rejected", rejected)):
+        if not texts:
+            raise row.bad(name, "is empty, expected at least one answer")
+    if row.value.get("num_correct", len(chosen)) != len(chosen):
+        raise row.bad("num_correct", f"is {describe(row.value['num_correct'])}, and chosen has {len(chosen)} answers")
+    rest = {key: value for key, value in row.value.items() if key not in ("prompt", "chosen", "rejected")}
+    return [
+        PreferencePair.from_preference(
+            name := f"{item}#{i}-{j}",
+            [("user", question), ("assistant", chosen[i])],
+            [("user", question), ("assistant", rejected[j])],
+            chosen_in_b=order.by_id(name),
+            meta={"benchmark": "rewardbench-2", "item": item, **rest},
+        )
+        for i, j in itertools.product(range(len(chosen)), range(len(rejected)))
+    ]
 
 
 def parse_rm_bench(row: Row, order: Order) -> list[PreferencePair]:
@@ -66,7 +95,7 @@ def parse_rmb(row: Row, order: Order) -> list[PreferencePair]:
     draw = order.reserve(len(losers) if isinstance(losers, list) else 1)  # first: a bad row keeps the others' draws
     category = row.text("category_path")
     item = f"{category}#{row.identifier('pair_uid' if pairwise else 'bon_uid')}"
-    asked = row.messages("conversation_input", ROLES, last="user")
+    asked = row.conversation("conversation_input", last="user")
     best_field = "chosen" if pairwise else "bon_best"
     best, best_model = _answer(row, best_field, row.get(best_field))
     if pairwise:
@@ -90,10 +119,14 @@ def parse_rmb(row: Row, order: Order) -> list[PreferencePair]:
 
 
 def _styles(row: Row, name: str) -> list[str]:
-    styles = [row.checked_text(value, f"{name}[{k}]") for k, value in enumerate(row.sequence(name))]
+    styles = _texts(row, name)
     if len(styles) != STYLES:
         raise row.bad(name, f"has {len(styles)} answers, expected {STYLES}, one of each style")
     return styles
+
+
+def _texts(row: Row, name: str) -> list[str]:
+    return [row.checked_text(value, f"{name}[{k}]") for k, value in enumerate(row.sequence(name))]
 
 
 def _answer(row: Row, name: str, value: object) -> tuple[str, object]:

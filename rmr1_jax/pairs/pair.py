@@ -13,11 +13,11 @@ from rmr1_jax.errors import InputError
 from rmr1_jax.prompts.prompt import Messages, Prompt
 from rmr1_jax.prompts.verdict import other_side
 
-ROLES = ("user", "assistant")
+ROLES = ("user", "assistant", "system")  # a system message can only be the first one
 
 
 class Message(NamedTuple):
-    """One message of a conversation: role "user" or "assistant", and its text."""
+    """One message of a conversation: its role, one of `ROLES`, and its text."""
 
     role: str
     content: str
@@ -27,29 +27,34 @@ class Message(NamedTuple):
 class PreferencePair:
     """Two conversations, each ending with the answer to be judged, and the better side ("A", "B"; None: not known).
 
-    `meta` holds the other facts of the source (subset, domain, model names, ...). An empty answer is a valid loser;
-    where both answers are empty there is nothing to judge, and `meta["both_empty"]` is True. Raises InputError if a
-    conversation does not end with the assistant or has other roles, or `better` has another value.
+    `tie`: the source says that neither is better; `better` is then None. `meta` holds the other facts of the source
+    (subset, domain, model names, ...). An empty answer is a valid loser; where both answers are empty there is nothing
+    to judge, and `meta["both_empty"]` is True. Raises InputError if a conversation does not end with the assistant, has
+    other roles or a system message that does not come first, before a user's; or if `better` has another value.
     """
 
     id: str
     conversation_a: tuple[Message, ...]
     conversation_b: tuple[Message, ...]
     better: str | None = None
+    tie: bool = False
     meta: Mapping[str, object] = field(default_factory=dict, hash=False)
 
     def __post_init__(self):
         for side in ("a", "b"):
             conversation = tuple(Message(*message) for message in getattr(self, f"conversation_{side}"))
             roles = [message.role for message in conversation]
-            if not roles or roles[-1] != "assistant" or not set(roles) <= set(ROLES):
+            spoken = roles[1:] if roles[:2] == ["system", "user"] else roles
+            if not roles or roles[-1] != "assistant" or not set(spoken) <= {"user", "assistant"}:
                 raise InputError(
                     f"pair {self.id!r}: conversation_{side} has the roles {roles}; expected 'user' and 'assistant', "
-                    "the last one 'assistant'"
+                    "the last one 'assistant', perhaps after a 'system' message"
                 )
             object.__setattr__(self, f"conversation_{side}", conversation)
         if self.better not in (None, "A", "B"):
             raise InputError(f"pair {self.id!r}: better is {self.better!r}, expected 'A', 'B' or None")
+        if self.tie and self.better:
+            raise InputError(f"pair {self.id!r}: better is {self.better!r}, expected None for a tie")
         if not self.response_a.strip() and not self.response_b.strip():
             object.__setattr__(self, "meta", {**self.meta, "both_empty": True})
 
@@ -85,9 +90,14 @@ class PreferencePair:
 
     @property
     def single_turn(self) -> bool:
-        """Whether each side is one answer, to the same question."""
-        a, b = self.conversation_a, self.conversation_b
-        return len(a) == len(b) == 2 and a[0].role == "user" and a[0] == b[0]
+        """Whether each side is one answer, to the same question, without a system message."""
+        return _same_question(self.conversation_a, self.conversation_b)
+
+    @property
+    def identical(self) -> bool:
+        """Whether the two sides are the same conversation, but for white space around the last answer."""
+        same_before = self.conversation_a[:-1] == self.conversation_b[:-1]
+        return same_before and self.response_a.strip() == self.response_b.strip()
 
     @property
     def question(self) -> str:
@@ -112,7 +122,24 @@ class PreferencePair:
 
 
 def render_pair(prompt: Prompt, pair: PreferencePair) -> Messages:
-    """Return the messages that ask for a verdict on `pair`, in the single-turn frame where it fits."""
-    if pair.single_turn:
-        return prompt.render(pair.question, pair.response_a, pair.response_b)
-    return prompt.render_conversations(pair.conversation_a, pair.conversation_b)
+    """Return the messages that ask for a verdict on `pair`, in the single-turn frame where it fits.
+
+    The published frames have no place for a system message: its text is shown in front of the client's first message.
+    """
+    a, b = _with_system_in_front(pair.conversation_a), _with_system_in_front(pair.conversation_b)
+    if _same_question(a, b):
+        return prompt.render(a[0].content, a[1].content, b[1].content)
+    return prompt.render_conversations(a, b)
+
+
+def _same_question(a: Sequence[Message], b: Sequence[Message]) -> bool:
+    return len(a) == len(b) == 2 and a[0].role == "user" and a[0] == b[0]
+
+
+def _with_system_in_front(conversation: tuple[Message, ...]) -> tuple[Message, ...]:
+    """Join a system message, if there is one, with the user's message after it."""
+    if conversation[0].role != "system":
+        return conversation
+    system, first, *rest = conversation
+    text = f"{system.content}\n\n{first.content}" if system.content.strip() else first.content
+    return (Message("user", text), *rest)

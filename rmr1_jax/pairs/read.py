@@ -4,32 +4,31 @@
     report = ReadReport()
     pairs = read_pairs("pairs.jsonl", rejects="rejects.jsonl", report=report)       # bad rows are set aside
 
-Files of each format are JSONL, JSON arrays (held in memory whole) or Parquet. Our own rows have `id` and one of
+A file is JSONL, a JSON array (held in memory whole), Parquet, or CSV with a header, perhaps compressed with gzip.
 
-    question, response_a, response_b [, better]             shown in this order; better is "A", "B" or null
-    question, chosen, rejected                              shown in an order drawn from (seed, id)
-    conversation_a, conversation_b [, better]               lists of {role, content}, for several turns
-    chosen, rejected                                        lists of {role, content}, without `question`
-
-and every other field goes into the pair's `meta`.
-
-Next: `pairs/rows.py`, which reads rows and reports bad ones; `pairs/training_sets.py` and `pairs/benchmarks.py` for the
-rows of the sets that RM-R1 is trained and evaluated on.
+Next: `pairs/containers.py`, which reads rows; `pairs/preferences.py`, which makes pairs of our own rows and of those of
+other tools; `pairs/training_sets.py` and `pairs/benchmarks.py` for the sets that RM-R1 is trained and evaluated on.
 """
 
 from __future__ import annotations
 
 import difflib
+import itertools
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
 from rmr1_jax.errors import InputError
-from rmr1_jax.pairs.benchmarks import parse_rewardbench, parse_rm_bench, parse_rmb
+from rmr1_jax.pairs.benchmarks import parse_rewardbench, parse_rewardbench_2, parse_rm_bench, parse_rmb
+from rmr1_jax.pairs.containers import read_rows
 from rmr1_jax.pairs.order import Order, OrderFlags
-from rmr1_jax.pairs.pair import ROLES, PreferencePair
-from rmr1_jax.pairs.rows import ReadReport, Row, check_rejects, parse_rows, read_rows
+from rmr1_jax.pairs.pair import PreferencePair
+from rmr1_jax.pairs.preferences import QUESTIONS, parse_pair
+from rmr1_jax.pairs.rows import ReadReport, Row, check_rejects, parse_rows
 from rmr1_jax.pairs.training_sets import parse_code_preference, parse_math_step, parse_skywork
+
+ROWS_TO_RECOGNISE = 32
 
 
 def read_pairs(
@@ -39,17 +38,19 @@ def read_pairs(
     seed: int = 0,
     flags: OrderFlags | None = None,
     select: Callable[[Row], bool] | None = None,
+    labelled: bool = False,
     rejects: str | Path | None = None,
     report: ReadReport | None = None,
 ) -> Iterator[PreferencePair]:
     """Read the preference pairs of a file, or of all data files in a folder, one after the other.
 
     Args:
-        format: one of `FORMATS`, or "auto": recognised by the fields of the first row that can be read.
+        format: one of `FORMATS`, or "auto": recognised by the fields of the first rows.
         seed: of the A/B order, where the source does not fix it. The benchmarks' order is `LegacyFlags(seed)`; 0 is the
             published one. Rows with chosen and rejected answers are ordered by (seed, id) alone.
         flags: the benchmarks' order given explicitly, `flags[k]` for judgement k; see `pairs/order.py`.
         select: rows for which it is False are skipped before they are checked; they count as kept and make no pair.
+        labelled: a row that names no better answer is a bad row, unless it says that the answers are a tie.
         rejects, report: as in `parse_rows`.
 
     Raises:
@@ -61,72 +62,65 @@ def read_pairs(
     check_rejects(rejects, path)
     format = source_format(path) if format == "auto" else format
     items = sum(1 for _ in read_rows(path)) if format == "rm-bench" else 0
-    parse, order = _PARSERS[format], Order(seed, flags, items)
-    return parse_rows(
-        read_rows(path),
-        lambda row: parse(row, order) if select is None or select(row) else [],
-        rejects=rejects,
-        report=report,
-    )
+    order = Order(seed, flags, items)
+
+    def parse(row: Row) -> list[PreferencePair]:
+        pairs = _PARSERS[format](row, order) if select is None or select(row) else []
+        if labelled and any(pair.better is None and not pair.tie for pair in pairs):
+            name = "better" if "better" in row.value else None
+            raise row.bad(name, "names no better answer; a pair to train on needs better: 'A' or 'B'")
+        return pairs
+
+    return parse_rows(read_rows(path), parse, rejects=rejects, report=report)
 
 
 def source_format(path: str | Path) -> str:
-    """Return the format of a source, recognised by its first row that can be read. Raises as `read_pairs`."""
+    """Return the format of a source: that of most of its first rows, so that a damaged one does not decide. Raises as
+    `read_pairs`."""
+    first: dict[str, Row] = {}  # the first row of each format
+    counts: Counter[str] = Counter()
     row = None
-    for row in read_rows(path):
+    for row in itertools.islice(read_rows(path), ROWS_TO_RECOGNISE):
         if isinstance(row, Row):
-            return _recognise(row)
+            format = _recognise(row)
+            first.setdefault(format, row)
+            counts[format] += 1
     if row is None:
         raise InputError(f"{path}: holds no rows")
-    return "pairs"  # all rows are bad, whatever the format
-
-
-def parse_pair(row: Row, order: Order) -> list[PreferencePair]:
-    """Row of our own -> one pair."""
-    name, sides = row.identifier("id"), _sides(row)
-    if "question" in row.value:
-        question = ("user", row.text("question"))
-        first, second = ([question, ("assistant", row.text(side))] for side in sides)
-    else:
-        first, second = (row.messages(side, ROLES, last="assistant") for side in sides)
-    meta = {key: value for key, value in row.value.items() if key not in ("id", "question", *sides)}
-    if sides == ("chosen", "rejected"):
-        return [PreferencePair.from_preference(name, first, second, chosen_in_b=order.by_id(name), meta=meta)]
-    better = row.side("better")
-    meta.pop("better", None)
-    return [PreferencePair(id=name, conversation_a=first, conversation_b=second, better=better, meta=meta)]
-
-
-def _sides(row: Row) -> tuple[str, str]:
-    """Return the names of the two fields that hold the answers. The row must not hold another two."""
-    kinds = [("response_a", "response_b"), ("chosen", "rejected"), ("conversation_a", "conversation_b")]
-    present = [kind for kind in kinds if kind[0] in row.value or kind[1] in row.value]
-    if len(present) != 1:
-        got = " and ".join(f"{a}/{b}" for a, b in present) or "none of them"
-        raise row.bad(None, f"expected one of response_a/response_b, chosen/rejected, conversation_a/_b; got {got}")
-    if present[0] == ("response_a", "response_b"):
-        row.get("question")
-    return present[0]
+    format = max(counts, key=counts.__getitem__, default="pairs")  # pairs: all rows are bad, whatever the format
+    if format == "rendered":
+        raise InputError(
+            f"{first[format].place}: these are rendered training rows; training and `rmr1 data prepare` take them "
+            "unchanged (`read_published`)"
+        )
+    if format == "log":
+        raise InputError(f"{first[format].place}: this is a log of judgements, not a data set; `rmr1 score` reads logs")
+    return format
 
 
 def _recognise(row: Row) -> str:
+    """Return the format of a row: one of `FORMATS`, "rendered" or "log"."""
     fields = row.value.keys()
     if {"context_messages", "winner"} <= fields:
-        raise InputError(
-            f"{row.place}: these are rendered training rows; training and `rmr1 data prepare` take them unchanged "
-            "(`read_published`)"
-        )
+        return "rendered"
     if "Is_Chosen_Answer_Shuffled_toPositionB" in fields:
-        raise InputError(f"{row.place}: this is a log of judgements, not a data set; `rmr1 score` reads logs")
+        return "log"
     if "conversation_input" in fields:
         return "rmb"
     if {"input", "accepted", "rejected"} <= fields:
         return "code-preference"
     if {"prompt", "initial_reason_steps", "full_chosen", "full_rejected"} <= fields:
         return "math-step"
-    if {"prompt", "chosen", "rejected"} <= fields:
-        return "rm-bench" if isinstance(row.value["chosen"], list) else "rewardbench"
-    if {"chosen", "rejected", "source"} <= fields and not {"id", "question"} & fields:
+    chosen = row.value.get("chosen")
+    messages = isinstance(chosen, list) and any(isinstance(message, dict) for message in chosen)
+    if {"prompt", "chosen", "rejected"} <= fields and not messages:
+        if isinstance(chosen, list) and "domain" in fields:
+            return "rm-bench"
+        if isinstance(chosen, list) or {"num_correct", "subset"} <= fields:
+            return "rewardbench-2"
+        if {"subset", "id"} <= fields:
+            return "rewardbench"
+    if {"chosen", "rejected", "source"} <= fields and not {"id", *QUESTIONS} & fields and not isinstance(chosen, str):
         return "skywork"
     return "pairs"
 
@@ -138,9 +132,10 @@ _PARSERS: Mapping[str, Callable[[Row, Order], list[PreferencePair]]] = MappingPr
         "code-preference": parse_code_preference,
         "math-step": parse_math_step,
         "rewardbench": parse_rewardbench,
+        "rewardbench-2": parse_rewardbench_2,
         "rm-bench": parse_rm_bench,
         "rmb": parse_rmb,
     }
 )
 FORMATS = tuple(_PARSERS)
-BENCHMARKS = ("rewardbench", "rm-bench", "rmb")
+BENCHMARKS = ("rewardbench", "rewardbench-2", "rm-bench", "rmb")

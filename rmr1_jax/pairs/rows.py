@@ -1,14 +1,13 @@
-"""Reads rows from JSONL, JSON and Parquet files, checks their fields, and sets bad rows aside.
+"""Defines `Row`, which checks the fields of one row of a file, and sets bad rows aside.
 
 A row that cannot be used is a `BadRow`, an error with file, line and field. It stops the reading, or is written to a
 rejects file with its reason; in both cases the counts of `ReadReport` add up: read = kept + rejected.
 
-Next: `pairs/read.py`, which makes preference pairs of rows.
+Next: `pairs/containers.py`, which reads rows from files; `pairs/read.py`, which makes preference pairs of rows.
 """
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -17,8 +16,7 @@ from pathlib import Path
 from typing import IO, TypeVar
 
 from rmr1_jax.errors import InputError
-from rmr1_jax.files.hub import SUFFIXES
-from rmr1_jax.files.untrusted import own_file, parse_json, wrong_download
+from rmr1_jax.pairs.pair import ROLES
 
 Item = TypeVar("Item")  # has an `id`
 
@@ -38,7 +36,7 @@ class ReadReport:
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """The place of a row: its number `index` from 0 in the source, and its `line` from 1 in JSONL."""
+    """The place of a row: its number `index` from 0 in the source, and its `line` from 1 in JSONL and CSV."""
 
     file: str
     index: int
@@ -98,6 +96,10 @@ class Row:
             raise self.bad(name, "is empty, expected an id")
         return text
 
+    def name(self) -> str:
+        """Return the row's `id`, or its number in the source where it has none."""
+        return str(self.place.index) if self.value.get("id") is None else self.identifier("id")
+
     def side(self, name: str) -> str | None:
         """Return a field that names a side, "A" or "B"; None where it is null or absent."""
         value = self.value.get(name)
@@ -121,18 +123,44 @@ class Row:
                 raise self.bad(f"{name}.{key}", "is missing")
         return value
 
-    def messages(self, name: str, roles: Sequence[str], last: str) -> list[tuple[str, str]]:
-        """Return a field of messages as (role, content). Roles must be in `roles`, and the last one must be `last`."""
+    def messages(self, name: str, roles: Sequence[str], last: str, parts: bool = False) -> list[tuple[str, str]]:
+        """Return a field of messages as (role, content). Roles must be in `roles`, and the last one must be `last`.
+
+        Args:
+            parts: accept a content that is a list of {type: "text", text}, and join them as chat templates do.
+        """
         found = []
         for number, value in enumerate(self.sequence(name)):
-            message = self.mapping(value, f"{name}[{number}]", ("role", "content"))
+            place = f"{name}[{number}]"
+            message = self.mapping(value, place, ("role", "content"))
             if message["role"] not in roles:
                 expected = " or ".join(map(repr, roles))
-                raise self.bad(f"{name}[{number}].role", f"is {describe(message['role'])}, expected {expected}")
-            found.append((message["role"], self.checked_text(message["content"], f"{name}[{number}].content")))
+                raise self.bad(f"{place}.role", f"is {describe(message['role'])}, expected {expected}")
+            if parts and message.get("tool_calls"):
+                raise self.bad(f"{place}.tool_calls", "calls a tool; only text can be judged")
+            read = self._joined if parts and isinstance(message["content"], list) else self.checked_text
+            found.append((message["role"], read(message["content"], f"{place}.content")))
         if not found or found[-1][0] != last:
             raise self.bad(name, f"is {describe(self.value[name])} and must end with a message whose role is {last!r}")
         return found
+
+    def conversation(self, name: str, last: str = "assistant") -> list[tuple[str, str]]:
+        """Return a field of messages of a client and a chatbot, perhaps after a system message, as (role, content)."""
+        found = self.messages(name, ROLES, last, parts=True)
+        for number, (role, _) in enumerate(found):
+            if role == "system" and (number or found[1][0] != "user"):
+                raise self.bad(f"{name}[{number}].role", "is 'system', expected it only once, first, before a 'user'")
+        return found
+
+    def _joined(self, value: list, name: str) -> str:
+        texts = []
+        for number, part in enumerate(value):
+            place = f"{name}[{number}]"
+            kind = self.mapping(part, place, ("type",))["type"]
+            if kind not in ("text", "input_text", "output_text"):
+                raise self.bad(f"{place}.type", f"is {describe(kind)}, expected 'text'; only text can be judged")
+            texts.append(self.checked_text(self.mapping(part, place, ("text",))["text"], f"{place}.text"))
+        return "".join(texts)
 
 
 def describe(value: object) -> str:
@@ -163,7 +191,7 @@ def parse_rows(
     """
     report = ReadReport() if report is None else report
     seen: dict[str, int] = {}  # id -> the number of its row
-    with nullcontext() if rejects is None else _open(Path(rejects), "w") as rejected:
+    with nullcontext() if rejects is None else open_file(Path(rejects), "w") as rejected:
         for row in rows:
             report.read += 1
             try:
@@ -189,101 +217,20 @@ def parse_rows(
 
 def check_rejects(rejects: str | Path | None, path: str | Path | Sequence[str | Path]) -> None:
     """Raise InputError where the file `rejects` would overwrite a source, or become part of it."""
-    for source in _paths(path) if rejects is not None else ():
+    for source in as_paths(path) if rejects is not None else ():
         resolved, written = source.resolve(), Path(rejects).resolve()
         if written == resolved or (resolved.is_dir() and resolved in written.parents):
             raise InputError(f"rejects={str(rejects)!r} lies in the source {source}; choose a file outside it")
 
 
-# ---- files ----
-
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-
-
-def read_rows(path: str | Path | Sequence[str | Path]) -> Iterator[Row | BadRow]:
-    """Yield the rows of a JSONL, JSON-array or Parquet file, or of all such files in a folder; or of several paths.
-
-    A line that is no JSON object is yielded as a BadRow. Raises InputError for a whole file that cannot be read: it is
-    absent, cut off, a Git LFS pointer or an invalid JSON array.
-    """
-    count = itertools.count()
-    for file in itertools.chain.from_iterable(map(source_files, _paths(path))):
-        with _open(file, "rb") as opened:
-            head = opened.read(1024).removeprefix(_BYTE_ORDER_MARK).lstrip(b" \t\r\n")
-        if what := wrong_download(file):
-            raise InputError(f"{file}: {what}")
-        if file.suffix == ".parquet":
-            yield from _parquet(file, count)
-        elif head.startswith(b"["):
-            yield from _json_array(file, count)
-        else:
-            yield from _jsonl(file, count)
-
-
-def source_files(path: str | Path) -> list[Path]:
-    """Return the file itself, or the data files anywhere in the folder, sorted; InputError where there are none."""
-    path = Path(path)
-    if not path.is_dir():
-        return [path]
-    files = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES and file.is_file())
-    for file in files:
-        own_file(file, path, most=2**50)  # of any size, but no link out of a folder from elsewhere
-    if not files:
-        raise InputError(f"{path}: the folder holds no {', '.join(SUFFIXES)} file")
-    return files
-
-
-def _paths(path: str | Path | Sequence[str | Path]) -> list[Path]:
+def as_paths(path: str | Path | Sequence[str | Path]) -> list[Path]:
+    """Return one path or several as a list."""
     return [Path(path)] if isinstance(path, str | Path) else [Path(each) for each in path]
 
 
-def _open(file: Path, mode: str) -> IO:
+def open_file(file: Path, mode: str) -> IO:
+    """Open a file. Raises InputError where that fails."""
     try:
         return open(file, mode, encoding=None if "b" in mode else "utf-8")
     except OSError as error:
         raise InputError(f"{file}: cannot be opened ({error.strerror})") from error
-
-
-def _jsonl(file: Path, count: Iterator[int]) -> Iterator[Row | BadRow]:
-    with _open(file, "rb") as lines:
-        for number, line in enumerate(lines, 1):
-            line = line.removeprefix(_BYTE_ORDER_MARK) if number == 1 else line
-            if not line.strip():
-                continue
-            place = Place(file=str(file), index=next(count), line=number)
-            raw = line.decode(errors="backslashreplace").rstrip("\r\n")
-            try:
-                yield _object(parse_json(line), place, raw)
-            except ValueError as error:
-                yield BadRow(place, None, str(error), raw)
-
-
-def _json_array(file: Path, count: Iterator[int]) -> Iterator[Row | BadRow]:
-    try:
-        values = parse_json(file.read_bytes().removeprefix(_BYTE_ORDER_MARK))
-    except ValueError as error:
-        raise InputError(f"{file}: {error}") from error
-    for value in values:
-        yield _object(value, Place(file=str(file), index=next(count)), json.dumps(value))
-
-
-def _object(value: object, place: Place, raw: str) -> Row | BadRow:
-    if isinstance(value, dict):
-        return Row(value=value, place=place, raw=raw)
-    return BadRow(place, None, f"is {describe(value)}, expected a JSON object", raw)
-
-
-def _parquet(file: Path, count: Iterator[int]) -> Iterator[Row]:
-    import pyarrow as pa  # here: it takes a third of a second, and most sources are JSON
-    import pyarrow.parquet as pq
-
-    try:
-        table, found = pq.ParquetFile(file), 0
-        for batch in table.iter_batches(batch_size=256):
-            for value in batch.to_pylist():
-                yield Row(value=value, place=Place(file=str(file), index=next(count)))
-            found += batch.num_rows
-        if found != table.metadata.num_rows:  # a damaged footer can lose row groups without any other error
-            raise InputError(f"{file}: says that it has {table.metadata.num_rows} rows, but {found} could be read")
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{file}: not a readable Parquet file: {error}") from error

@@ -27,9 +27,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 
+from rmr1_jax.pairs.containers import read_rows
 from rmr1_jax.pairs.order import Order
-from rmr1_jax.pairs.pair import ROLES, PreferencePair
-from rmr1_jax.pairs.rows import ReadReport, Row, check_rejects, parse_rows, read_rows
+from rmr1_jax.pairs.pair import PreferencePair
+from rmr1_jax.pairs.rows import ReadReport, Row, check_rejects, parse_rows
 from rmr1_jax.prompts.prompt import Messages
 
 _SIDES = MappingProxyType({"model_a": "A", "model_b": "B"})
@@ -39,7 +40,7 @@ _SIDES = MappingProxyType({"model_a": "A", "model_b": "B"})
 
 def parse_skywork(row: Row, order: Order) -> list[PreferencePair]:
     """Row {chosen, rejected, source} -> one pair."""
-    chosen, rejected = (row.messages(side, ROLES, last="assistant") for side in ("chosen", "rejected"))
+    chosen, rejected = (row.conversation(side) for side in ("chosen", "rejected"))
     # Share the messages that both sides have, such as a long question: it halves the memory of a pair.
     rejected = [mine if mine == theirs else theirs for mine, theirs in itertools.zip_longest(chosen, rejected)]
     return [_preference(row, order, chosen, [message for message in rejected if message], ("source",))]
@@ -62,7 +63,7 @@ def parse_math_step(row: Row, order: Order) -> list[PreferencePair]:
 def _preference(
     row: Row, order: Order, chosen: list[tuple[str, str]], rejected: list[tuple[str, str]], kept: Sequence[str]
 ) -> PreferencePair:
-    name = row.identifier("id") if "id" in row.value else str(row.place.index)
+    name = row.name()
     meta = {key: row.value[key] for key in kept if key in row.value}
     return PreferencePair.from_preference(name, chosen, rejected, chosen_in_b=order.by_id(name), meta=meta)
 
@@ -73,7 +74,7 @@ def _preference(
 @dataclass(frozen=True, kw_only=True)
 class PublishedRow:
     """A rendered prompt and its target: `winner` is "model_a" or "model_b" in RLVR rows, the trace in SFT rows, ""
-    in a row made of a pair.
+    in a row made of a pair. `untaught`: why a pair cannot be learned from, "ties" or "identical_answers", or "".
 
     `id` is the row's own or, as in the published rows, the file's name and the row's number from 0 in the source.
     `messages` are dicts of role and content, the input of a chat template. `source` is "" where the row names none;
@@ -84,6 +85,7 @@ class PublishedRow:
     messages: Messages
     winner: str
     source: str = ""
+    untaught: str = ""
     meta: Mapping[str, object] = field(default_factory=dict, hash=False)
 
     @property
@@ -113,7 +115,7 @@ def read_published(
 
 def parse_published(row: Row) -> list[PublishedRow]:
     """Row {context_messages, winner [, id, source, better]} -> one rendered row."""
-    messages = row.messages("context_messages", ("system", "user", "assistant"), last="user")
+    messages = row.messages("context_messages", ("system", "user", "assistant"), last="user", parts=True)
     winner = row.text("winner")
     if not winner.strip():
         raise row.bad("winner", "is empty, expected 'model_a', 'model_b' or a trace")

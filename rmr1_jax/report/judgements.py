@@ -27,7 +27,7 @@ from rmr1_jax.report.trace import QuoteFinder, blocks_of
 CHUNK = 1 << 18  # characters of text in a piece
 BRIEF = 140  # characters of a question in the list
 UNDECIDED = {"tie": "tie", "too_long": "too long"}  # status -> outcome without a winner; others: "no verdict"
-ROLES = {"user": "User", "assistant": "Chatbot"}
+ROLES = {"system": "System", "user": "User", "assistant": "Chatbot"}
 STYLES = ("concise", "detailed", "markdown")  # of RM-Bench's answers
 META = ("section", "subset", "domain", "category")  # fields of `meta` that the page filters by
 FILTERS = ("outcome", *META, "difficulty", "better_style", "worse_style", "kind", "better", "orders", "quotes")

@@ -16,7 +16,7 @@ from prepared import assert_same, config_of, rows, write_rows
 
 from rmr1_jax.config import dump_config
 from rmr1_jax.data.examples import sft_example
-from rmr1_jax.data.prepare import prepare
+from rmr1_jax.data.prepare import prepare, summary_line
 from rmr1_jax.data.store import PreparedExamples
 from rmr1_jax.errors import InputError
 
@@ -94,6 +94,30 @@ def test_an_empty_answer_can_lose_and_two_cannot_be_judged(tmp_path, world_token
         prepare(config_of(**settings))
     assert prepare(config_of(**settings, on_bad_row="quarantine"))["counts"]["rejected"] == 1
     assert [x.id for x in PreparedExamples(tmp_path / "out")] == ["one"]
+
+
+def test_ties_and_identical_answers_are_dropped_and_counted(tmp_path, world_tokenizer):
+    """No side is right; rows are as TRL writes them, without ids."""
+    made = [
+        {"prompt": "2+2?", "chosen": "4", "rejected": "5"},
+        {"prompt": "2+2?", "chosen": "4", "rejected": " 4\n"},
+        {"prompt": [{"role": "user", "content": "2+2?"}], "chosen": "4", "rejected": "5", "better": "tie"},
+        {"instruction": "2+2?", "response_a": "4", "response_b": "5", "winner": "Tie"},
+        {"instruction": "2+2?", "response_a": "4", "response_b": "5", "winner": "Response A"},
+    ]
+    settings = {"model": str(world_tokenizer), "data": str(write_rows(tmp_path / "pairs.jsonl", made))}
+    settings |= {"out": str(tmp_path / "out"), "prompt": "cor", "stage": "grpo"}
+    manifest = prepare(config_of(**settings))
+    assert manifest["counts"] == {
+        **{"read": 5, "kept": 2, "rejected": 0, "too_long": 0, "left_out": 0},
+        **{"ties": 2, "identical_answers": 1},
+    }
+    assert "5 read, 2 kept, 0 rejected, 0 too long, 0 left out, 2 ties, 1 identical answers;" in summary_line(manifest)
+    rejects = [json.loads(line) for line in (tmp_path / "out/rejects.jsonl").read_text().splitlines()]
+    assert [(row["id"], row["reason"].split(":")[0]) for row in rejects] == [
+        *(("1", "the two answers are the same"), ("2", "the pair is a tie"), ("3", "the pair is a tie")),
+    ]
+    assert [(x.id, x.better) for x in PreparedExamples(tmp_path / "out")][1] == ("4", "A")
 
 
 def test_rows_that_the_template_refuses_or_that_are_not_text(tmp_path, world_tokenizer):

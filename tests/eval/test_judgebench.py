@@ -10,7 +10,8 @@ from rmr1_jax.errors import InputError
 from rmr1_jax.eval.evaluate import score_logs
 from rmr1_jax.eval.judgebench import LOG, SOURCES, JudgeBench
 from rmr1_jax.eval.logs import log_files
-from rmr1_jax.pairs.rows import BadRow, read_rows
+from rmr1_jax.pairs.containers import read_rows
+from rmr1_jax.pairs.rows import BadRow
 
 BENCHMARK = JudgeBench()
 SCORES = BENCHMARK.main_scores

@@ -8,7 +8,8 @@ from policies import answer
 from rmr1_jax.errors import InputError, RunError
 from rmr1_jax.eval.logs import FLAG, ArrayFiles, conversations, extras, is_ours, log_files, read_judgements, shown_text
 from rmr1_jax.eval.rewardbench import RewardBench
-from rmr1_jax.pairs.rows import BadRow, read_rows
+from rmr1_jax.pairs.containers import read_rows
+from rmr1_jax.pairs.rows import BadRow
 
 ENTRY = {
     "text_chosen": [{"content": "q", "role": "user"}, {"content": "good", "role": "assistant"}],

@@ -82,7 +82,7 @@ def test_a_local_path_takes_precedence(tmp_path, monkeypatch, calls):
 
 
 def test_downloads(calls):
-    data = ["*.jsonl", "*.json", "*.parquet"]
+    data = ["*.jsonl", "*.json", "*.parquet", "*.jsonl.gz", "*.json.gz", "*.csv", "*.csv.gz"]
     found = locate("o/n")
     assert found.name == COMMIT and commit_of(found) == COMMIT
     assert locate("o/n", "v1") == locate("o/n@v1") == locate("o/n@v1", "v1") == found

@@ -46,6 +46,16 @@ def test_one_verdict():
     assert judgement.votes == {"A": 0, "B": 1, "invalid": 0}
 
 
+def test_identical_answers_are_a_tie_at_once():
+    policy = ScriptedPolicy(prefers("five"))
+    judgement = Judge(policy).compare("2 + 3?", "five", " five\n", votes=3)
+    assert (judgement.winner, judgement.status, judgement.note) == (None, "tie", "the two answers are the same")
+    assert judgement.texts == () and judgement.votes == {"A": 0, "B": 0, "invalid": 0}
+    pair = PreferencePair.from_answers("1", "2 + 3?", "five", "five", meta={"benchmark": "rewardbench"})
+    [asked] = Judge(policy).compare_many([pair])  # as the published evaluations ask
+    assert asked.texts and asked.note is None
+
+
 def test_votes_show_a_text_of_the_majority():
     judgement = Judge(ScriptedPolicy(says("A-BB"))).compare("q", "x", "y", votes=4)
     assert (judgement.winner, judgement.status) == ("B", "ok")

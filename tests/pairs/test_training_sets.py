@@ -102,7 +102,7 @@ def test_conversations_that_diverge_early_are_kept_whole(tmp_path):
     ("row", "field", "reason"),
     [
         (
-            {**SKYWORK, "chosen": [{"role": "system", "content": "x"}]},
+            {**SKYWORK, "chosen": [{"role": "tool", "content": "x"}]},
             "chosen[0].role",
             "expected 'user' or 'assistant'",
         ),

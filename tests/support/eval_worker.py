@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 from rmr1_jax.eval.evaluate import NamedJudge, evaluate, load
-from rmr1_jax.judge.judgement import Text, Voting, both_empty, judgement_of
+from rmr1_jax.judge.judgement import Text, Voting, judgement_of, known_tie
 
 
 class ScriptedJudge:
@@ -31,7 +31,7 @@ class ScriptedJudge:
         for number, pair in order:
             self.asked += 1
             time.sleep(self.seconds)
-            if found := both_empty(pair):
+            if found := known_tie(pair):
                 yield number, found
                 continue
             texts = [

@@ -19,6 +19,7 @@ import hashlib
 import itertools
 import json
 import math
+import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -35,9 +36,9 @@ from rmr1_jax.endpoint import Answer, EndpointConfig, Request
 from rmr1_jax.errors import InputError, RunError
 from rmr1_jax.files.append import files_digest
 from rmr1_jax.files.write import write_whole, writing
+from rmr1_jax.pairs.containers import source_files
 from rmr1_jax.pairs.pair import PreferencePair, render_pair
 from rmr1_jax.pairs.read import read_pairs
-from rmr1_jax.pairs.rows import source_files
 from rmr1_jax.prompts.prompt import Prompt, get_prompt
 
 
@@ -104,12 +105,16 @@ class Teacher(Protocol):
 
 
 def read_known_pairs(config: ChainsConfig) -> list[PreferencePair]:
-    """Read the pairs. Raises InputError for a bad row, and for a pair whose better answer is not known."""
+    """Read the pairs, without ties. Raises InputError for a bad row, and for a pair whose better answer is not
+    known."""
     rejects = Path(config.out) / "rejects.jsonl" if config.on_bad_row == "quarantine" else None
     if rejects:
         with writing(rejects):
             rejects.parent.mkdir(parents=True, exist_ok=True)
-    pairs = list(read_pairs(config.pairs, seed=config.seed, rejects=rejects))
+    read = list(read_pairs(config.pairs, seed=config.seed, rejects=rejects))
+    pairs = [pair for pair in read if not pair.tie]
+    if len(pairs) < len(read):
+        print(f"{config.pairs}: {len(read) - len(pairs)} ties are left out", file=sys.stderr)
     unknown = [pair.id for pair in pairs if pair.better is None]
     if unknown:
         shown = ", ".join(map(repr, unknown[:3])) + (", ..." if len(unknown) > 3 else "")

@@ -72,7 +72,8 @@ class PairAttempts:
         """One of `STATES`; "open" while there is an attempt left."""
         if self.accepted:
             return "right_at_first" if self.accepted.turn[0] == 1 else "right_at_second"
-        return "failed" if self.pair.meta.get("both_empty") or len(self.attempts) == len(self.turns) else "open"
+        nothing_to_judge = self.pair.identical or "both_empty" in self.pair.meta
+        return "failed" if nothing_to_judge or len(self.attempts) == len(self.turns) else "open"
 
     @property
     def next_turn(self) -> Turn | None:

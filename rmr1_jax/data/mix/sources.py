@@ -22,7 +22,7 @@ from rmr1_jax.pairs.read import BENCHMARKS, FORMATS, read_pairs, source_format
 from rmr1_jax.pairs.rows import ReadReport, Row
 
 # The counts of a SourceReport for rows that are not kept, in the order in which rows are tested.
-DROPPED = ("rejected", "filtered", "not_drawn", "alike", "duplicates", "contradictory", "overlap")
+DROPPED = ("rejected", "filtered", "not_drawn", "ties", "alike", "duplicates", "contradictory", "overlap")
 Value = str | int | float | bool | None
 Filters = dict[str, tuple[Value, ...]]
 
@@ -44,7 +44,7 @@ class SourceConfig:
     exclude: Filters = field(default_factory=dict)
 
     def __post_init__(self):
-        name = self.name or re.sub(r"\.(jsonl|json|parquet)$", "", Path(re.sub("@.*", "", self.path)).name)
+        name = self.name or re.sub(r"\.(jsonl|json|parquet|csv)(\.gz)?$", "", Path(re.sub("@.*", "", self.path)).name)
         if re.fullmatch(r"[\w.-]+", name) is None:
             raise InputError(f"sources: name={name!r} of {self.path!r} must be letters, digits, '.', '-' and '_'")
         object.__setattr__(self, "name", name)
@@ -72,6 +72,7 @@ class SourceReport:
     rejected: int = 0
     filtered: int = 0
     not_drawn: int = 0
+    ties: int = 0
     alike: int = 0
     both_empty: int = 0
     duplicates: int = 0
@@ -90,7 +91,7 @@ class SourceReport:
 def read_source(
     source: SourceConfig, path: Path, *, rejects: Path | None, bar: tqdm
 ) -> tuple[list[PreferencePair], SourceReport]:
-    """Read, filter and draw the pairs of a source, without those whose answers are the same.
+    """Read, filter and draw the pairs of a source, without ties and those whose answers are the same.
 
     Args:
         path: where the source is on this machine. rejects: the file for bad rows, removed if there were none; None: a
@@ -104,7 +105,7 @@ def read_source(
             "cannot be measured by it: it belongs in overlap.benchmarks"
         )
     row_filter, read = _RowFilter(source, report, bar), ReadReport()
-    pairs = list(read_pairs(path, report.format, select=row_filter, rejects=rejects, report=read))
+    pairs = list(read_pairs(path, report.format, select=row_filter, labelled=True, rejects=rejects, report=read))
     if rejects and not read.rejected:
         rejects.unlink()
     report.read, report.rejected = read.read, read.rejected
@@ -116,9 +117,11 @@ def read_source(
         order = range(n) if source.shuffle is None else np.random.default_rng(source.shuffle).permutation(n)
         pairs = [pairs[k] for k in order[: source.count]]
         report.not_drawn = n - len(pairs)
-    different = [pair for pair in pairs if pair.response_a.strip() != pair.response_b.strip()]
-    report.alike = len(pairs) - len(different)
-    report.both_empty = sum("both_empty" in pair.meta for pair in pairs)
+    known = [pair for pair in pairs if not pair.tie]
+    report.ties = len(pairs) - len(known)
+    different = [pair for pair in known if pair.response_a.strip() != pair.response_b.strip()]
+    report.alike = len(known) - len(different)
+    report.both_empty = sum("both_empty" in pair.meta for pair in known)
     return different, report
 
 
@@ -141,9 +144,6 @@ class _RowFilter:
         if not has_all or any(row.value.get(name) in values for name, values in exclude):
             self.report.filtered += 1
             return False
-        if self.report.format == "pairs" and "chosen" not in row.value and row.value.get("better") is None:
-            field_name = "better" if "better" in row.value else None
-            raise row.bad(field_name, "names no better answer; a pair to train on needs better: 'A' or 'B'")
         return True
 
     def check_names(self) -> None:

@@ -284,7 +284,7 @@ def test_invalid_lines_of_answers_are_refused(pairs_file, line, said):
         run(pairs_file, first())
 
 
-def test_pairs_that_cannot_be_used(tmp_path):
+def test_pairs_that_cannot_be_used(tmp_path, capsys):
     path = tmp_path / "pairs.jsonl"
     row = {"id": "a", "question": "q", "response_a": "x", "response_b": "y"}
     path.write_text(json.dumps(row) + "\n")
@@ -297,6 +297,11 @@ def test_pairs_that_cannot_be_used(tmp_path):
     ledger = run(path, teacher, on_bad_row="quarantine")
     assert (ledger.read, ledger.failed, teacher.asked) == (1, 1, [])  # two empty answers: nothing to judge
     assert len(rows(tmp_path / "out" / "rejects.jsonl")) == 1
+    same, tie = row | {"better": "A", "id": "p1", "response_b": "x "}, row | {"better": "tie", "id": "p2"}
+    path.write_text(json.dumps(same) + "\n" + json.dumps(tie) + "\n")
+    ledger = run(path, teacher, out=str(tmp_path / "other"))
+    assert (ledger.read, ledger.failed, teacher.asked) == (1, 1, [])  # the same answer twice; the tie is left out
+    assert "pairs.jsonl: 1 ties are left out" in capsys.readouterr().err
     path.write_text("bad\n")
     with pytest.raises(InputError, match="no pair that can be read"):
         run(path, first(), on_bad_row="quarantine", out=str(tmp_path / "other"))

@@ -230,6 +230,17 @@ def test_answers_that_are_the_same_cannot_be_judged(tmp_path):
     assert counts(report) == {"read": 4, "kept": 2, "alike": 2, "both_empty": 1}
 
 
+def test_ties_are_dropped_and_counted(tmp_path):
+    trl = {"prompt": [{"role": "user", "content": "q"}], "chosen": "c", "rejected": "r"}
+    rows = [own(0), own(1, "tie"), {**own(2), "better": None}, trl, {**trl, "prompt": "p", "better": "tie"}]
+    with pytest.raises(BadRow, match=r"own\.jsonl:3: field 'better' names no better answer"):
+        made(simple(tmp_path, rows), tmp_path)
+    rows.pop(2)
+    report, pairs, _ = made(simple(tmp_path, rows), tmp_path)
+    assert counts(report) == {"read": 4, "kept": 2, "ties": 2}
+    assert sorted(pair.id for pair in pairs) == ["own/2", "own/p0"] and "  ties  " in report.table()
+
+
 def test_duplicates_and_contradictions(tmp_path):
     def reversed_pair(k, better):  # the same pair as own(k) in the other order
         return own(k, better, id=f"t{k}", response_a=f"b{k}", response_b=f"a{k}")
