@@ -7,146 +7,14 @@ array exists. Read `qwen.py` next, then `hf.py` for how the weights are read.
 """
 
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from rmr1_jax.errors import InputError
 from rmr1_jax.files.untrusted import read_object
-
-MOST = 2**31 - 1  # the largest whole number: positions and sizes are int32
-
-
-class FieldReader:
-    """Reads typed fields, noting what is wrong instead of raising, so that one error can name everything."""
-
-    def __init__(self, raw: dict[str, Any], prefix: str = "", problems: list[str] | None = None):
-        self.raw, self.prefix = raw, prefix
-        self.problems: list[str] = [] if problems is None else problems
-
-    def wrong(self, name: str, expected: str) -> None:
-        got = f"got {short(self.raw[name])}" if name in self.raw else "missing"
-        self.problems.append(f"{self.prefix}{name}: {got}, expected {expected}")
-
-    def integer(self, name: str, default: int | None = None) -> int:
-        value = self.raw.get(name, default)
-        value = default if value is None else value
-        if isinstance(value, int) and not isinstance(value, bool) and abs(value) <= MOST:
-            return value
-        self.wrong(name, "a whole number")
-        return 1
-
-    def positive_int(self, name: str, default: int | None = None, most: int = MOST) -> int:
-        value = self.integer(name, default)
-        if 0 < value <= most:
-            return value
-        self.wrong(name, f"a whole number from 1 to {most}")
-        return 1
-
-    def positive_float(self, name: str, default: float | None = None) -> float:
-        value = self.raw.get(name)
-        if value is None and default is not None:
-            return float(default)
-        if isinstance(value, int | float) and not isinstance(value, bool) and 1e-18 < value < 1e18:
-            return float(value)
-        self.wrong(name, "a number above 0 and below 1e18")
-        return 1.0
-
-    def boolean(self, name: str, default: bool) -> bool:
-        value = self.raw.get(name)
-        if value is None or isinstance(value, bool):
-            return default if value is None else value
-        self.wrong(name, "true or false")
-        return default
-
-
-def short(value: Any) -> str:
-    text = json.dumps(value, default=repr)
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
-# fmt: off
-ROPE_FIELDS = {
-    "default": frozenset(),
-    "linear": frozenset({"factor"}),
-    "yarn": frozenset({
-        "factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor", "mscale",
-        "mscale_all_dim", "truncate",
-    }),
-}
-# fmt: on
-
-
-@dataclass(frozen=True, kw_only=True)
-class RopeScaling:
-    """How rotary frequencies are stretched beyond the trained length. All but `kind` and `factor` are yarn's.
-
-    Units: `original_max_position_embeddings` in tokens; `beta_fast` and `beta_slow` in turns over that length.
-    `attention_factor` is already resolved (1 for linear), so nothing downstream needs yarn's `mscale` rules.
-    """
-
-    kind: Literal["linear", "yarn"]
-    factor: float
-    original_max_position_embeddings: int = 0
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    attention_factor: float = 1.0
-    truncate: bool = True
-
-
-def parse_rope(reader: FieldReader, max_positions: int) -> tuple[float, RopeScaling | None]:
-    """Rope theta and scaling from any spelling: `type` or `rope_type`, in `rope_scaling` or in `rope_parameters`."""
-    raw, problems = reader.raw, reader.problems
-    given = {name: raw[name] for name in ("rope_scaling", "rope_parameters") if raw.get(name)}
-    for name, value in given.items():
-        if not isinstance(value, dict):
-            reader.wrong(name, "an object")
-            return 1e4, None
-    if len(given) == 2 and given["rope_scaling"] != given["rope_parameters"]:
-        problems.append("rope_scaling and rope_parameters: both given and different; keep one")
-    where, fields = next(iter(given.items()), ("rope_parameters", {}))
-    rope = FieldReader(fields, where + ".", problems)
-    theta = rope.positive_float("rope_theta", default=reader.positive_float("rope_theta", default=1e4))
-    if None not in (raw.get("rope_theta"), fields.get("rope_theta")) and raw["rope_theta"] != fields["rope_theta"]:
-        problems.append(f"rope_theta: {raw['rope_theta']} here, {fields['rope_theta']} in {where}; keep one")
-    if theta <= 1:
-        problems.append(f"rope_theta: got {theta}, expected a number above 1 (usually 10000 or 1000000)")
-    kinds = [fields[name] for name in ("rope_type", "type") if fields.get(name) is not None] or ["default"]
-    if str(kinds[0]) not in ROPE_FIELDS or kinds[-1] != kinds[0]:
-        problems.append(f"{where}.rope_type: got {short(kinds)}, expected one of {', '.join(sorted(ROPE_FIELDS))}")
-        return theta, None
-    for name in sorted(fields.keys() - ROPE_FIELDS[kinds[0]] - {"rope_type", "type", "rope_theta"}):
-        problems.append(f"{where}.{name}: unknown field for rope type {kinds[0]} (got {short(fields[name])})")
-    return theta, _parse_scaling(rope, kinds[0], max_positions)
-
-
-def _parse_scaling(rope: FieldReader, kind: str, max_positions: int) -> RopeScaling | None:
-    if kind == "default":
-        return None
-    if kind == "linear":
-        return RopeScaling(kind="linear", factor=rope.positive_float("factor"))
-    original = rope.positive_int("original_max_position_embeddings", default=max_positions)
-    factor = rope.positive_float("factor", default=max_positions / original if "factor" in rope.raw else None)
-    mscales = [rope.positive_float(name, default=0.0) for name in ("mscale", "mscale_all_dim")]
-    inferred = _yarn_attention(factor, *mscales) if all(mscales) else _yarn_attention(factor, 1.0, 0.0)
-    return RopeScaling(
-        kind="yarn",
-        factor=factor,
-        original_max_position_embeddings=original,
-        beta_fast=rope.positive_float("beta_fast", default=32.0),
-        beta_slow=rope.positive_float("beta_slow", default=1.0),
-        attention_factor=rope.positive_float("attention_factor", default=inferred),
-        truncate=rope.boolean("truncate", default=True),
-    )
-
-
-def _yarn_attention(factor: float, mscale: float, mscale_all_dim: float) -> float:
-    """Yarn's temperature on cosine and sine, 0.1 ln(factor) + 1 (equation 22), or DeepSeek's ratio of two such."""
-    if factor <= 1:
-        return 1.0
-    return (0.1 * mscale * math.log(factor) + 1.0) / (0.1 * mscale_all_dim * math.log(factor) + 1.0)
-
+from rmr1_jax.model.config_fields import MOST, FieldReader, short
+from rmr1_jax.model.config_rope import ROPE_FIELDS, RopeScaling, parse_rope
 
 SIZES = {  # our names of the sizes that every config.json gives, and its own
     "vocab_size": "vocab_size",
@@ -167,17 +35,41 @@ REWARD_MODELS = {"qwen2": "Qwen2ForSequenceClassification", "qwen3": "Qwen3ForSe
 
 # These would change the computation, so only the value that changes nothing is taken. Qwen2 has its q, k, v biases
 # whatever its file says; in Qwen3 the field would add a bias on o too, which no released Qwen3 has.
-FIXED_FIELDS = {"hidden_act": "silu", "use_mrope": False, "is_encoder_decoder": False, "add_cross_attention": False}
+FIXED_FIELDS = {
+    "add_cross_attention": False, "cross_attention_hidden_size": None, "fuse_attention_ffn": False,
+    "fuse_attention_qkv": False, "hidden_act": "silu", "is_causal": True, "is_encoder_decoder": False,
+    "mlp_bias": False, "num_nextn_predict_layers": 0, "partial_rotary_factor": 1.0, "pruned_heads": {},
+    "use_mrope": False,
+}
 ATTENTION_BIAS = {"qwen2": True, "qwen3": False}
 
-# These describe training, bookkeeping or text generation and change no logit, so any value is taken.
+# These describe training, bookkeeping, text generation or how a library computes the same, so any value is taken.
 IGNORED_FIELDS = frozenset({
-    "attention_dropout", "attn_implementation",
-    "bos_token_id", "chunk_size_feed_forward", "dtype", "eos_token_id", "initializer_range",
-    "keys_to_ignore_at_inference", "label2id", "model_name", "output_attentions",
-    "output_hidden_states", "pad_token_id", "problem_type", "return_dict", "tokenizer_class", "torch_dtype",
-    "transformers_version", "unsloth_fixed", "unsloth_version", "use_cache",
+    # Transformers 4.40 to 5: the fields of all models.
+    "attention_dropout", "attn_implementation", "base_model_ep_plan", "base_model_fsdp_plan", "base_model_pp_plan",
+    "base_model_tp_plan", "cache_implementation", "chunk_size_feed_forward", "classifier_dropout", "dtype",
+    "finetuning_task", "gradient_checkpointing", "hidden_dropout", "ignore_index", "initializer_range", "is_decoder",
+    "keys_to_ignore_at_inference", "label2id", "loss_type", "name_or_path", "output_attentions",
+    "output_hidden_states", "pretraining_tp", "problem_type", "return_dict", "task_specific_params", "tf_legacy_loss",
+    "tie_encoder_decoder", "tokenizer_class", "torch_dtype", "torchscript", "transformers_version", "use_bfloat16",
+    "use_cache",
+    # Tokens, and settings of text generation, which older files keep here.
+    "assistant_confidence_threshold", "assistant_lookbehind", "bad_words_ids", "begin_suppress_tokens",
+    "bos_token_id", "decoder_start_token_id", "diversity_penalty", "do_sample", "early_stopping",
+    "encoder_no_repeat_ngram_size", "encoder_repetition_penalty", "eos_token_id", "epsilon_cutoff", "eta_cutoff",
+    "exponential_decay_length_penalty", "forced_bos_token_id", "forced_eos_token_id", "length_penalty", "max_length",
+    "max_new_tokens", "min_length", "min_p", "no_repeat_ngram_size", "num_assistant_tokens",
+    "num_assistant_tokens_schedule", "num_beam_groups", "num_beams", "num_return_sequences", "output_scores",
+    "pad_token_id", "prefix", "remove_invalid_values", "repetition_penalty", "return_dict_in_generate",
+    "sep_token_id", "suppress_tokens", "target_lookbehind", "temperature", "top_k", "top_p", "typical_p",
+    # Unsloth, PaddleFormers and other trainers.
+    "fuse_linear", "fuse_rms_norm", "fuse_swiglu", "max_seq_length", "max_sequence_length", "model_max_length",
+    "model_name", "mtp_loss_scaling_factor", "paddleformers_version", "paddlenlp_version", "pp_seg_method",
+    "recompute", "recompute_granularity", "seq_length", "sequence_parallel", "tensor_parallel_degree",
+    "tensor_parallel_output", "unsloth_fixed", "unsloth_version", "use_flash_attention", "use_fused_head_and_loss_fn",
+    "use_fused_rms_norm", "use_fused_rope", "use_recompute", "virtual_pp_degree",
 })
+QUANTIZED = ("quantization_config", "quantization", "compression_config")  # Transformers, MLX, llm-compressor
 # fmt: on
 
 
@@ -316,7 +208,14 @@ def _check_unknown_and_fixed(reader: FieldReader) -> None:
     for name, value in fixed.items():
         if raw.get(name) is not None and raw[name] != value:
             reader.wrong(name, json.dumps(value))
-    for name in sorted(raw.keys() - READ_FIELDS - IGNORED_FIELDS - fixed.keys()):
+    for name in QUANTIZED:
+        if raw.get(name):
+            reader.wrong(
+                name,
+                "unquantized weights: this checkpoint is quantized, and rmr1_jax computes with whole ones. Take the "
+                "repository of the same model without -AWQ, -GPTQ, -Int4, -Int8, -FP8, -bnb-4bit or -4bit in its name",
+            )
+    for name in sorted(raw.keys() - READ_FIELDS - IGNORED_FIELDS - fixed.keys() - set(QUANTIZED)):
         # Other writers keep notes of their own under names with a leading underscore; none changes a logit.
         if raw[name] is not None and not name.startswith("_"):
             reader.problems.append(f"{name}: unknown field (got {short(raw[name])}); remove it if it changes nothing")

@@ -11,7 +11,8 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
-from rmr1_jax.model.config import QwenConfig, RopeScaling
+from rmr1_jax.model.config import QwenConfig
+from rmr1_jax.model.config_rope import RopeScaling
 
 Rope = tuple[Float[Array, "B T 1 h"], Float[Array, "B T 1 h"]]  # cosines and sines of H/2 angles a position, float32
 

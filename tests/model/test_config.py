@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from transformers import AutoConfig, Qwen2Config, Qwen3Config
+from transformers import AutoConfig, GenerationConfig, Qwen2Config, Qwen3Config
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 
 from rmr1_jax.errors import InputError
@@ -105,7 +105,14 @@ def test_every_difference_is_in_one_error():
 @pytest.mark.parametrize(
     "changes, field",
     [
-        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"is_causal": False}, "is_causal"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ({"num_nextn_predict_layers": 1}, "num_nextn_predict_layers"),
+        ({"fuse_attention_qkv": True}, "fuse_attention_qkv"),
+        ({"pruned_heads": {"1": [0]}}, "pruned_heads"),
+        ({"per_layer_config": {"0": {"head_dim": 8}}}, "per_layer_config"),
+        ({"dual_chunk_attention_config": {"chunk_size": 262144}}, "dual_chunk_attention_config"),
+        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping"),
         ({"auto_map": {"AutoModel": "code.Model"}}, "auto_map"),
         ({"use_mrope": True}, "use_mrope"),
         ({"model_type": "qwen3", "attention_bias": True}, "attention_bias"),
@@ -125,6 +132,7 @@ def test_every_difference_is_in_one_error():
         ({"rope_scaling": {"type": "linear"}}, "rope_scaling.factor"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0, "mrope_section": [1]}}, "rope_scaling.mrope_section"),
         ({"rope_scaling": "yarn"}, "rope_scaling"),
+        ({"rope_scaling": {"partial_rotary_factor": 0.5}}, "rope_scaling.partial_rotary_factor"),
         ({"rope_parameters": {"rope_theta": 1e4}}, "rope_theta"),
         ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "rope_parameters.full_attention"),
     ],
@@ -132,6 +140,65 @@ def test_every_difference_is_in_one_error():
 def test_what_would_compute_something_else_is_refused(changes, field):
     lines = problems(**changes).splitlines()
     assert len(lines) == 2 and lines[1].startswith(f"  {field}: ")
+
+
+WRITERS = {  # fields of other writers that change no logit
+    "notes": {
+        "_attn_implementation_autoset": True,
+        "_model_name_or_path": "Qwen2.5 AWQ",
+        "_name_or_path": "/models/qwen",
+        "_commit_hash": None,
+    },
+    "unsloth": {"unsloth_fixed": True, "unsloth_version": "2025.3.18", "model_name": "unsloth/qwen", "pad_token_id": 7},
+    "paddleformers": {
+        "paddleformers_version": "1.0.0",
+        "num_nextn_predict_layers": 0,
+        "mtp_loss_scaling_factor": 1.0,
+        "fuse_attention_qkv": False,
+        "tensor_parallel_output": True,
+        "sequence_parallel": False,
+    },
+    "transformers 4": {
+        "torchscript": False,
+        "pruned_heads": {},
+        "is_decoder": False,
+        "cross_attention_hidden_size": None,
+        "tie_encoder_decoder": False,
+        "task_specific_params": None,
+        "tf_legacy_loss": False,
+        "max_length": 20,
+        "num_beams": 1,
+        "top_k": 50,
+        "partial_rotary_factor": 1.0,
+    },
+    "absent": {"quantization_config": None, "quantization": {}, "clip_qkv": None},
+}
+
+
+@pytest.mark.parametrize("fields", WRITERS.values(), ids=WRITERS)
+def test_notes_of_other_writers_are_ignored(fields):
+    assert parse(**fields) == parse()
+
+
+def test_every_setting_of_text_generation_that_transformers_ignores_is_ignored():
+    names = GenerationConfig._get_default_generation_params()
+    assert len(names) > 30 and parse(**dict.fromkeys(names, 1)) == parse()
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"quantization_config": {"quant_method": "gptq", "bits": 4}},
+        {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}},
+        {"quantization": {"group_size": 64, "bits": 4}},  # MLX writes both
+        {"compression_config": {"format": "int-quantized"}},
+    ],
+)
+def test_a_quantized_checkpoint_is_named_as_one(fields):
+    ((name, value),) = fields.items()
+    text = problems(**fields)
+    assert f"\n  {name}: got {json.dumps(value)}, expected unquantized weights: this checkpoint is quantized" in text
+    assert "without -AWQ, -GPTQ, -Int4" in text and "remove it" not in text and len(text.splitlines()) == 2
 
 
 def test_the_spellings_of_rope_mean_the_same():
