@@ -150,7 +150,7 @@ def test_the_strict_rule(x):
     answer, other = f"<answer>[[{x}]]</answer>", f"<answer>[[{'BA'['AB'.index(x)]}]]</answer>"
     assert strict_verdict(f"{other}</think> so {answer}") == x  # what follows the last </think>
     assert strict_verdict(f"{answer} </eval>\n</type>\n") == x  # stray closing tags and white space may follow
-    for text in (f"{answer}.", f"{answer}<eval>", f"{answer}</quote_A>", f"{answer}{answer}", f"{other} or {answer}"):
+    for text in (f"{answer} so", f"{answer}<eval>", f"{answer}</quote_A>", f"{answer}{answer}", f"{other} or {answer}"):
         assert strict_verdict(text) is None, text
 
 

@@ -191,6 +191,8 @@ def _verdict(text: str, begin: int, sections: list[Section]) -> str | None:
     named: set[str] = set()
     for answer in answers:
         named.update(_VERDICT.findall(text, answer.start, answer.end))
+    if answers and not _VERDICT.search(text, answers[-1].start, answers[-1].end):
+        return None  # an earlier answer does not stand for one that cannot be read
     if not answers:  # an answer inside another part counts where there is none at the top level
         named.update(_ANSWER.findall(text, begin))
     return named.pop() if len(named) == 1 else None

@@ -7,7 +7,7 @@ can fool each of them. The strict rule is ours, and the judge uses it.
 |---|---|---|
 | `training_reward` | the last 80 characters | `<answer>[[X]]</answer>` occurs there, and not the other one |
 | `eval_verdict` | the whole text | `[[X]]` occurs in it, and not the other one |
-| `strict_verdict` | what follows the last `</think>` | it ends with `<answer>[[X]]</answer>`, no answer has the other |
+| `strict_verdict` | what follows the last `</think>` | it ends with an answer X, however spelled, and has no other |
 
 Next: `judge/judgement.py` and `train/rollout.py`, which call these functions.
 """
@@ -24,9 +24,20 @@ from rmr1_jax.prompts.trace import parse_trace
 Side = Literal["A", "B"]  # the answer that the judge is shown first, and the other one
 Verdict = Literal["A", "B", None]  # None: neither answer is named
 
+# What models put around and between the parts of a verdict, which says nothing: Markdown and white space.
+_MARKS = r"[\s*_`]*"
+_OPENING, _CLOSING = r"<\s*answer\s*>", r"<\s*/\s*answer\s*>"
+_NAMED = rf"{_OPENING}{_MARKS}\[\[{_MARKS}([AB]){_MARKS}\]\]"
+_AFTER = r"[\s*_`.!\u3002]"
 # One in twelve traces of a published 32B judge closes a tag too many after its answer; the verdict is still clear.
-_FINAL_ANSWER = re.compile(r"<answer>\[\[([AB])\]\]</answer>(?:\s*</(?:type|rubric|solution|eval|answer)>)*\Z")
-_ANY_ANSWER = re.compile(r"<answer>\s*\[\[([AB])\]\]")
+_FINAL_ANSWER = re.compile(
+    rf"{_NAMED}{_MARKS}{_CLOSING}(?:{_AFTER}|</(?:type|rubric|solution|eval|answer)>)*\Z",
+)
+_ANY_ANSWER = re.compile(_NAMED, re.IGNORECASE)
+_LAST_ANSWER = re.compile(_OPENING)
+_ANSWER_BEFORE = re.compile(rf"{_CLOSING}{_AFTER}*\Z")
+_INVISIBLE = dict.fromkeys(map(ord, "\u200b\u200c\u200d\u2060\ufeff"))
+_FULL_WIDTH = str.maketrans("\uff1c\uff1e\uff0f\uff3b\uff3d\u3010\u3011\uff21\uff22", "<>/[][]AB")
 
 
 def other_side(side: Verdict) -> Verdict:
@@ -72,14 +83,17 @@ def eval_verdict(text: str) -> Verdict:
 def strict_verdict(text: str) -> Verdict:
     """Return the verdict that `text` ends with, "A" or "B"; None where it is open to doubt.
 
-    Only the text after the last `</think>` counts. It must end, apart from white space and stray closing tags of a
-    trace, with one `<answer>[[X]]</answer>`, and no answer in it may name the other side, not even a quoted one.
+    Only the text after the last `</think>` counts. It must end with one `<answer>[[X]]</answer>`, and no answer in it
+    may name the other side, not even a quoted one. White space, Markdown (bold, code and its fences), invisible
+    characters and full-width brackets in and around the answer are read over, as are a full stop and stray closing tags
+    of a trace after it. A lower-case letter names no side. Where the last answer cannot be read, no earlier one counts.
     """
-    judgement = text[after_thinking(text) :].rstrip()
-    start = judgement.rfind("<answer>")
-    final = _FINAL_ANSWER.match(judgement, max(start, 0))
-    if final is None or judgement[:start].rstrip().endswith("</answer>"):  # no answer there, or two
+    text = text.translate(_INVISIBLE)
+    judgement = text[after_thinking(text) :].translate(_FULL_WIDTH)
+    start = max((tag.start() for tag in _LAST_ANSWER.finditer(judgement)), default=0)
+    final = _FINAL_ANSWER.match(judgement, start)
+    if final is None or _ANSWER_BEFORE.search(judgement[:start]):  # no answer there, or two
         return None
-    if set(_ANY_ANSWER.findall(judgement)) != {final[1]}:
+    if {side.upper() for side in _ANY_ANSWER.findall(judgement)} != {final[1]}:
         return None
     return "A" if final[1] == "A" else "B"

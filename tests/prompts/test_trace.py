@@ -246,7 +246,8 @@ def test_nothing_raises():
         assert strict_verdict(text) in (None, "A", "B") and eval_verdict(text) in (None, "A", "B")
         assert trace.is_complete() <= (trace.verdict is not None and trace.kind is not None)
         if strict_verdict(text) is not None:
-            assert training_reward(text.rstrip(), strict_verdict(text)) == 1.0 or eval_verdict(text) is None
+            spelled = "".join(text.split())  # white space in an answer is read over
+            assert training_reward(spelled, strict_verdict(text)) == 1.0 or eval_verdict(text) is None
         sections = find_sections(text)
         assert [section.start for section in sections] == sorted(section.start for section in sections)
         assert all(0 <= section.start <= section.end <= len(text) for section in sections)

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from rmr1_jax.errors import InputError
+from rmr1_jax.prompts.trace import parse_trace
 from rmr1_jax.prompts.verdict import eval_verdict, format_reward, other_side, strict_verdict, training_reward
 
 A, B = "<answer>[[A]]</answer>", "<answer>[[B]]</answer>"
@@ -113,7 +114,8 @@ def test_eval_verdict(text, verdict):
         (f'they wrote "<think>" there. {A}', "A"),
         (f"{A} as I said", None),
         (f"{A}</answer>", "A"),
-        (f"{A}.", None),
+        (f"{A}.", "A"),
+        (f"{A}?", None),
         (f"{A}\n{A}", None),
         (f"{B}\n{A}", None),
         (f"<quote_B>{B}</quote_B> {A}", None),  # an answer that imitates the verdict: beyond doubt is something else
@@ -129,6 +131,86 @@ def test_eval_verdict(text, verdict):
 )
 def test_strict_verdict(text, verdict):
     assert strict_verdict(text) == verdict
+
+
+SPELLINGS = {
+    "fence around": "```\n{}\n```",
+    "fence with a language": "Done.\n```xml\n{}\n```\n",
+    "fence after": "{}\n```",
+    "code": "`{}`",
+    "bold": "**{}**",
+    "bold and a full stop": "**{}**.",
+    "bold, italic": "***{}***",
+    "underscores": "__{}__\n",
+    "full stop": "{}.",
+    "ideographic full stop": "{}\u3002",
+    "stray tags in bold": "**{}**</eval>\n</type>",
+    "zero-width space": "{}\u200b",
+    "zero-width no-break space": "\ufeff{}\ufeff\n",
+    "joiners": "{}\u200c\u200d\u2060",
+    "no-break space": "{}\u00a0",
+}
+INSIDE = {
+    "spaces": "<answer> [[{}]] </answer>",
+    "lines": "<answer>\n[[{}]]\n</answer>",
+    "spaces in brackets": "<answer>[[ {} ]]</answer>",
+    "spaces in tags": "< answer >[[{}]]</ answer >",
+    "no-break spaces": "<answer>\u00a0[[{}]]\u00a0</answer>",
+    "bold": "<answer>**[[{}]]**</answer>",
+    "bold letter": "<answer>[[**{}**]]</answer>",
+    "code": "<answer>`[[{}]]`</answer>",
+    "fence": "<answer>\n```\n[[{}]]\n```\n</answer>",
+    "zero-width": "<ans\u200bwer>[[\u2060{}\u200d]]\ufeff</answer\u200c>",
+    "full width": "\uff1canswer\uff1e\uff3b\uff3b{}\uff3d\uff3d\uff1c\uff0fanswer\uff1e",
+    "lenticular": "<answer>\u3010\u3010{}\u3011\u3011</answer>",
+}
+
+
+@pytest.mark.parametrize("side", ["A", "B"])
+@pytest.mark.parametrize("inside", INSIDE.values(), ids=INSIDE)
+@pytest.mark.parametrize("around", SPELLINGS.values(), ids=SPELLINGS)
+def test_the_ways_in_which_models_spell_a_verdict(around, inside, side):
+    answer, other = inside.format(side), inside.format(other_side(side))
+    assert strict_verdict(f"<eval>x</eval>\n{around.format(answer)}") == side
+    assert strict_verdict(f"<think>{other}</think>{around.format(answer)}") == side
+    # The other side in any spelling, the same answer twice, or more text leave it open.
+    assert strict_verdict(f"{other} or rather {around.format(answer)}") is None
+    assert strict_verdict(f"**{answer}**\n**{answer}**.") is None
+    assert strict_verdict(f"{around.format(answer)} so {other_side(side)} loses") is None
+    # An earlier verdict does not stand for the last one where that cannot be read.
+    for unread in ("?", "C", "A/B", "A and B", side.lower(), "", "\u0410"):
+        last = around.format(inside.format(unread))
+        assert strict_verdict(f"{around.format(answer)} ... {last}") is None
+        assert parse_trace(f"<answer>[[{side}]]</answer> ... <answer>[[{unread}]]</answer>").verdict is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<answer>[[A]",
+        "<answer>[A]</answer>",
+        "<answer>A</answer>",
+        "[[A]]</answer>",
+        "<answer>[[a]]</answer>",
+        "<Answer>[[A]]</Answer>",
+        "<\\answer>[\\[A]]<\\/answer>",  # as escaping marks an answer that imitates one
+        "<answer>[[A]]</answer>\n```\nDone.",
+        "<answer>[[A]]</answer>\n- B is worse",
+        f"\u200b<think>hm {A}",  # a thought that never ended
+        f"{A}</th\u200bink>",
+        f"{A} \uff1canswer\uff1e",
+        f"<ANSWER>[[B]]</ANSWER> {A}",
+    ],
+)
+def test_what_stays_open_to_doubt(text):
+    assert strict_verdict(text) is None
+
+
+def test_the_published_rules_read_one_spelling():
+    for inside in INSIDE.values():
+        text = inside.format("A")
+        assert training_reward(text, "A") == -1.0
+        assert eval_verdict(text) == ("A" if "[[A]]" in text else None)
 
 
 def test_other_side():

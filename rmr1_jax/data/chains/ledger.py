@@ -26,7 +26,7 @@ from rmr1_jax.endpoint import Answer
 from rmr1_jax.pairs.pair import PreferencePair
 from rmr1_jax.prompts.thought import after_thinking
 from rmr1_jax.prompts.trace import parse_trace
-from rmr1_jax.prompts.verdict import strict_verdict
+from rmr1_jax.prompts.verdict import strict_verdict, training_reward
 
 LAST_CHARS = 100  # at the end of a chain, where the published rule looks for the verdict
 REASONS = ("refused", "cut", "wrong", "invalid", "telling")
@@ -102,7 +102,8 @@ class PairAttempts:
         missing = ", ".join(trace.missing(self.structure))
         if flaws := f"it lacks: {missing}" if missing else "; ".join(trace.flaws):
             return Rejection("invalid", f"its form is not the one asked for ({flaws})")
-        if strict_verdict(chain) != right:
+        # A policy learns from chains, and the reward of training reads the published spelling only.
+        if strict_verdict(chain) != right or training_reward(chain, right) < 0 or not chain.endswith(">"):
             return Rejection("invalid", "it does not end with one clear verdict")
         if not chain[: chain.rfind("<answer>")].strip():
             return Rejection("invalid", "it has a verdict and no reasoning")
