@@ -33,7 +33,7 @@ _AFTER = r"[\s*_`.!\u3002]"
 _FINAL_ANSWER = re.compile(
     rf"{_NAMED}{_MARKS}{_CLOSING}(?:{_AFTER}|</(?:type|rubric|solution|eval|answer)>)*\Z",
 )
-_ANY_ANSWER = re.compile(_NAMED, re.IGNORECASE)
+_ANY_ANSWER = re.compile(_NAMED)
 _LAST_ANSWER = re.compile(_OPENING)
 _ANSWER_BEFORE = re.compile(rf"{_CLOSING}{_AFTER}*\Z")
 _INVISIBLE = dict.fromkeys(map(ord, "\u200b\u200c\u200d\u2060\ufeff"))
@@ -94,6 +94,6 @@ def strict_verdict(text: str) -> Verdict:
     final = _FINAL_ANSWER.match(judgement, start)
     if final is None or _ANSWER_BEFORE.search(judgement[:start]):  # no answer there, or two
         return None
-    if {side.upper() for side in _ANY_ANSWER.findall(judgement)} != {final[1]}:
+    if set(_ANY_ANSWER.findall(judgement)) != {final[1]}:
         return None
     return "A" if final[1] == "A" else "B"

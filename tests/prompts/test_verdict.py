@@ -1,5 +1,6 @@
 """The three verdict rules and the rewards, on made cases and on every published log."""
 
+import itertools
 import json
 
 import pytest
@@ -166,22 +167,21 @@ INSIDE = {
 }
 
 
-@pytest.mark.parametrize("side", ["A", "B"])
-@pytest.mark.parametrize("inside", INSIDE.values(), ids=INSIDE)
 @pytest.mark.parametrize("around", SPELLINGS.values(), ids=SPELLINGS)
-def test_the_ways_in_which_models_spell_a_verdict(around, inside, side):
-    answer, other = inside.format(side), inside.format(other_side(side))
-    assert strict_verdict(f"<eval>x</eval>\n{around.format(answer)}") == side
-    assert strict_verdict(f"<think>{other}</think>{around.format(answer)}") == side
-    # The other side in any spelling, the same answer twice, or more text leave it open.
-    assert strict_verdict(f"{other} or rather {around.format(answer)}") is None
-    assert strict_verdict(f"**{answer}**\n**{answer}**.") is None
-    assert strict_verdict(f"{around.format(answer)} so {other_side(side)} loses") is None
-    # An earlier verdict does not stand for the last one where that cannot be read.
-    for unread in ("?", "C", "A/B", "A and B", side.lower(), "", "\u0410"):
-        last = around.format(inside.format(unread))
-        assert strict_verdict(f"{around.format(answer)} ... {last}") is None
-        assert parse_trace(f"<answer>[[{side}]]</answer> ... <answer>[[{unread}]]</answer>").verdict is None
+def test_the_ways_in_which_models_spell_a_verdict(around):
+    for inside, side in itertools.product(INSIDE.values(), "AB"):
+        answer, other = inside.format(side), inside.format(other_side(side))
+        assert strict_verdict(f"<eval>x</eval>\n{around.format(answer)}") == side
+        assert strict_verdict(f"<think>{other}</think>{around.format(answer)}") == side
+        # The other side in any spelling, the same answer twice, or more text leave it open.
+        assert strict_verdict(f"{other} or rather {around.format(answer)}") is None
+        assert strict_verdict(f"**{answer}**\n**{answer}**.") is None
+        assert strict_verdict(f"{around.format(answer)} so {other_side(side)} loses") is None
+        # An earlier verdict does not stand for the last one where that cannot be read.
+        for unread in ("?", "C", "A/B", "A and B", side.lower(), "", "\u0410"):
+            last = around.format(inside.format(unread))
+            assert strict_verdict(f"{around.format(answer)} ... {last}") is None
+            assert parse_trace(f"<answer>[[{side}]]</answer> ... <answer>[[{unread}]]</answer>").verdict is None
 
 
 @pytest.mark.parametrize(
@@ -199,7 +199,7 @@ def test_the_ways_in_which_models_spell_a_verdict(around, inside, side):
         f"\u200b<think>hm {A}",  # a thought that never ended
         f"{A}</th\u200bink>",
         f"{A} \uff1canswer\uff1e",
-        f"<ANSWER>[[B]]</ANSWER> {A}",
+        f"{A} <ANSWER>[[B]]</ANSWER>",
     ],
 )
 def test_what_stays_open_to_doubt(text):

@@ -330,6 +330,15 @@ def test_expected_on_policy_gradients_of_the_estimators():
 # ---- advantages and weights
 
 
+@pytest.mark.parametrize("normalize_std", [True, False])
+def test_a_group_of_equal_rewards_has_no_advantage(normalize_std):
+    """The mean of equal numbers may round to another number; the standard deviation must not blow that up."""
+    for reward in (0.2, 0.1, -1.0, 1 / 3):
+        for size in range(2, 17):
+            rewards = np.full((1, size), reward, np.float32)
+            assert np.abs(group_advantages(rewards, normalize_std=normalize_std)).max() < 1e-9
+
+
 def test_group_advantages():
     rewards = np.array([[1.0, -1.0, -1.0, 1.0, 1.0], [0.3, 0.3, 0.3, 0.3, 0.3], [2.0, -1.0, 0.0, 0.5, 9.0]])
     expected = np.zeros_like(rewards)
