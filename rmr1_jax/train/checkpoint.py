@@ -36,6 +36,7 @@ from rmr1_jax.train.metrics import say
 from rmr1_jax.train.optim import TrainState
 from rmr1_jax.train.stored_tree import restored
 
+LARGE_COPY = 2**30  # bytes of a state whose copy a CPU cannot keep beside the next step
 SAVING, REMOVING = ".saving", ".removing"  # suffixes of directories that are not checkpoints yet, or no longer
 
 
@@ -116,6 +117,8 @@ class Checkpointer:
         with self._refused(step, size):
             self._orbax.save(path, args=ocp.args.StandardSave(state))
         self._pending = step, size, self._pool.submit(self._complete, path, step, about)
+        if size > LARGE_COPY and jax.default_backend() == "cpu":
+            self.finish()  # the copy lies in the memory that the next step needs
         self._last_save = time.monotonic()
         return time.perf_counter() - began
 
