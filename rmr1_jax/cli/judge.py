@@ -100,8 +100,12 @@ class Judge(JudgeOptions):
     """Random seed of the sampling, and of the order in which chosen and rejected answers are shown."""
     rejects: MaybePath = None
     """JSONL file for rows that cannot be read, with the reasons. Without it, such a row is an error."""
+    profile: MaybePath = None
+    """Directory for a profile of the judging, for XProf or TensorBoard. Everything is recorded, compilation too, so
+    give it a file of a few pairs."""
 
     def run(self) -> None:
+        from rmr1_jax.distributed.profile import profiling
         from rmr1_jax.files.append import files_digest
         from rmr1_jax.judge.file import Output, judge_file
         from rmr1_jax.pairs.containers import source_files
@@ -120,7 +124,8 @@ class Judge(JudgeOptions):
             identity = {**self.identity(judge.policy.tokenizer.directory), "input": data}
             output = Output(path=self.output, identity=identity)
             pairs = read_pairs(self.input, **reading)
-            summary = judge_file(judge, pairs, output, voting, batch_size=self.batch_size, total=total)
+            with profiling(self.profile):
+                summary = judge_file(judge, pairs, output, voting, batch_size=self.batch_size, total=total)
             self.print_stats(judge)
             if first:
                 print(f"{summary}\nwritten: {self.output}")

@@ -93,14 +93,31 @@ def process_info(environ: Mapping[str, str], timeout: int) -> ProcessInfo | None
             return None
         port = environ.get("JAX_COORDINATOR_PORT")
         coordinator = cluster.get_coordinator_address(timeout_secs=timeout, override_coordinator_port=port)
-        # A TPU host runs one process with all its chips; a Slurm task has the one GPU with its number on the node.
-        local = cluster.get_local_process_id()
-        return ProcessInfo(coordinator, count, cluster.get_process_id(), None if local is None else [local])
+        local = cluster.get_local_process_id()  # None on a TPU host, which runs one process with all its chips
+        devices = None if local is None else _slurm_devices(environ, local)
+        return ProcessInfo(coordinator, count, cluster.get_process_id(), devices)
     except (OSError, RuntimeError, ValueError, ImportError) as e:
         raise InputError(
             f"cannot read the processes of this run from the environment of {cluster.name if cluster else 'the TPU'} "
             f"({e}); set RMR1_PROCESSES=1 if this is the only process, else {', '.join(VARIABLES)}"
         ) from e
+
+
+def _slurm_devices(environ: Mapping[str, str], local: int) -> list[int] | None:
+    """Return the local device ids of a Slurm task; None for all that it sees.
+
+    The only task of a node has all its devices. Of several, each has the device with its number on the node, unless
+    Slurm shows each task no more than its own (`--gpus-per-task`).
+    """
+    counts: list[int] = []  # tasks on each node, from a text such as "4(x2),3"
+    for text in environ.get("SLURM_STEP_TASKS_PER_NODE", environ.get("SLURM_TASKS_PER_NODE", "")).split(","):
+        if words := re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", text.strip()):
+            counts += [int(words[1])] * int(words[2] or 1)
+    node = environ.get("SLURM_NODEID", "0")
+    tasks = counts[int(node)] if node.isdigit() and int(node) < len(counts) else None
+    visible = environ.get("CUDA_VISIBLE_DEVICES")
+    bound = bool(visible and tasks) and len(visible.split(",")) < tasks
+    return None if tasks == 1 or bound else [local]
 
 
 def _from_variables(environ: Mapping[str, str]) -> ProcessInfo | None:

@@ -11,8 +11,7 @@ function makes the module again. To change a part, subclass it and name it in th
 (`Block.Attention`, `Block.Mlp`, `Qwen.Block`); README.md has an example.
 
 Letters: B rows, T positions, M the B x T positions of all rows, L layers, D width, N and K query and key-value heads,
-H head size, F MLP width, V vocabulary, O the one score of a scalar reward model. Read `attention.py` next, then `hf.py`
-for the names on disk.
+H head size, F MLP width, V vocabulary, O the one score of a scalar reward model. Next: `attention.py`, then `hf.py`.
 """
 
 from __future__ import annotations

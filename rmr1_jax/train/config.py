@@ -34,6 +34,15 @@ class BestConfig:
 
 
 @config_dataclass
+class ProfileConfig:
+    """Which steps a profile in `out/profile` records: `steps` of them, after the first `skip` steps of this process, in
+    which programs are compiled."""
+
+    skip: NonNegativeInt = 3
+    steps: PositiveInt = 2
+
+
+@config_dataclass
 class RunConfig:
     """The settings that both stages have. Lengths are in tokens.
 
@@ -41,7 +50,8 @@ class RunConfig:
     published rows, JSONL or parquet. out: the run directory. row_length, micro_rows: the shape of a packed micro-batch,
     the rows that are on the devices at once. on_nonfinite: what to do if the loss or gradient of an update is not
     finite: stop the run, or skip and count the update. save_every, save_minutes: a checkpoint after so many steps, and
-    so many minutes after the last one. keep: how many of the newest are kept; best: one more.
+    so many minutes after the last one. keep: how many of the newest are kept; best: one more. profile: some steps to
+    record for XProf or TensorBoard.
     """
 
     model: str = ""
@@ -60,6 +70,7 @@ class RunConfig:
     save_minutes: PositiveFloat | None = None
     keep: PositiveInt = 2
     best: BestConfig | None = None
+    profile: ProfileConfig | None = None
 
 
 @config_dataclass

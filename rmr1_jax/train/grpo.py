@@ -84,7 +84,7 @@ def grpo(
         schedule = lr_schedule(config.optimizer, steps * config.updates_per_step)
         watch, start = CollapseWatch(), int(state.step) // config.updates_per_step
         for step in run.steps(start, steps):
-            with run.saved_if_preempted(state, cursor):
+            with run.saved_if_preempted(state, cursor), jax.profiler.TraceAnnotation("rollout"):
                 policy, consumed = policy.with_params(state.params), cursor["prompts_consumed"]
                 rollout = roll_out(config, policy, prompts, consumed, step, reward, run.preemption.interruptible)
             run.lap("rollout_seconds")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,10 @@ import yaml
 
 from rmr1_jax.config import dump_config
 from rmr1_jax.distributed.preemption import Preempted, Preemption
+from rmr1_jax.distributed.profile import profiling
 from rmr1_jax.errors import RunError
 from rmr1_jax.train.checkpoint import Checkpointer
-from rmr1_jax.train.config import RunConfig
+from rmr1_jax.train.config import ProfileConfig, RunConfig
 from rmr1_jax.train.metrics import MetricsLog, progress
 from rmr1_jax.train.optim import TrainState
 from rmr1_jax.train.run_directory import same_data
@@ -33,8 +34,9 @@ LESS_MEMORY = (
 class Run:
     """A stage's run in `directory`, made by `open_run`. All processes must call its methods together."""
 
-    def __init__(self, stage: str, directory: Path, checkpoints: Checkpointer, preemption: Preemption):
-        self.stage, self.directory, self.checkpoints, self.preemption = stage, directory, checkpoints, preemption
+    def __init__(self, stage: str, config: RunConfig, checkpoints: Checkpointer, preemption: Preemption):
+        self.stage, self.directory, self._profile = stage, Path(config.out), config.profile
+        self.checkpoints, self.preemption = checkpoints, preemption
         self._save_seconds = 0.0
 
     def restore(self, state: TrainState, cursor: dict[str, Any]) -> tuple[TrainState, dict[str, Any]]:
@@ -47,12 +49,14 @@ class Run:
         """The numbers of the steps from `start` to `total`, with a progress bar and a fresh clock for each."""
         self._log = MetricsLog(self.directory, next_step=start)
         self._bar = progress(start, total, self.stage)
-        for step in self._bar:
-            self.checkpoints.check()
-            self._step, self._is_last = step, step + 1 == total
-            self._times: dict[str, float] = {}
-            self._mark = time.perf_counter()
-            yield step
+        with _Recorded(self._profile, self.directory / "profile", self.stage, start) as recorded:
+            for step in self._bar:
+                self.checkpoints.check()
+                self._step, self._is_last = step, step + 1 == total
+                self._times: dict[str, float] = {}
+                self._mark = time.perf_counter()
+                with recorded.step(step):
+                    yield step
 
     def lap(self, name: str) -> float:
         """Record the seconds since the step began or since the last lap as the metric `name`, and return them."""
@@ -92,6 +96,29 @@ class Run:
             raise
 
 
+class _Recorded:
+    """Profiles the steps that a config asks for, of a process whose first step is `start`."""
+
+    def __init__(self, config: ProfileConfig | None, directory: Path, name: str, start: int):
+        self._directory, self._name, self._open = directory, name, ExitStack()
+        self._first, self._last = (start + config.skip, start + config.skip + config.steps - 1) if config else (-1, -1)
+
+    def __enter__(self) -> _Recorded:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._open.close()
+
+    @contextmanager
+    def step(self, number: int) -> Iterator[None]:
+        if number == self._first:
+            self._open.enter_context(profiling(self._directory))
+        with jax.profiler.StepTraceAnnotation(self._name, step_num=number):
+            yield
+        if number == self._last:
+            self._open.close()
+
+
 @contextmanager
 def open_run(config: RunConfig, stage: str) -> Iterator[Run]:
     """A run with the checkpoints that its config asks for, which ends cleanly after SIGTERM. Raises RunError if the run
@@ -101,7 +128,7 @@ def open_run(config: RunConfig, stage: str) -> Iterator[Run]:
     with Preemption() as preemption, Checkpointer(Path(config.out), **policies, about=about) as checkpoints:
         preemption.hold = lambda: checkpoints.saving
         try:
-            yield Run(stage, Path(config.out), checkpoints, preemption)
+            yield Run(stage, config, checkpoints, preemption)
         except jax.errors.JaxRuntimeError as e:
             if "RESOURCE_EXHAUSTED" not in str(e):
                 raise

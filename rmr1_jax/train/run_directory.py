@@ -22,7 +22,7 @@ from rmr1_jax.train.config import RunConfig
 from rmr1_jax.train.metrics import say
 
 # Settings that may differ between a run and its continuation: those that change no number,
-NO_EFFECT = {"out", "save_every", "save_minutes", "keep", "best", "on_nonfinite"}
+NO_EFFECT = {"out", "save_every", "save_minutes", "keep", "best", "on_nonfinite", "profile"}
 # and those that change the order of sums, and so the last bits.
 ROUNDING = {"mesh", "sampling_tensor", "remat", "attention", "reference_memory", "optimizer.memory"}
 

@@ -58,6 +58,17 @@ def error_of(capsys, argv, code: int) -> str:
     return err
 
 
+def test_a_profile_of_judging(folder, tmp_path):
+    lines = (folder / "pairs.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "pairs.jsonl").write_text("".join(lines[:2]))
+    arguments = judge_arguments(folder, "unused", "--profile", tmp_path / "profile")
+    for option in ("--input", "--output"):
+        arguments[arguments.index(option) + 1] = str(tmp_path / ("pairs.jsonl" if option == "--input" else "out.jsonl"))
+    assert cli.main(arguments) == 0
+    (path,) = (tmp_path / "profile").rglob("*.xplane.pb")
+    assert b"layers/attention" in path.read_bytes() and len((tmp_path / "out.jsonl").read_text().splitlines()) == 2
+
+
 def test_help_imports_nothing_heavy():
     code = "import sys, rmr1_jax.cli.main as c\ntry: c.main(['judge', '--help'])\nfinally: print(*sys.modules)"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -185,6 +185,8 @@ SLURM = {
     "SLURM_PROCID": "1",
     "SLURM_LOCALID": "0",
 }
+SLURM_INFO = ProcessInfo(f"node3:{77 + 65536 - 4096}", 2, 1)
+FOUR_TASKS = {"SLURM_STEP_TASKS_PER_NODE": "4", "SLURM_LOCALID": "2"}
 VARIABLES = {"RMR1_COORDINATOR": "h:1234", "RMR1_PROCESSES": "4", "RMR1_PROCESS": "3"}
 
 
@@ -198,10 +200,19 @@ VARIABLES = {"RMR1_COORDINATOR": "h:1234", "RMR1_PROCESSES": "4", "RMR1_PROCESS"
         (SLURM, ProcessInfo(f"node3:{77 + 65536 - 4096}", 2, 1, [0])),
         (SLURM | {"JAX_COORDINATOR_PORT": "99"}, ProcessInfo("node3:99", 2, 1, [0])),
         (SLURM | {"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, None),
+        # One task on this node: all its devices. Several: one each, or what Slurm shows of them.
+        (SLURM | {"SLURM_STEP_TASKS_PER_NODE": "1(x2)", "SLURM_NODEID": "1"}, SLURM_INFO),
+        (SLURM | {"SLURM_TASKS_PER_NODE": "1(x2)"}, SLURM_INFO),
+        (SLURM | {"SLURM_STEP_TASKS_PER_NODE": "2,1", "SLURM_NODEID": "1"}, SLURM_INFO),
+        (SLURM | {"SLURM_STEP_TASKS_PER_NODE": "1,2(x2)", "SLURM_NODEID": "2"}, SLURM_INFO._replace(devices=[0])),
+        (SLURM | FOUR_TASKS | {"CUDA_VISIBLE_DEVICES": "0,1,2,3"}, SLURM_INFO._replace(devices=[2])),
+        (SLURM | FOUR_TASKS | {"CUDA_VISIBLE_DEVICES": "2"}, SLURM_INFO),
+        (SLURM | FOUR_TASKS, SLURM_INFO._replace(devices=[2])),
+        (SLURM | {"SLURM_STEP_TASKS_PER_NODE": "many"}, SLURM_INFO._replace(devices=[0])),
     ],
 )
 def test_process_info(environ, info, monkeypatch):
-    for name in {*SLURM, *VARIABLES}:
+    for name in {*SLURM, *VARIABLES, "SLURM_STEP_TASKS_PER_NODE", "SLURM_TASKS_PER_NODE", "SLURM_NODEID"}:
         monkeypatch.delenv(name, raising=False)
     for name, value in environ.items():
         monkeypatch.setenv(name, value)
