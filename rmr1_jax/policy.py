@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -182,6 +183,7 @@ def load(
     tensor: int | None = None,
     master_dtype: str | None = None,
     module: type[Qwen] = Qwen,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> Policy:
     """Load a policy from a Hugging Face directory or a hub id. Everything is checked now; the weights are read when
     they are first needed.
@@ -191,24 +193,32 @@ def load(
             wants "float32"); default `dtype`. mesh: default all devices of this process, laid out by the model's size
             (`sampler/layout.py`). tensor: the number of devices that share a copy of the weights, instead of that
             rule's; the devices hold as many copies as fit. module: a subclass of `Qwen` to put the weights into.
+            chat_template_kwargs: arguments of the model's chat template, such as `{"enable_thinking": False}`.
 
     Raises:
         InputError: not a directory or a reachable hub id, or anything wrong in it (all differences at once); or
             `tensor` does not divide the number of devices, or the devices are too small for the weights.
     """
-    directory, config, tokenizer = open_model(model, dtype, master_dtype or dtype)
+    dtypes = (dtype, master_dtype or dtype)
+    directory, config, tokenizer = open_model(model, *dtypes, chat_template_kwargs=chat_template_kwargs)
     stored = StoredModel.open(directory, module(config), DTYPES[master_dtype or dtype])
     return Policy(stored, tokenizer, local_layout(stored.module, DTYPES[dtype], mesh, tensor), dtype)
 
 
-def open_model(model: str | Path, *dtypes: str, scalar: bool = False) -> tuple[Path, QwenConfig, Tokenizer]:
+def open_model(
+    model: str | Path,
+    *dtypes: str,
+    scalar: bool = False,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> tuple[Path, QwenConfig, Tokenizer]:
     """Find a model by its directory or hub id; return its local directory, its config and its tokenizer. scalar: it is
-    a scalar reward model. Raises InputError for anything wrong in them, or a dtype that is not known."""
+    a scalar reward model. chat_template_kwargs: as of `load`. Raises InputError for anything wrong in them, or a dtype
+    that is not known."""
     for name in dtypes:
         if name not in DTYPES:
             raise InputError(f"dtype {name!r} is not known; give one of {', '.join(DTYPES)}")
     directory = locate(model, kind="model", patterns=MODEL_FILES)
-    config, tokenizer = read_config(directory, scalar=scalar), Tokenizer(directory)
+    config, tokenizer = read_config(directory, scalar=scalar), Tokenizer(directory, chat_template_kwargs)
     if len(tokenizer.hf) > config.vocab_size:
         raise InputError(f"{directory}: the tokenizer has {len(tokenizer.hf)} tokens, the model {config.vocab_size}")
     return directory, config, tokenizer

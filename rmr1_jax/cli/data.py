@@ -9,7 +9,14 @@ from typing import Annotated
 
 from tyro.conf import Positional, Suppress, arg
 
-from rmr1_jax.cli.options import ConfigCommand, MaybeText, all_processes
+from rmr1_jax.cli.options import (
+    ConfigCommand,
+    MaybeText,
+    TemplateArguments,
+    all_processes,
+    template_arguments,
+    template_setting,
+)
 from rmr1_jax.errors import InputError
 
 
@@ -85,7 +92,9 @@ class Prepare(ConfigCommand):
 
         config = self.load(PrepareConfig)
         print(summary_line(prepare(config)))
-        print(f"written: {config.out}\nnext:    rmr1 {config.stage} CONFIG.yaml data={config.out} model={config.model}")
+        more = template_setting(config.chat_template_kwargs)
+        command = f"rmr1 {config.stage} CONFIG.yaml data={config.out} model={config.model}{more}"
+        print(f"written: {config.out}\nnext:    {command}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -100,12 +109,16 @@ class Show:
     """Prompt to render pairs with: cor, reasoning, compare, rubric, or a prompt file."""
     count: Annotated[int, arg(aliases=["-n"])] = 3
     """Number of rows to print, from the beginning."""
+    chat_template_kwargs: TemplateArguments = None
+    """Arguments for the model's chat template, as JSON. A prepared data set records its own."""
 
     def run(self) -> None:
         from rmr1_jax.data.show import show
 
         colour = sys.stdout.isatty()
-        for text in show(self.path, model=self.model, prompt=self.prompt, count=self.count, colour=colour):
+        arguments = self.chat_template_kwargs and template_arguments(self.chat_template_kwargs)
+        options = {"model": self.model, "prompt": self.prompt, "chat_template_kwargs": arguments}
+        for text in show(self.path, **options, count=self.count, colour=colour):
             print(text)
 
 

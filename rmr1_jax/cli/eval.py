@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from tyro.conf import Positional, arg
 
 from rmr1_jax.cli.judge import JudgeOptions
-from rmr1_jax.cli.options import MaybeInt, MaybeText, all_processes
+from rmr1_jax.cli.options import MaybeInt, MaybeText, all_processes, template_arguments
 from rmr1_jax.errors import InputError
 
 if TYPE_CHECKING:
@@ -124,20 +124,32 @@ def make_judge(command: Eval) -> NamedJudge:
         from rmr1_jax.judge.endpoint import EndpointJudge
         from rmr1_jax.sampler.sample import LONGEST
 
+        if command.generation_config:
+            raise InputError(
+                "--generation-config reads a model's directory; give --temperature and --top-p to --judge endpoint"
+            )
+        arguments = template_arguments(command.chat_template_kwargs)
         config = EndpointConfig(
             model=command.model,
+            extra={"chat_template_kwargs": arguments} if arguments else {},
             base_url=command.base_url,
             key_variable=command.key_variable or None,
             max_tokens=command.max_new_tokens or LONGEST,
             concurrency=command.concurrency,
         )
-        options = {"temperature": command.temperature, **command.reading()}
+        sampling = command.sampling()
+        options = {"temperature": sampling.temperature, "truncation": sampling, **command.reading()}
         judge = EndpointJudge(Endpoint(config), command.prompt, **options)
         return NamedJudge(judge=judge, name=command.model_name())
     if command.judge == "scalar":
         from rmr1_jax.judge.scalar import ScalarJudge, load_scalar
 
-        model = load_scalar(command.model, command.dtype, tensor=command.tensor)
+        drawing = [name for name in ("top_p", "top_k", "min_p") if getattr(command, name) is not None]
+        if drawing or command.generation_config:
+            option = (drawing or ["generation_config"])[0].replace("_", "-")
+            raise InputError(f"--judge scalar samples no text; leave --{option} out")
+        arguments = template_arguments(command.chat_template_kwargs)
+        model = load_scalar(command.model, command.dtype, tensor=command.tensor, chat_template_kwargs=arguments)
         judge, directory = ScalarJudge(model), model.tokenizer.directory
     else:
         judge = command.load_judge(**command.reading())

@@ -7,11 +7,19 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from rmr1_jax.cli.options import Dtype, MaybeFloat, MaybeInt, MaybePath, all_processes
+from rmr1_jax.cli.options import (
+    Dtype,
+    MaybeFloat,
+    MaybeInt,
+    MaybePath,
+    TemplateArguments,
+    all_processes,
+    template_arguments,
+)
 
 if TYPE_CHECKING:
     from rmr1_jax.judge.judge import Judge as PolicyJudge
-    from rmr1_jax.judge.judgement import Voting
+    from rmr1_jax.judge.judgement import JudgeSampling, Voting
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,6 +37,18 @@ class JudgeOptions:
     """Compare (A, B) and (B, A). If the two orders disagree, the pair is a tie."""
     temperature: MaybeFloat = None
     """Sampling temperature. Defaults to 0 (greedy) for one vote and to 1 for several."""
+    top_p: MaybeFloat = None
+    """Draw only from the smallest set of tokens whose probability reaches this. Defaults to 1 (all tokens)."""
+    top_k: MaybeInt = None
+    """Draw only from this many of the most probable tokens. Defaults to 0 (all tokens)."""
+    min_p: MaybeFloat = None
+    """Draw only tokens with at least this share of the most probable token's probability. Defaults to 0 (all
+    tokens)."""
+    generation_config: bool = False
+    """Take the temperature, top-p, top-k and min-p that are not given from the model's generation_config.json."""
+    chat_template_kwargs: TemplateArguments = None
+    """Arguments for the model's chat template, as JSON, such as '{"enable_thinking": false}' for Qwen3. Give those that
+    the model was trained with."""
     max_new_tokens: MaybeInt = None
     """Maximum length of a text in tokens. Defaults to 8192, or to half of the model's positions if that is less."""
     max_prompt_tokens: MaybeInt = None
@@ -52,6 +72,27 @@ class JudgeOptions:
 
         return Voting(votes=self.votes, both_orders=self.both_orders, seed=self.seed)
 
+    def sampling(self) -> JudgeSampling:
+        """How texts are sampled, checked against the voting. Needs the model's directory only where the options ask for
+        its recommendation."""
+        from rmr1_jax.config import build_config
+        from rmr1_jax.judge.judgement import JudgeSampling
+
+        options = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k, "min_p": self.min_p}
+        given = {name: value for name, value in options.items() if value is not None}
+        if given.get("top_k") == 0:
+            given["top_k"] = None
+        # At a temperature of 0 nothing is drawn, and the model's other values would be refused.
+        if self.generation_config and given.get("temperature") != 0:
+            from rmr1_jax.files.hub import locate
+            from rmr1_jax.policy import MODEL_FILES
+            from rmr1_jax.sampler.generation_config import recommended_sampling
+
+            given = recommended_sampling(locate(self.model, kind="model", patterns=MODEL_FILES)) | given
+        found = build_config(JudgeSampling, given, source="sampling options")
+        found.settled(self.voting())
+        return found
+
     def model_name(self) -> str:
         """The name of the model's directory, or of its repository on the hub."""
         path = Path(self.model)
@@ -63,10 +104,12 @@ class JudgeOptions:
         from rmr1_jax.policy import load
         from rmr1_jax.prompts.prompt import get_prompt
 
-        prompt = get_prompt(self.prompt)  # before the weights, so that a mistake in it shows at once
+        # Before the weights, so that a mistake in these shows at once.
+        prompt, sampling = get_prompt(self.prompt), dataclasses.asdict(self.sampling())
         lengths = {"max_new_tokens": self.max_new_tokens, "max_prompt_tokens": self.max_prompt_tokens}
-        policy = load(self.model, self.dtype, tensor=self.tensor)
-        return Judge(policy, prompt, temperature=self.temperature, slots=self.slots, **lengths, **options)
+        arguments = template_arguments(self.chat_template_kwargs)
+        policy = load(self.model, self.dtype, tensor=self.tensor, chat_template_kwargs=arguments)
+        return Judge(policy, prompt, slots=self.slots, **sampling, **lengths, **options)
 
     @staticmethod
     def print_stats(judge: Any) -> None:

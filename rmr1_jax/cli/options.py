@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from tyro.conf import Positional, arg
 
@@ -20,6 +20,34 @@ MaybeInt = Annotated[int | None, arg(metavar="INT", help_behavior_hint="")]
 MaybeFloat = Annotated[float | None, arg(metavar="FLOAT", help_behavior_hint="")]
 MaybePath = Annotated[Path | None, arg(metavar="PATH", help_behavior_hint="")]
 MaybeText = Annotated[str | None, arg(metavar="STR", help_behavior_hint="")]
+
+
+TemplateArguments = Annotated[str | None, arg(metavar="JSON", help_behavior_hint="")]
+
+
+def template_arguments(given: str | None) -> dict[str, Any]:
+    """The value of an option --chat-template-kwargs. Raises InputError if it is no JSON object."""
+    import json
+
+    from rmr1_jax.errors import InputError
+
+    try:
+        value = {} if given is None else json.loads(given)
+    except ValueError as e:
+        value = e
+    if not isinstance(value, dict):
+        raise InputError(
+            f"--chat-template-kwargs {given}: expected a JSON object such as '{{\"enable_thinking\": false}}'"
+        )
+    return value
+
+
+def template_setting(arguments: Mapping[str, Any], option: str = "chat_template_kwargs=") -> str:
+    """The arguments of the chat template as the next command takes them, with a space before; "" without any."""
+    import json
+    import shlex
+
+    return f" {option}{shlex.quote(json.dumps(dict(arguments)))}" if arguments else ""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

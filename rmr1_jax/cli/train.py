@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 from tyro.conf import Positional, arg
 
-from rmr1_jax.cli.options import ConfigCommand, Dtype, MaybeText
+from rmr1_jax.cli.options import ConfigCommand, Dtype, MaybeText, template_setting
 from rmr1_jax.errors import InputError
 
 
@@ -25,7 +25,8 @@ class Sft(ConfigCommand):
         from rmr1_jax.train.sft import sft
 
         config = self.load(SftConfig)
-        _train(sft, config, f"rmr1 grpo CONFIG.yaml model={config.out}/model out=DIR")
+        more = template_setting(config.chat_template_kwargs)
+        _train(sft, config, f"rmr1 grpo CONFIG.yaml model={config.out}/model out=DIR{more}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,7 +38,8 @@ class Grpo(ConfigCommand):
         from rmr1_jax.train.grpo import grpo
 
         config = self.load(GrpoConfig)
-        _train(grpo, config, f"rmr1 judge --model {config.out}/model --input F --output F")
+        more = template_setting(config.chat_template_kwargs, "--chat-template-kwargs ")
+        _train(grpo, config, f"rmr1 judge --model {config.out}/model --input F --output F{more}")
 
 
 def _train(stage: Callable[[Any], Any], config: Any, next_command: str) -> None:

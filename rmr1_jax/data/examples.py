@@ -6,7 +6,7 @@ Next: `store.py`, which stores examples on disk; `packing.py`, which packs them 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -46,9 +46,9 @@ class Example:
         return len(self.tokens)
 
 
-def load_tokenizer(model: str) -> Tokenizer:
+def load_tokenizer(model: str, chat_template_kwargs: Mapping[str, Any] | None = None) -> Tokenizer:
     """Load the tokenizer of a model, a directory or a hub id, without its weights."""
-    return Tokenizer(locate(model, kind="model", patterns=TOKENIZER_FILES))
+    return Tokenizer(locate(model, kind="model", patterns=TOKENIZER_FILES), chat_template_kwargs)
 
 
 def read_training_rows(

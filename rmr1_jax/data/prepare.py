@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from pydantic import NonNegativeInt, PositiveInt
+from pydantic import JsonValue, NonNegativeInt, PositiveInt
 from tqdm import tqdm
 
 from rmr1_jax.config import config_dataclass
@@ -49,14 +49,14 @@ UNTAUGHT = {  # pairs that are dropped and counted, whatever the config says abo
     "ties": "the pair is a tie: no side is right",
     "identical_answers": "the two answers are the same: no side is right",
 }
-_load_once = functools.cache(Tokenizer)  # in each worker process
 
 
 @config_dataclass
 class PrepareConfig:
     """The settings of `rmr1 data prepare`. Lengths are in tokens.
 
-    model: whose tokenizer and chat template are used; a directory or hub id. data: files, folders or hub ids of
+    model: whose tokenizer and chat template are used; a directory or hub id. chat_template_kwargs: arguments of the
+    chat template, such as enable_thinking of Qwen3. data: files, folders or hub ids of
     rendered rows (`context_messages`, `winner`); or, with `prompt` (cor, reasoning, a prompt file), of pairs. target:
     what SFT trains, the row's trace or only the right verdict. max_length: of an example. on_too_long: "error", or
     "drop" longer examples. on_bad_row: "error", or "quarantine" bad rows into rejects.jsonl. limit: the most rows to
@@ -64,6 +64,7 @@ class PrepareConfig:
     """
 
     model: str
+    chat_template_kwargs: Mapping[str, JsonValue] = dataclasses.field(default_factory=dict)
     data: str | tuple[str, ...]
     out: str
     prompt: str | None = None
@@ -103,7 +104,7 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
         try:
             if out.exists() and (not out.is_dir() or any(out.iterdir())):
                 raise InputError(f"{out} exists already; remove it, or give another out")
-            tokenizer = load_tokenizer(config.model)
+            tokenizer = load_tokenizer(config.model, config.chat_template_kwargs)
             with writing(out, then="make room, then run the same command again"):
                 shutil.rmtree(partial, ignore_errors=True)  # left by a run that was killed
                 (partial / store.ROWS).mkdir(parents=True)
@@ -237,7 +238,14 @@ def _make(config: PrepareConfig, tokenizer: Tokenizer, row: PublishedRow) -> Exa
 
 
 def _make_chunk(config: PrepareConfig, directory: str, rows: list[PublishedRow]) -> list[Example | Dropped]:
-    return [_make(config, _load_once(directory), row) for row in rows]
+    tokenizer = _load_once(directory, json.dumps(config.chat_template_kwargs))
+    return [_make(config, tokenizer, row) for row in rows]
+
+
+@functools.cache
+def _load_once(directory: str, chat_template_kwargs: str) -> Tokenizer:
+    """The tokenizer of a worker process; the arguments are JSON."""
+    return Tokenizer(directory, json.loads(chat_template_kwargs))
 
 
 def _start_worker() -> None:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from rmr1_jax.data.examples import Example, load_tokenizer, make_example, read_training_rows
 from rmr1_jax.data.store import PreparedExamples, is_prepared
@@ -23,13 +24,19 @@ _INVISIBLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u202a-\u202e
 
 
 def show(
-    path: str | Path, *, model: str | None = None, prompt: str | None = None, count: int = 3, colour: bool = False
+    path: str | Path,
+    *,
+    model: str | None = None,
+    prompt: str | None = None,
+    count: int = 3,
+    colour: bool = False,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> Iterator[str]:
     """Yield a text for each of the first `count` rows of a prepared set, of rendered rows, or of pairs.
 
     Args:
-        model: whose tokenizer is used; a prepared set names its own. prompt: renders pairs. colour: mark trained tokens
-            by terminal colours; otherwise by brackets ⟦ ⟧ around each.
+        model: whose tokenizer is used, with chat_template_kwargs; a prepared set names its own. prompt: renders pairs.
+            colour: mark trained tokens by terminal colours; otherwise by brackets ⟦ ⟧ around each.
 
     Raises:
         InputError: bad input, a set that was prepared with another tokenizer, or no model where one is needed.
@@ -40,7 +47,9 @@ def show(
     name = model or (examples and examples.manifest["config"]["model"])
     if name is None:
         raise InputError(f"{path}: tokens depend on a model; give --model, a directory or hub id")
-    tokenizer = load_tokenizer(name)
+    if chat_template_kwargs is None and examples:
+        chat_template_kwargs = examples.manifest["config"].get("chat_template_kwargs")
+    tokenizer = load_tokenizer(name, chat_template_kwargs)
     if examples:
         examples.check_tokenizer(tokenizer)
     else:

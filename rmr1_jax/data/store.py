@@ -25,7 +25,7 @@ import numpy as np
 from rmr1_jax.data.examples import Example, Stage, make_example
 from rmr1_jax.errors import InputError, RunError
 from rmr1_jax.files.write import refusal, to_disk
-from rmr1_jax.model.tokenizer import THOUGHT, Tokenizer
+from rmr1_jax.model.tokenizer import TEMPLATE_ARGUMENTS, THOUGHT, Tokenizer
 from rmr1_jax.pairs.training_sets import read_published
 
 FORMAT = 1  # the version of the directory's layout
@@ -82,7 +82,13 @@ class PreparedExamples(Sequence[Example]):
 
     def check_tokenizer(self, tokenizer: Tokenizer) -> None:
         """Raise InputError, which names each difference, unless this tokenizer and its template made the token ids."""
-        was, now = self.manifest["fingerprint"], tokenizer.fingerprint
+        was, now = dict(self.manifest["fingerprint"]), dict(tokenizer.fingerprint)
+        arguments, given = (each.pop(TEMPLATE_ARGUMENTS, "{}") for each in (was, now))
+        if arguments != given:
+            raise InputError(
+                f"{self.directory} was prepared with {TEMPLATE_ARGUMENTS}={arguments}, this is {given}; give it the "
+                f"same, or run `rmr1 data prepare` with {TEMPLATE_ARGUMENTS}={given}"
+            )
         names = was | (now if self.manifest["stage"] == "sft" else {k: v for k, v in now.items() if k != THOUGHT})
         differences = [
             f"{name} {was.get(name)} there, {now.get(name)} in {tokenizer.directory}"

@@ -16,9 +16,20 @@ from typing import Any
 
 from rmr1_jax.endpoint import Answer, Endpoint, Request
 from rmr1_jax.errors import RunError
-from rmr1_jax.judge.judgement import Judgement, Pending, Text, TextJudge, Voting, judgement_of, known_tie, not_asked
+from rmr1_jax.judge.judgement import (
+    Judgement,
+    JudgeSampling,
+    Pending,
+    Text,
+    TextJudge,
+    Voting,
+    judgement_of,
+    known_tie,
+    not_asked,
+)
 from rmr1_jax.pairs.pair import PreferencePair, render_pair
 from rmr1_jax.prompts.prompt import Prompt
+from rmr1_jax.sampler.sample import Truncation
 
 # Parts of the errors for a prompt that does not fit, from OpenAI, vLLM, SGLang and others.
 _TOO_LONG = ("context_length_exceeded", "context length", "context window", "too long", "too many tokens")
@@ -27,9 +38,9 @@ _TOO_LONG = ("context_length_exceeded", "context length", "context window", "too
 class EndpointJudge(TextJudge):
     """Requests a trace on the two answers from `endpoint` and reads the verdict from it.
 
-    The other arguments are those of `judge.Judge`. The temperature in the endpoint's configuration is not used. Many
-    servers read control tokens inside a message, so leave `escape_untrusted` on unless published numbers are to be
-    reproduced.
+    The other arguments are those of `judge.Judge`. truncation: sent as top_p, top_k and min_p, those that are set; not
+    every server takes the last two. The temperature in the endpoint's configuration is not used. Many servers read
+    control tokens inside a message, so leave `escape_untrusted` on unless published numbers are to be reproduced.
 
     Raises:
         InputError: an unknown prompt or rule.
@@ -44,9 +55,11 @@ class EndpointJudge(TextJudge):
         *,
         rule: str = "strict",
         temperature: float | None = None,
+        truncation: Truncation | None = None,
         escape_untrusted: bool = True,
     ):
-        super().__init__(prompt, rule, temperature, escape_untrusted)
+        sampling = JudgeSampling(temperature=temperature, **(truncation.given() if truncation else {}))
+        super().__init__(prompt, rule, sampling, escape_untrusted)
         self.endpoint = endpoint
         self._endpoints: dict[tuple[float, int | None], Endpoint] = {}
 
@@ -92,11 +105,14 @@ class EndpointJudge(TextJudge):
         return {"kind": "endpoint", **sampling, **self.text_settings(), **dataclasses.asdict(voting)}
 
     def _sampling(self, voting: Voting) -> Endpoint:
-        """The endpoint with the temperature for `voting`, and with the seed if something is drawn."""
-        temperature = voting.temperature(self.temperature)
+        """The endpoint with the sampling for `voting`, and with the seed if something is drawn."""
+        truncation = self.sampling.settled(voting)
+        temperature = truncation.pop("temperature")
         seed = voting.seed if temperature else None
         if (temperature, seed) not in self._endpoints:  # kept over batches: it knows whether it ever got an answer
-            config = dataclasses.replace(self.endpoint.config, temperature=temperature, seed=seed)
+            config = self.endpoint.config
+            sent = {"temperature": temperature, "seed": seed, "extra": {**config.extra, **truncation}}
+            config = dataclasses.replace(config, **sent)
             self._endpoints[temperature, seed] = Endpoint(config)
         return self._endpoints[temperature, seed]
 

@@ -14,7 +14,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rmr1_jax.errors import RunError
-from rmr1_jax.judge.judgement import Judgement, Pending, Text, TextJudge, Voting, judgement_of, known_tie, too_long
+from rmr1_jax.judge.judgement import (
+    Judgement,
+    JudgeSampling,
+    Pending,
+    Text,
+    TextJudge,
+    Voting,
+    judgement_of,
+    known_tie,
+    too_long,
+)
 from rmr1_jax.model.tokenizer import completion_text
 from rmr1_jax.pairs.pair import PreferencePair, render_pair
 from rmr1_jax.prompts.prompt import Prompt
@@ -35,6 +45,7 @@ class Judge(TextJudge):
         max_prompt_tokens: pairs with a longer prompt get the status "too_long"; a prompt is never cut. Default and
             upper bound: the positions that `max_new_tokens` leaves.
         temperature: default 0 (greedy) for one vote and 1 for several.
+        top_p, top_k, min_p: which tokens can be drawn, see `sampler.sample.Truncation`; they need a temperature.
         escape_untrusted: whether imitated delimiters, verdicts and control tokens in the question and the answers are
             escaped (`prompts/escape.py`). Off: they are shown unchanged, as in the published evaluations.
         slots: how many texts each process samples at once, at most. It bounds memory and changes no text. Default: 64
@@ -56,12 +67,16 @@ class Judge(TextJudge):
         max_new_tokens: int | None = None,
         max_prompt_tokens: int | None = None,
         temperature: float | None = None,
+        top_p: float = 1.0,
+        top_k: int | None = None,
+        min_p: float = 0.0,
         escape_untrusted: bool = True,
         slots: int | None = None,
     ):
         limits = token_limits(policy.config, max_new_tokens, max_prompt_tokens)
         self.max_new_tokens, self.max_prompt_tokens = limits
-        super().__init__(prompt, rule, temperature, escape_untrusted)
+        sampling = JudgeSampling(temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p)
+        super().__init__(prompt, rule, sampling, escape_untrusted)
         self.policy, self.slots = policy, default_slots(policy.mesh) if slots is None else slots
 
     def stream(self, pairs: Sequence[PreferencePair], voting: Voting) -> Iterator[tuple[int, Judgement]]:
@@ -86,8 +101,9 @@ class Judge(TextJudge):
 
     def settings(self, voting: Voting) -> dict[str, Any]:
         limits = {"max_new_tokens": self.max_new_tokens, "max_prompt_tokens": self.max_prompt_tokens}
-        temperature = self._sampling(voting).temperature
-        return {**self.text_settings(), **dataclasses.asdict(voting), "temperature": temperature, **limits}
+        found = {**self.text_settings(), **dataclasses.asdict(voting), **self.sampling.settled(voting), **limits}
+        arguments = dict(self.policy.tokenizer.chat_template_kwargs)
+        return found | ({"chat_template_kwargs": arguments} if arguments else {})
 
     def _samples(self, prompts: list[list[int]], sampling: SamplingConfig) -> Iterator[tuple[int, int, Sample]]:
         """(index of the prompt, vote, sample) in the order in which samples are finished."""
@@ -108,7 +124,7 @@ class Judge(TextJudge):
         return SamplingConfig(
             n=voting.votes,
             max_new_tokens=self.max_new_tokens,
-            temperature=voting.temperature(self.temperature),
             seed=voting.seed,
             slots=self.slots,
+            **self.sampling.settled(voting),
         )

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar, get_args
 
-from pydantic import PositiveInt
+from pydantic import NonNegativeFloat, PositiveInt
 
 from rmr1_jax.config import config_dataclass
 from rmr1_jax.errors import InputError
@@ -24,6 +24,7 @@ from rmr1_jax.pairs.pair import PreferencePair
 from rmr1_jax.prompts.prompt import Prompt, get_prompt
 from rmr1_jax.prompts.trace import Trace, parse_trace
 from rmr1_jax.prompts.verdict import Side, Verdict, eval_verdict, other_side, strict_verdict
+from rmr1_jax.sampler.sample import Truncation
 
 Item = TypeVar("Item")
 RULES = MappingProxyType({"strict": strict_verdict, "eval": eval_verdict})
@@ -81,17 +82,34 @@ class Voting:
         """The pair as each order shows it."""
         return (pair, pair.swapped())[: self.orders]
 
-    def temperature(self, given: float | None) -> float:
-        """`given`, or by default 0 (greedy) for one vote and 1 for several.
 
-        Raises InputError for several votes at temperature 0, which would all be the same text.
+@config_dataclass
+class JudgeSampling(Truncation):
+    """How a judge samples its texts. temperature: None is 0 (greedy) for one vote, and 1 for several. The others: see
+    `Truncation`; they need a temperature above 0."""
+
+    temperature: NonNegativeFloat | None = None
+
+    def settled(self, voting: Voting) -> dict[str, Any]:
+        """The temperature for `voting`, and the other settings that differ from their defaults, by name.
+
+        Raises:
+            InputError: several votes at temperature 0, which would all be the same text; or truncation at temperature
+                0, which changes nothing.
         """
-        if self.votes > 1 and given == 0:
+        temperature = float(voting.votes > 1) if self.temperature is None else self.temperature
+        if voting.votes > 1 and not temperature:
             raise InputError(
-                f"votes={self.votes} with temperature=0 would count one text {self.votes} times; "
+                f"votes={voting.votes} with temperature=0 would count one text {voting.votes} times; "
                 "raise the temperature or leave it out"
             )
-        return float(self.votes > 1) if given is None else float(given)
+        if (truncation := self.given()) and not temperature:
+            listed = ", ".join(f"{name}={value}" for name, value in truncation.items())
+            raise InputError(
+                f"{listed} changes nothing at temperature 0 (greedy), the default for one vote; set temperature=1 "
+                f"(--temperature 1), say, or leave {' and '.join(truncation)} out"
+            )
+        return {"temperature": temperature, **truncation}
 
 
 class Text(NamedTuple):
@@ -144,11 +162,11 @@ class AnyJudge(Protocol):
 class TextJudge(AnyJudge):
     """A judge that reads its verdicts from texts. See `judge.Judge` for the arguments."""
 
-    def __init__(self, prompt: str | Path | Prompt, rule: str, temperature: float | None, escape_untrusted: bool):
+    def __init__(self, prompt: str | Path | Prompt, rule: str, sampling: JudgeSampling, escape_untrusted: bool):
         self.prompt = dataclasses.replace(get_prompt(prompt), escape_untrusted=escape_untrusted)
         if rule not in RULES:
             raise InputError(f"rule={rule!r} is not known; give one of {', '.join(RULES)}")
-        self.rule, self.temperature = rule, temperature
+        self.rule, self.sampling = rule, sampling
 
     def text_settings(self) -> dict[str, Any]:
         """The settings that decide how a pair is shown and a text is read."""

@@ -15,7 +15,7 @@ import dataclasses
 import functools
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -118,16 +118,22 @@ def _scores(graphdef: nnx.GraphDef, params: Params, tokens: jax.Array, counts: j
 
 
 def load_scalar(
-    model: str | Path, dtype: str = "bfloat16", mesh: Mesh | None = None, *, tensor: int | None = None
+    model: str | Path,
+    dtype: str = "bfloat16",
+    mesh: Mesh | None = None,
+    *,
+    tensor: int | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> ScalarModel:
-    """Load a scalar reward model from a Hugging Face directory or a hub id; for mesh and tensor see `policy.load`.
+    """Load a scalar reward model from a Hugging Face directory or a hub id. For mesh, tensor and chat_template_kwargs
+    see `policy.load`.
 
     Raises:
         InputError: not a directory or a reachable hub id, another architecture, several labels, or weights that are not
             those of the config (all differences at once); or `tensor` does not divide the number of devices, or the
             devices are too small for the weights.
     """
-    directory, config, tokenizer = open_model(model, dtype, scalar=True)
+    directory, config, tokenizer = open_model(model, dtype, scalar=True, chat_template_kwargs=chat_template_kwargs)
     declared = ScalarQwen(config)
     mesh = local_layout(declared, DTYPES[dtype], mesh, tensor)
     params = hf.load_params(directory, declared, dtype=DTYPES[dtype], mesh=mesh)
@@ -181,7 +187,9 @@ class ScalarJudge(AnyJudge):
             raise InputError(
                 "a scalar reward model scores each answer by itself; give it neither votes nor both orders"
             )
-        return {"kind": "scalar", "max_tokens": self.model.config.max_length}
+        arguments = dict(self.model.tokenizer.chat_template_kwargs)
+        found = {"kind": "scalar", "max_tokens": self.model.config.max_length}
+        return found | ({"chat_template_kwargs": arguments} if arguments else {})
 
 
 def _judgement(a: float, b: float) -> Judgement:

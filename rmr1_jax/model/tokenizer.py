@@ -13,22 +13,26 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
 import os
 import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from tokenizers import AddedToken
 
 from rmr1_jax.errors import InputError
 from rmr1_jax.files.untrusted import own_file, read_object
+from rmr1_jax.model.template import check_template_arguments
 from rmr1_jax.prompts.thought import opened_thought
 
 ANSWER = "\ue000\ue001"  # a text that no chat template contains
 THOUGHT = "thought"  # the entry of a fingerprint that matters to traces only
+TEMPLATE_ARGUMENTS = "chat_template_kwargs"  # in a fingerprint, only where there are any
 CONTROL_TOKEN = re.compile(r"<[|\uff5c].+[|\uff5c]>")  # <|im_start|>, and the same with full-width bars
 VOCABULARY_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model")
 TOKENIZER_FILES = (*VOCABULARY_FILES, "*config.json", "added_tokens.json", "special_tokens_map.json", "*.jinja")
@@ -49,6 +53,7 @@ class Tokenizer:
 
     Args:
         directory: holds `tokenizer.json` (or a slow tokenizer's files) and `tokenizer_config.json`.
+        chat_template_kwargs: arguments of the chat template beside the messages, for everything that is rendered.
 
     Attributes:
         stop_ids: first the id that ends a turn in training, which is the one that the chat template writes after an
@@ -56,10 +61,12 @@ class Tokenizer:
         specials: all special tokens. tags: those of them that belong to the model's text, as `<answer>` does.
 
     Raises:
-        InputError: no tokenizer there, no chat template, or no stop id.
+        InputError: no tokenizer there, no chat template, no stop id, or arguments that the template does not take.
     """
 
-    def __init__(self, directory: str | Path):
+    chat_template_kwargs: Mapping[str, Any] = MappingProxyType({})
+
+    def __init__(self, directory: str | Path, chat_template_kwargs: Mapping[str, Any] | None = None):
         from transformers import AutoTokenizer, PreTrainedTokenizerFast  # take seconds to import
 
         self.directory = Path(directory)
@@ -79,6 +86,9 @@ class Tokenizer:
             raise InputError(
                 f"{directory}: the tokenizer has no chat template; add chat_template.jinja from the model's own page"
             )
+        if chat_template_kwargs:
+            check_template_arguments(chat_template_kwargs, self.hf, self.directory)
+            self.chat_template_kwargs = dict(chat_template_kwargs)
         self.hf.model_max_length = 10**30  # our own limit is the model's; theirs only warns, and may be of any type
         self.specials = self._flag_control_tokens()
         self.stop_ids = self._read_stop_ids()
@@ -148,11 +158,14 @@ class Tokenizer:
             found["special tags"] = ", ".join(self.tags)
         if "<think>" in self._after("user"):
             found[THOUGHT] = "begun by the chat template"
+        if self.chat_template_kwargs:
+            found[TEMPLATE_ARGUMENTS] = json.dumps(dict(self.chat_template_kwargs), sort_keys=True)
         return found
 
     def _template(self, messages: Sequence[Mapping[str, str]], answered: bool) -> str:
         try:
-            return self.hf.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=not answered)
+            options = {"tokenize": False, "add_generation_prompt": not answered, **self.chat_template_kwargs}
+            return self.hf.apply_chat_template(list(messages), **options)
         except Exception as e:  # a template is a program of whoever made the model, and may fail in any way
             roles = [m["role"] for m in messages]
             raise InputError(f"{self.directory}: the chat template refuses turns {roles}: {e}") from e

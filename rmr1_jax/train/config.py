@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import AfterValidator, JsonValue, NonNegativeInt, PositiveFloat, PositiveInt
 
 from rmr1_jax.config import config_dataclass
 from rmr1_jax.distributed.mesh import MeshConfig
@@ -46,7 +48,8 @@ class ProfileConfig:
 class RunConfig:
     """The settings that both stages have. Lengths are in tokens.
 
-    model: the policy to start from, a Hugging Face directory or hub id. data: a prepared set (`rmr1 data prepare`), or
+    model: the policy to start from, a Hugging Face directory or hub id. chat_template_kwargs: arguments of its chat
+    template, such as enable_thinking of Qwen3. data: a prepared set (`rmr1 data prepare`), or
     published rows, JSONL or parquet. out: the run directory. row_length, micro_rows: the shape of a packed micro-batch,
     the rows that are on the devices at once. on_nonfinite: what to do if the loss or gradient of an update is not
     finite: stop the run, or skip and count the update. save_every, save_minutes: a checkpoint after so many steps, and
@@ -55,6 +58,7 @@ class RunConfig:
     """
 
     model: str = ""
+    chat_template_kwargs: Mapping[str, JsonValue] = dataclasses.field(default_factory=dict)
     data: str = ""
     out: str
     seed: NonNegativeInt = 0
@@ -93,13 +97,14 @@ class GrpoConfig(RunConfig):
     """A GRPO run; the defaults are RM-R1's recipe for its 7B Instruct model. The model is also, frozen, the reference.
     The winner of the rows is model_a or model_b.
 
-    prompts_per_step: P, prompts in a rollout batch; sampling.n: R, samples of each. mini_batch_prompts: prompts of an
-    update; a step has prompts_per_step / mini_batch_prompts updates. dynamic_sampling: the most rounds of sampling to
-    fill a batch with groups of mixed rewards (DAPO); 1 is off. reward: verdict, or cold_start, which also rewards the
-    form. structure: what a complete trace is, for that reward and for the metric `valid` (`Prompt.structure`).
-    max_segments: the most sequences in a packed row. reference_memory: where the reference's weights are between their
-    uses. sampling_tensor: the tensor axis of sampling, which stays within a process; default the mesh's. sampling.slots
-    and sampling.cache_gib count all processes together.
+    prompts_per_step: P, prompts in a rollout batch; sampling.n: R, samples of each. generation_config: take the
+    temperature, top_p, top_k and min_p of `sampling` from the model's generation_config.json. mini_batch_prompts:
+    prompts of an update; a step has prompts_per_step / mini_batch_prompts updates. dynamic_sampling: the most rounds
+    of sampling to fill a batch with groups of mixed rewards (DAPO); 1 is off. reward: verdict, or cold_start, which
+    also rewards the form. structure: what a complete trace is, for that reward and for the metric `valid`
+    (`Prompt.structure`). max_segments: the most sequences in a packed row. reference_memory: where the reference's
+    weights are between their uses. sampling_tensor: the tensor axis of sampling, which stays within a process; default
+    the mesh's. sampling.slots and sampling.cache_gib count all processes together.
     """
 
     optimizer: OptimConfig = OptimConfig(lr=1e-6, schedule="constant", warmup_ratio=0.0, b2=0.999, weight_decay=0.01)
@@ -109,6 +114,7 @@ class GrpoConfig(RunConfig):
     mini_batch_prompts: PositiveInt = 128
     max_prompt_length: PositiveInt = 4096
     sampling: SamplingConfig = SamplingConfig(n=7, max_new_tokens=8192)
+    generation_config: bool = False
     loss: PolicyLossConfig = PolicyLossConfig()
     aggregation: AggregationKind = "sequence"
     normalize_std: bool = True

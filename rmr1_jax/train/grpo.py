@@ -10,6 +10,7 @@ To extend it, pass functions: `reward(text, prompt) -> float`, and `loss(config,
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,11 +26,13 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from rmr1_jax.data.packing import View
 from rmr1_jax.data.store import open_examples
-from rmr1_jax.distributed.mesh import check_micro_rows, make_mesh, own_rows, place_rows, sampling_mesh
+from rmr1_jax.distributed.mesh import check_micro_rows, own_rows, place_rows, sampling_mesh
 from rmr1_jax.errors import InputError
+from rmr1_jax.files.hub import locate
 from rmr1_jax.model.attention import most_segments
 from rmr1_jax.model.qwen import Params, split
-from rmr1_jax.policy import DTYPES, Policy, load
+from rmr1_jax.policy import DTYPES, MODEL_FILES, Policy
+from rmr1_jax.sampler.generation_config import with_recommended_sampling
 from rmr1_jax.train.config import GrpoConfig
 from rmr1_jax.train.health import CollapseWatch, check_finite
 from rmr1_jax.train.logprobs import forward_options, row_logprobs
@@ -46,7 +49,7 @@ from rmr1_jax.train.optim import (
     master_weights,
 )
 from rmr1_jax.train.rollout import Group, Reward, RlPrompt, describe_groups, make_reward, roll_out, rollout_metrics
-from rmr1_jax.train.run import open_run
+from rmr1_jax.train.run import load_policy, open_run
 from rmr1_jax.train.run_directory import data_digest, save_model, start_run
 
 
@@ -68,9 +71,10 @@ def grpo(
     Raises InputError if the config or the data is wrong; RunError if the loss is not finite, a checkpoint cannot be
     written, or all are damaged; Preempted after SIGTERM, when the state is saved.
     """
+    config = with_own_sampling(config, policy)
     start_run(config, Path(config.out))
     given, reward = policy is not None, reward or make_reward(config.reward, config.structure)
-    policy = policy or load(config.model, config.dtype, make_mesh(config.mesh), master_dtype="float32")
+    policy = policy or load_policy(config)
     prompts = read_prompts(config.data, policy) if prompts is None else prompts
     prompts = drop_longer(prompts, config.max_prompt_length, "prompts")  # as the paper does
     _check_sizes(config, prompts, policy.mesh)
@@ -147,6 +151,22 @@ def batch_logprobs(
         return out.at[i].set(row_logprobs(nnx.merge(graphdef, params), micro, **forward).logp)
 
     return jax.lax.fori_loop(0, count, one, jnp.zeros(batch["tokens"].shape, jnp.float32))
+
+
+def with_own_sampling(config: GrpoConfig, policy: Policy | None) -> GrpoConfig:
+    """The config with the sampling that `generation_config` asks for, and without that key: the run's config.yaml holds
+    the values themselves. Raises InputError as `with_recommended_sampling`, or if the model's file asks for greedy
+    sampling, which would give a group equal texts."""
+    if not config.generation_config:
+        return config
+    directory = policy.tokenizer.directory if policy else locate(config.model, kind="model", patterns=MODEL_FILES)
+    sampling = with_recommended_sampling(config.sampling, directory)
+    if not sampling.temperature:
+        raise InputError(
+            f"{directory}/generation_config.json: asks for greedy sampling, with which the samples of a group are "
+            "equal; leave generation_config out and set sampling.temperature"
+        )
+    return dataclasses.replace(config, sampling=sampling, generation_config=False)
 
 
 def read_prompts(path: str | Path, policy: Policy) -> Sequence[RlPrompt]:

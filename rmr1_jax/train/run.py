@@ -16,9 +16,11 @@ import jax
 import yaml
 
 from rmr1_jax.config import dump_config
+from rmr1_jax.distributed.mesh import make_mesh
 from rmr1_jax.distributed.preemption import Preempted, Preemption
 from rmr1_jax.distributed.profile import profiling
 from rmr1_jax.errors import RunError
+from rmr1_jax.policy import Policy, load
 from rmr1_jax.train.checkpoint import Checkpointer
 from rmr1_jax.train.config import ProfileConfig, RunConfig
 from rmr1_jax.train.metrics import MetricsLog, progress
@@ -117,6 +119,12 @@ class _Recorded:
             yield
         if number == self._last:
             self._open.close()
+
+
+def load_policy(config: RunConfig) -> Policy:
+    """The policy that a run starts from, with float32 weights on the run's mesh."""
+    options = {"master_dtype": "float32", "chat_template_kwargs": config.chat_template_kwargs}
+    return load(config.model, config.dtype, make_mesh(config.mesh), **options)
 
 
 @contextmanager

@@ -20,10 +20,10 @@ from jaxtyping import Array, Float, Shaped
 from rmr1_jax.data.examples import Example
 from rmr1_jax.data.packing import Batch, sft_batches
 from rmr1_jax.data.store import open_examples
-from rmr1_jax.distributed.mesh import check_micro_rows, make_mesh, own_rows
+from rmr1_jax.distributed.mesh import check_micro_rows, own_rows
 from rmr1_jax.model.attention import most_segments
 from rmr1_jax.model.qwen import Params, split
-from rmr1_jax.policy import Policy, load
+from rmr1_jax.policy import Policy
 from rmr1_jax.train.config import SftConfig
 from rmr1_jax.train.health import check_finite
 from rmr1_jax.train.logprobs import forward_options, row_logprobs
@@ -31,7 +31,7 @@ from rmr1_jax.train.losses import sft_loss
 from rmr1_jax.train.metrics import as_floats, mfu, throughput, train_flops
 from rmr1_jax.train.micro_batches import drop_longer, to_micro_batches
 from rmr1_jax.train.optim import compile_update, init_state, lr_schedule, make_optimizer, master_weights
-from rmr1_jax.train.run import open_run
+from rmr1_jax.train.run import load_policy, open_run
 from rmr1_jax.train.run_directory import data_digest, save_model, start_run
 
 
@@ -44,7 +44,7 @@ def sft(config: SftConfig, *, policy: Policy | None = None, examples: Sequence[E
     """
     start_run(config, Path(config.out))
     given = policy is not None
-    policy = policy or load(config.model, config.dtype, make_mesh(config.mesh), master_dtype="float32")
+    policy = policy or load_policy(config)
     if examples is None:
         examples = open_examples(config.data, "sft", policy.tokenizer)
     if config.on_too_long == "drop":

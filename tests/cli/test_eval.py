@@ -6,10 +6,15 @@ import pytest
 from chat_server import KEY, ChatServer
 from policies import prefers, tiny_policy
 from scalar_models import their_model, written
+from templates import with_template
 
 from rmr1_jax.cli.main import main
 from rmr1_jax.prompts.prompt import Prompt, save_prompt
 
+SCALAR_TEMPLATE = (
+    "{% for m in messages %}{{ m.role + ': ' + m.content + '\\n' }}{% endfor %}"
+    "{% if enable_thinking is defined and not enable_thinking %}{{ 'brief' }}{% endif %}"
+)
 PROMPT = Prompt(name="short", system=None, single_turn=("", "\nA: ", "\nB: ", "\nWhich?"), multi_turn=("", "\n", ""))
 
 
@@ -72,11 +77,41 @@ def test_eval_and_compare_with_a_policy_a_scalar_model_and_an_endpoint(folder, m
     assert KEY not in "".join(f.read_text() for out in "abc" for f in (folder / out).rglob("*.json*"))
 
 
+def test_sampling_options_and_template_arguments_reach_each_kind_of_judge(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    off = ("--chat-template-kwargs", '{"enable_thinking": false}')
+    sampling = ("--temperature", "0.6", "--top-p", "0.9", "--min-p", "0.1")
+    policy = with_template(folder / "policy", tmp_path / "policy")
+    options = ("--prompt", str(folder / "prompt.yaml"), "--max-new-tokens", "4", "--limit", "2", *sampling, *off)
+    assert evaluate(folder, "e", *options, model=policy) == 0
+    drawing = {"temperature": 0.6, "top_p": 0.9, "min_p": 0.1, "chat_template_kwargs": {"enable_thinking": False}}
+    settings = json.loads((folder / "e" / "judgements.jsonl.run.json").read_text())
+    assert drawing.items() <= settings.items() and "top_k" not in settings
+
+    scalar = with_template(folder / "scalar", tmp_path / "scalar", SCALAR_TEMPLATE)
+    scored = [
+        evaluate(folder, out, "--judge", "scalar", "--limit", "2", *more, model=scalar)
+        for out, more in (("f", ()), ("g", off))
+    ]
+    assert scored == [0, 0]
+    scores = [[json.loads(line)["scores"] for line in (folder / out / "judgements.jsonl").open()] for out in "fg"]
+    assert len(scores[0]) == 2 and scores[0] != scores[1]
+
+    with ChatServer(lambda request, number: prefers("good")(request["messages"][-1]["content"], number)) as server:
+        options = ("--judge", "endpoint", "--base-url", server.url, "--limit", "2", *sampling, *off)
+        assert evaluate(folder, "h", *options, model="judge-1") == 0
+        assert drawing.items() <= server.log[0][0].items()
+
+
 def test_incompatible_options_are_refused(folder, capsys):
     assert evaluate(folder, "d", "--judge", "scalar", "--forced-budgets", model=folder / "scalar") == 2
     assert "not --judge scalar" in capsys.readouterr().err
     assert evaluate(folder, "d", "--judge", "scalar", "--votes", "3", model=folder / "scalar") == 2
     assert "neither votes nor both orders" in capsys.readouterr().err
+    assert evaluate(folder, "d", "--judge", "scalar", "--top-k", "3", model=folder / "scalar") == 2
+    assert "--judge scalar samples no text; leave --top-k out" in capsys.readouterr().err
+    assert evaluate(folder, "d", "--judge", "endpoint", "--generation-config", model="m") == 2
+    assert "--generation-config reads a model's directory" in capsys.readouterr().err
     assert evaluate(folder, "d", model=folder / "scalar") == 2
     assert "rmr1 eval --judge scalar" in capsys.readouterr().err
     assert main(["compare", str(folder), str(folder)]) == 2

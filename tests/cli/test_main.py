@@ -12,6 +12,7 @@ import jax
 import pytest
 import yaml
 from policies import tiny_policy
+from templates import with_template
 
 from rmr1_jax.cli import main as cli
 from rmr1_jax.cli.train import Sft
@@ -241,6 +242,52 @@ def test_judge_writes_bad_rows_to_rejects_and_refuses_another_model(policy, fold
     capsys.readouterr()
     assert cli.main(argv) == 2
     assert "model was 'model (sha256 " in capsys.readouterr().err
+
+
+def test_judge_samples_as_its_options_and_the_model_say(folder, tmp_path, capsys):
+    model = with_template(folder / "model", tmp_path / "model", generation={"temperature": 0.6, "top_p": 0.9})
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text("".join((folder / "pairs.jsonl").read_text().splitlines(keepends=True)[:2]))
+
+    def arguments(output: str, *more: str) -> list[str]:
+        return judge_arguments(folder, str(tmp_path / output), "--model", str(model), "--input", str(pairs), *more)
+
+    def settings_of(output: str, *more: str) -> dict:
+        assert cli.main(arguments(output, *more)) == 0
+        capsys.readouterr()
+        return json.loads((tmp_path / f"{output}.run.json").read_text())
+
+    plain = settings_of("plain.jsonl")
+    # These keys, as in files of earlier versions, which therefore continue.
+    keys = ["votes", "both_orders", "seed", "temperature", "max_new_tokens", "max_prompt_tokens"]
+    assert list(plain) == ["model", "dtype", "input", "prompt", "escape_untrusted", "rule", *keys]
+    theirs = settings_of("theirs.jsonl", "--generation-config")
+    assert theirs == plain | {"temperature": 0.6, "top_p": 0.9}
+    mixed = settings_of("mixed.jsonl", "--generation-config", "--top-p", "1", "--top-k", "7", "--min-p", "0.2")
+    assert mixed == plain | {"temperature": 0.6, "top_k": 7, "min_p": 0.2}
+    assert settings_of("cold.jsonl", "--generation-config", "--temperature", "0") == plain
+    assert settings_of("all.jsonl", "--temperature", "0.6", "--top-k", "0") == plain | {"temperature": 0.6}
+    off = ("--chat-template-kwargs", '{"enable_thinking": false}')
+    assert settings_of("off.jsonl", *off) == plain | {"chat_template_kwargs": {"enable_thinking": False}}
+    texts = [(tmp_path / f"{name}.jsonl").read_text() for name in ("plain", "off")]
+    assert texts[0] != texts[1]
+    assert cli.main(arguments("plain.jsonl", *off)) == 2
+    assert "(chat_template_kwargs was None, is {'enable_thinking': False})" in capsys.readouterr().err
+
+    for more, message in {
+        ("--top-p", "0.9"): "top_p=0.9 changes nothing at temperature 0 (greedy)",
+        ("--top-p", "1.5"): "sampling options: top_p: Input should be less than or equal to 1 (got 1.5)",
+        (
+            "--chat-template-kwargs",
+            "enable_thinking=false",
+        ): "expected a JSON object such as '{\"enable_thinking\": false}'",
+        ("--chat-template-kwargs", "[1]"): "--chat-template-kwargs [1]: expected a JSON object",
+        ("--chat-template-kwargs", '{"think": 1}'): "the chat template does not use 'think'; it takes enable_thinking",
+    }.items():
+        assert message in error_of(capsys, arguments("none.jsonl", *more), 2)
+    argv = judge_arguments(folder, str(tmp_path / "none.jsonl"), "--generation-config")
+    assert "model/generation_config.json: there is no such file" in error_of(capsys, argv, 2)
+    assert not (tmp_path / "none.jsonl").exists()
 
 
 @pytest.mark.slow

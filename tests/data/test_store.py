@@ -9,13 +9,16 @@ import numpy as np
 import pytest
 from chat_models import TAGS, chat_model, deepseek_distill
 from prepared import assert_same, config_of, rows, write_rows
+from templates import NO_THOUGHT, with_template
 from training import metrics_but_timings, small_sft
 
 from rmr1_jax.data.packing import lengths_of, trained_lengths_of
-from rmr1_jax.data.prepare import prepare, summary_line
+from rmr1_jax.data.prepare import _make_chunk, prepare, summary_line
+from rmr1_jax.data.show import show
 from rmr1_jax.data.store import PreparedExamples, open_examples
 from rmr1_jax.errors import InputError, RunError
 from rmr1_jax.model.tokenizer import Tokenizer
+from rmr1_jax.pairs.training_sets import read_published
 from rmr1_jax.train.grpo import read_prompts
 from rmr1_jax.train.sft import sft
 
@@ -208,6 +211,30 @@ def test_sets_made_before_thoughts_and_tags_were_continued_are_refused(world_tok
             assert open_examples(out, stage, tokenizer)
         else:
             assert refused in error_of(open_examples, out, stage, tokenizer)
+
+
+def test_other_arguments_of_the_chat_template_are_refused(prepared, source, world_tokenizer, tokenizer, tmp_path):
+    off = {"enable_thinking": False}
+    model = with_template(world_tokenizer, tmp_path / "model")
+    made = {}
+    for name, arguments in (("plain", {}), ("off", off)):
+        out = str(tmp_path / name)
+        config = config_of(model=str(model), data=str(source), out=out, limit=3, chat_template_kwargs=arguments)
+        manifest = prepare(config)
+        made[name] = open_examples(out, "sft", Tokenizer(model, arguments))
+        assert ("chat_template_kwargs" in manifest["fingerprint"]) == bool(arguments)
+        prompt = made[name][0].tokens[~made[name][0].trained]
+        assert tokenizer.decode(prompt).endswith(NO_THOUGHT) == bool(arguments)
+        # A worker process makes the same rows.
+        chosen = [row for row in read_published(source) if row.id in {example.id for example in made[name]}]
+        assert_same(made[name], _make_chunk(config, str(model), chosen))
+        # It is shown with its own arguments.
+        assert ("<think>" in next(show(out))) == bool(arguments)
+    message = error_of(open_examples, tmp_path / "off", "sft", Tokenizer(model))
+    assert 'was prepared with chat_template_kwargs={"enable_thinking": false}, this is {}; give it the same' in message
+    message = error_of(open_examples, tmp_path / "plain", "sft", Tokenizer(model, off))
+    assert 'chat_template_kwargs={}, this is {"enable_thinking": false}' in message
+    assert "`rmr1 data prepare` with chat_template_kwargs=" in message
 
 
 def test_a_set_for_the_other_stage_is_refused(prepared, tokenizer):

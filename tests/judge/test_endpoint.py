@@ -13,6 +13,7 @@ from rmr1_jax.judge.file import Output, judge_file, judgement_row
 from rmr1_jax.judge.judge import Judge
 from rmr1_jax.judge.judgement import Voting
 from rmr1_jax.pairs.pair import PreferencePair
+from rmr1_jax.sampler.sample import Truncation
 
 
 @pytest.fixture
@@ -65,6 +66,20 @@ def test_the_prompt_is_ours_and_the_sampling_follows_the_votes(make_judge):
         three = make_judge(server, endpoint={"concurrency": 1}).compare_many(PAIRS[:1], votes=3, seed=5)[0]
         assert [(r["temperature"], r["seed"]) for r, _, _ in server.log] == [(1, 5), (1, 6), (1, 7)]
         assert three.verdicts == (("A", "B", "A"),) and three.winner == "A"
+
+
+def test_truncation_is_sent_and_is_part_of_the_settings(make_judge):
+    with ChatServer(scripted(says("AA"))) as server:
+        truncation = Truncation(top_p=0.9, top_k=20, min_p=0.05)
+        judge = make_judge(server, endpoint={"extra": {"n": 1}}, temperature=0.5, truncation=truncation)
+        judge.compare_many(PAIRS[:1])
+        sent = server.log[0][0]
+        assert (sent["temperature"], sent["top_p"], sent["top_k"], sent["min_p"], sent["n"]) == (0.5, 0.9, 20, 0.05, 1)
+        extra = {"n": 1, "top_p": 0.9, "top_k": 20, "min_p": 0.05}
+        assert judge.settings(Voting())["extra"] == extra
+        plain = make_judge(server, temperature=0.5)
+        plain.compare_many(PAIRS[:1])
+        assert plain.settings(Voting())["extra"] == {} and "top_p" not in server.log[1][0]
 
 
 def test_untrusted_text_is_escaped_unless_escape_untrusted_is_off(make_judge):

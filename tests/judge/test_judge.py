@@ -112,6 +112,31 @@ def test_several_votes_are_sampled_and_one_is_greedy():
         judge.compare("q", "x", "y", votes=0)
 
 
+def test_truncation_reaches_the_sampler_and_the_settings_name_only_what_is_set():
+    policy = ScriptedPolicy(says("AAA"))
+    judge = Judge(policy, temperature=0.6, top_p=0.95, top_k=20, min_p=0.1)
+    judge.compare("q", "x", "y")
+    Judge(policy, top_p=0.8).compare("q", "x", "y", votes=3)
+    settings = [(s.temperature, s.top_p, s.top_k, s.min_p) for _, s in policy.calls]
+    assert settings == [(0.6, 0.95, 20, 0.1), (1.0, 0.8, None, 0.0)]
+    drawing = {"temperature": 0.6, "top_p": 0.95, "top_k": 20, "min_p": 0.1}
+    plain = Judge(policy, temperature=0.6).settings(Voting())
+    assert judge.settings(Voting()) == plain | drawing
+    # Files of earlier versions continue: without truncation, nothing is added to their settings.
+    assert plain.keys().isdisjoint({"top_p", "top_k", "min_p", "chat_template_kwargs"})
+    policy.chat_template_kwargs = {"enable_thinking": False}
+    assert judge.settings(Voting()) == plain | drawing | {"chat_template_kwargs": {"enable_thinking": False}}
+
+
+@pytest.mark.parametrize("options", [{"top_p": 0.9}, {"top_k": 5, "min_p": 0.1}, {"top_k": 5, "temperature": 0}])
+def test_truncation_of_a_greedy_judge_is_refused(options):
+    judge = Judge(ScriptedPolicy(says("A")), **options)
+    with pytest.raises(
+        InputError, match=r"^top_\w=.* changes nothing at temperature 0 \(greedy\).* \(--temperature 1\)"
+    ):
+        judge.compare("q", "x", "y")
+
+
 def test_a_prompt_that_does_not_fit_is_not_asked_and_not_cut():
     policy = ScriptedPolicy(prefers("five"), positions=1000)
     judge = Judge(policy, get_prompt("cor"), max_new_tokens=400)
@@ -231,6 +256,8 @@ def test_limits_follow_the_model():
         ({"max_new_tokens": 512}, "max_new_tokens=512 must be from 1 to 511: the model has 512 positions"),
         ({"max_new_tokens": 0}, "max_new_tokens=0 must be from 1 to 511"),
         ({"max_prompt_tokens": 0}, "max_prompt_tokens=0 must be at least 1"),
+        ({"top_p": 1.5}, "top_p: Input should be less than or equal to 1 \\(got 1.5\\)"),
+        ({"temperature": -1}, "temperature: Input should be greater than or equal to 0"),
     ],
 )
 def test_invalid_arguments_of_a_judge_are_refused(options, message):
