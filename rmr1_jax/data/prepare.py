@@ -56,11 +56,11 @@ class PrepareConfig:
     """The settings of `rmr1 data prepare`. Lengths are in tokens.
 
     model: whose tokenizer and chat template are used; a directory or hub id. chat_template_kwargs: arguments of the
-    chat template, such as enable_thinking of Qwen3. data: files, folders or hub ids of
-    rendered rows (`context_messages`, `winner`); or, with `prompt` (cor, reasoning, a prompt file), of pairs. target:
-    what SFT trains, the row's trace or only the right verdict. max_length: of an example. on_too_long: "error", or
-    "drop" longer examples. on_bad_row: "error", or "quarantine" bad rows into rejects.jsonl. limit: the most rows to
-    take, drawn by `seed` before long examples are dropped. workers: processes; None: one a core.
+    chat template, such as enable_thinking of Qwen3. data: files, folders or hub ids of rendered rows
+    (`context_messages`, `winner`); or, with `prompt` (cor, reasoning, a prompt file), of pairs. target: what SFT
+    trains, the row's trace or only the right verdict. max_length: of an example. on_too_long: "error", or "drop" longer
+    examples. on_bad_row: "error", or "quarantine" bad rows into rejects.jsonl. limit: the most rows to take, drawn by
+    `seed` before long examples are dropped. workers: processes; None: one a core.
     """
 
     model: str
