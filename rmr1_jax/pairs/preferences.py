@@ -8,7 +8,7 @@ A row has two answers and, unless they are whole conversations, a question:
                   hh-rlhf), chosen_response and rejected_response; shown in an order drawn from (seed, id)
     or A and B    response_a and response_b (ours, OpenRubrics), response_1 and response_2 (PPE, HelpSteer2), response1
                   and response2 (HelpSteer3), conversation_a and conversation_b (ours, arenas); shown in this order
-    better side   `better`: "A", "B", "tie" or null. Where it is absent, a `winner` such as "model_a", "Response B" or
+    better side   `better`: "A", "B", "tie" or null. Where it is null, a `winner` such as "model_a", "Response B" or
                   "tie (bothbad)", or a preference from -3 (the first one is better) to 3
 
 Without a question, chosen and rejected texts are dialogues or, as in TRL, begin with the same words, the question. A
@@ -76,7 +76,9 @@ def parse_pair(row: Row, order: Order) -> list[PreferencePair]:
 
 def _sides(row: Row) -> tuple[str, str]:
     """Return the names of the two fields that hold the answers. The row must not hold another two of `OWN_SIDES`."""
-    present = [kind for kind in SIDES if kind[0] in row.value or kind[1] in row.value]
+    named = [kind for kind in SIDES if kind[0] in row.value or kind[1] in row.value]
+    # A table has all columns in all rows: those that are null do not count, unless there are no others.
+    present = [kind for kind in named if any(row.value.get(side) is not None for side in kind)] or named
     present = [kind for kind in present if kind in OWN_SIDES] or present[:1]
     if len(present) != 1:
         got = " and ".join(f"{a}/{b}" for a, b in present) or "none of them"
@@ -199,8 +201,8 @@ def _better(row: Row, sides: tuple[str, str]) -> str | None:
     better, winner = row.value.get("better"), row.value.get("winner")
     if better == "tie":
         return "tie"
-    if "better" in row.value and sides not in RANKED:
-        if better not in ("A", "B", None):
+    if better is not None and sides not in RANKED:
+        if better not in ("A", "B"):
             raise row.bad("better", f"is {better!r}, expected 'A', 'B', 'tie' or null")
         return better
     if isinstance(winner, str):

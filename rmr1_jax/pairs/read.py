@@ -111,16 +111,17 @@ def _recognise(row: Row) -> str:
         return "code-preference"
     if {"prompt", "initial_reason_steps", "full_chosen", "full_rejected"} <= fields:
         return "math-step"
+    given = {name for name in fields if row.value[name] is not None}  # a table has all columns in all rows
     chosen = row.value.get("chosen")
     messages = isinstance(chosen, list) and any(isinstance(message, dict) for message in chosen)
     if {"prompt", "chosen", "rejected"} <= fields and not messages:
         if isinstance(chosen, list) and "domain" in fields:
             return "rm-bench"
-        if isinstance(chosen, list) or {"num_correct", "subset"} <= fields:
+        if isinstance(chosen, list) or {"num_correct", "subset"} <= given:
             return "rewardbench-2"
-        if {"subset", "id"} <= fields:
+        if {"subset", "id"} <= given:
             return "rewardbench"
-    if {"chosen", "rejected", "source"} <= fields and not {"id", *QUESTIONS} & fields and not isinstance(chosen, str):
+    if {"chosen", "rejected", "source"} <= fields and not {"id", *QUESTIONS} & given and not isinstance(chosen, str):
         return "skywork"
     return "pairs"
 

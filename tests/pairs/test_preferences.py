@@ -156,7 +156,8 @@ def ppe(**label) -> dict:
         (arena(winner="tie (bothbad)"), None, True),
         (arena(winner="some-model"), None, False),
         (arena(better="tie", winner="model_a"), None, True),
-        (arena(better=None, winner="model_a"), None, False),
+        (arena(better=None, winner="model_a"), "A", False),
+        ({**ppe(winner="model_b"), "chosen": None, "rejected": None, "subset": None, "question": None}, "B", False),
         ({"question": ASKED, "response_a": GOOD, "response_b": BAD, "better": "tie"}, None, True),
     ],
 )
