@@ -57,7 +57,8 @@ class JudgeOptions:
     seed: int = 0
     """Random seed of the sampling."""
     batch_size: int = 1024
-    """Number of pairs that are given to the judge at a time. A run that was killed judges its last batch again."""
+    """Number of pairs that are judged at a time, by all processes together. A run that was killed judges its last batch
+    again."""
     dtype: Dtype = "bfloat16"
     """Data type of the model's matrix products."""
     tensor: MaybeInt = None
