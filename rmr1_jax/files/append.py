@@ -3,7 +3,7 @@
 Rows are on the disk (fsync) when `append_rows` returns. A second file beside the rows, with the suffix .run.json, holds
 the settings that they were made with, so that a run with other settings is refused.
 
-Next: `judge/file.py` and `data/chains/chains.py`, which write such files.
+Next: `distributed/rows.py`, such a file that several processes write.
 """
 
 from __future__ import annotations

@@ -8,8 +8,9 @@ The result does not depend on whether a run was killed. A text depends on its pr
 last bits of a matrix product depend on the other rows in it. A batch that was interrupted is therefore judged again as
 a whole, and the rows that it had written already are kept.
 
-Of n processes, process i judges the pairs i, i + n, i + 2n, ..., by itself. A run may be continued by another number of
-processes; then the last bits may differ too.
+Of n processes, process i judges the items i, i + n, i + 2n, ..., by itself. An item is a pair, or the pairs of a
+benchmark's item, which share their answers. A run may be continued by another number of processes; then the last bits
+may differ too.
 
 Next: `pairs/read.py`, which reads the pairs; `distributed/rows.py`, which writes the rows.
 """
@@ -152,7 +153,7 @@ def judge_file(
     title, own_total = "judge" if count == 1 else f"judge, process 0 of {count}", total and -(-total // count)
     with rows.open(), tqdm(None, title, own_total, unit="pair", dynamic_ncols=True, disable=index > 0) as bar:
         synced = time.monotonic()
-        own = itertools.islice(_numbered(pairs, seen, output.path), index, None, count)
+        own = _own_items(_numbered(pairs, seen, output.path), index, count)
         while batch := list(itertools.islice(own, -(-batch_size // count))):
             missing = [pair for pair in batch if pair.id not in done]
             asked = batch if missing and judge.whole_batches else missing
@@ -166,6 +167,8 @@ def judge_file(
                     rows.append(output.row_of(asked[number], judgement), sync=sync)
                     synced = time.monotonic() if sync else synced
             rows.append()  # wait for the disk
+
+        bar.set_postfix_str("waiting for the other processes" * (count > 1))
 
         def finish() -> Summary:
             if done.keys() == seen.keys():
@@ -203,6 +206,13 @@ def _numbered(pairs: Iterable[PreferencePair], seen: dict[str, int], output: Pat
             raise InputError(f"two pairs have the id {pair.id!r}; each pair needs an id of its own in {output}")
         seen[pair.id] = len(seen)
         yield pair
+
+
+def _own_items(pairs: Iterable[PreferencePair], index: int, count: int) -> Iterator[PreferencePair]:
+    """The pairs of the items index, index + count, ...; all pairs are read."""
+    items = itertools.groupby(pairs, key=lambda pair: pair.meta.get("item", pair.id))
+    for _, own in itertools.islice(items, index, None, count):
+        yield from own
 
 
 def _shared_rows(output: Output, settings: Mapping[str, Any], done: dict[str, Outcome]) -> SharedRows:

@@ -71,10 +71,10 @@ def test_all_rows_are_in_one_file_and_all_processes_get_the_result(run, tmp_path
 @pytest.mark.parametrize("seed", range(8))
 def test_any_process_is_killed_and_any_number_goes_on(run, tmp_path, seed):
     draw, kept = random.Random(seed), []
-    for _ in range(4):
-        count = draw.randint(1, 5)
-        found = run(count, {draw.randrange(count): draw.randrange(6)})
-        assert any(isinstance(each, Killed) for each in found) or len(kept) > 30
+    for _ in range(3):
+        count = draw.randint(1, 4)
+        found = run(count, {i: draw.randrange(4) for i in range(count)})
+        assert any(isinstance(each, Killed) for each in found)
         rows = written(tmp_path)
         assert len(set(rows)) == len(rows) and set(kept) <= set(rows)
         kept = rows
@@ -85,8 +85,8 @@ def test_any_process_is_killed_and_any_number_goes_on(run, tmp_path, seed):
 
 
 def test_a_kill_at_any_moment_of_the_merge_leaves_no_row_twice(run, tmp_path, monkeypatch):
-    for name in ("append_rows", "unlink"):
-        for moment in range(12):
+    for name, moments in {"append_rows": (0, 3, 5, 6, 9, 12), "unlink": range(5)}.items():
+        for moment in moments:
             run(3, {0: 4, 1: 5, 2: 6})
             steps = [0]
 

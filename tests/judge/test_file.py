@@ -6,9 +6,12 @@ import os
 
 import pytest
 from policies import ScriptedPolicy, answer, prefers, says
+from threads import Threads
 
+from rmr1_jax.distributed import rows as rows_module
 from rmr1_jax.errors import InputError, RunError
 from rmr1_jax.files.append import files_digest
+from rmr1_jax.judge import file as file_module
 from rmr1_jax.judge.file import Output, Summary, judge_file, judgement_row, put_in_order
 from rmr1_jax.judge.judge import Judge
 from rmr1_jax.judge.judgement import Judgement, Voting
@@ -304,6 +307,29 @@ def test_a_judge_without_texts_writes_its_scores(tmp_path):
         ("five-a", "A", [4.0, 3.0]),
         ("five-b", "B", [3.0, 4.0]),
     ]
+
+
+@pytest.mark.parametrize("count", [2, 3, 8])
+def test_several_processes_write_the_file_of_one_and_keep_items_whole(tmp_path, monkeypatch, count):
+    """Threads stand for the processes. In a batch of 14 there are 14 pairs of all processes together."""
+    pairs = [
+        PreferencePair.from_answers(f"{k}/{j}", f"{k}?", "five", "six", better="A", meta={"item": k} if k < 3 else {})
+        for k in range(12)
+        for j in range(9 if k < 3 else 1)
+    ]
+    summary = judge_pairs(tmp_path / "one.jsonl", pairs)
+    policies = [ScriptedPolicy(prefers("five")) for _ in range(count)]
+
+    def process(index):
+        return judge_pairs(tmp_path / "several.jsonl", iter(pairs), policies[index], batch_size=14)
+
+    assert Threads(monkeypatch, count, rows_module, file_module).run(process) == [summary] * count
+    assert (tmp_path / "several.jsonl").read_bytes() == (tmp_path / "one.jsonl").read_bytes()
+    for index, policy in enumerate(policies):
+        asked = [policy.decode(prompt) for prompts, _ in policy.calls for prompt in prompts]
+        expected = [pair.question for k in range(index, 12, count) for pair in pairs if pair.id.startswith(f"{k}/")]
+        assert [next(q for q in reversed(expected) if q in text) for text in asked] == expected
+        assert all(len(prompts) <= -(-14 // count) for prompts, _ in policy.calls)
 
 
 def test_rows_are_put_in_order(tmp_path):

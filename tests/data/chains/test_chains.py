@@ -11,11 +11,15 @@ import policies
 import pytest
 from chat_server import KEY, ChatServer, Reply
 from teachers import better, chain, rows, write_pairs
+from threads import Threads
 
 from rmr1_jax.config import build_config
+from rmr1_jax.data.chains import chains as chains_module
+from rmr1_jax.data.chains import policy_teacher as policy_teacher_module
 from rmr1_jax.data.chains.chains import ChainsConfig, PolicyConfig, make_chains, read_known_pairs
 from rmr1_jax.data.chains.correction import correction
 from rmr1_jax.data.chains.policy_teacher import PolicyTeacher
+from rmr1_jax.distributed import rows as rows_module
 from rmr1_jax.endpoint import Answer, Endpoint, EndpointConfig
 from rmr1_jax.errors import InputError, RunError
 from rmr1_jax.pairs.pair import render_pair
@@ -347,6 +351,34 @@ def test_a_policy_samples_until_it_is_right(pairs_file):
     batches = [(len(prompts), sampling.seed) for prompts, sampling in policy.calls]
     assert batches == [(5, 7), (5, 7), (2, 7), (5, 8), (3, 8)]
     assert asked == {n: min(2, n % 3 + 1) for n in range(12)}
+
+
+@pytest.mark.parametrize("budget", [{}, {"budget_requests": 17}, {"budget_tokens": 30_000}])
+def test_several_processes_share_the_pairs_and_the_budget(pairs_file, tmp_path, monkeypatch, budget):
+    """Threads stand for the processes. One process continues what the budget has ended."""
+    options = {"teacher": None, "policy": PolicyConfig(model="m", batch_size=3), "tries": 2}
+    calls, modules = {}, (chains_module, policy_teacher_module, rows_module)
+
+    def process(index, **more):
+        policy = policies.ScriptedPolicy(lambda prompt, number: chain("A"))
+        policy.tokenizer.directory = pairs_file.parent
+        calls[index] = policy.calls
+        return run(pairs_file, PolicyTeacher(options["policy"], policy), **options, **more)
+
+    ledger, *others = Threads(monkeypatch, 3, *modules).run(lambda index: process(index, **budget))
+    assert others == [ledger] * 2
+    if not budget:
+        assert [[len(prompts) for prompts, _ in calls[index]] for index in range(3)] == [[1] * 6] * 3
+    if "budget_requests" in budget:
+        assert ledger.requests == 17 and ledger.open
+    if "budget_tokens" in budget:
+        used = ledger.prompt_tokens + ledger.completion_tokens
+        assert 30_000 <= used < 30_000 + 3 * 1.1 * used / ledger.requests and ledger.open  # one answer more in each
+    after = Threads(monkeypatch, 1, *modules).run(process)[0]
+    assert (after.read, after.right_at_first, after.failed, after.requests) == (12, 6, 6, 18)  # A is right in half
+    assert bool(calls[0]) == bool(budget)
+    texts = rows(tmp_path / "out" / "answers.jsonl")
+    assert len({(row["id"], row["try"]) for row in texts}) == len(texts) == 18
 
 
 def test_a_prompt_too_long_for_the_policy_is_refused(pairs_file):
