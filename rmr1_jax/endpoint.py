@@ -6,7 +6,10 @@
 
 The API key is read from the environment and never appears in settings, files or messages.
 
-Next: `data/chains/chains.py`, which asks a teacher for chains; `judge/endpoint.py`, which asks for judgements.
+A field that the endpoint does not take, such as the temperature of a reasoning model, is left out of later requests.
+
+Next: `reply.py`, which reads the replies; `data/chains/chains.py`, which asks a teacher for chains;
+`judge/endpoint.py`, which asks for judgements.
 """
 
 from __future__ import annotations
@@ -17,24 +20,26 @@ import itertools
 import math
 import os
 import random
+import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from queue import SimpleQueue
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, NamedTuple
 from urllib.parse import urlsplit
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from tqdm import tqdm
 
 from rmr1_jax.config import config_dataclass
 from rmr1_jax.errors import InputError, RunError
 from rmr1_jax.prompts.prompt import Messages
+from rmr1_jax.reply import Answer, ReplyError, read_reply
 
-SENT = ("model", "temperature", "max_tokens", "seed")  # sent with each request, unless None
+SENT = ("model", "temperature", "max_tokens", "seed")  # sent with each request, unless None or not taken
 IN_A_ROW = 10  # consecutive failures after which the endpoint is at fault, and not the requests
 LONGEST_WAIT = 120.0  # seconds between two tries, even if the endpoint asks for more
 FATAL = (401, 402, 404, 405)  # HTTP status: no request can succeed (wrong key, no credit, no such model or address)
-TRANSIENT = (408, 409, 425, 429)  # HTTP status: worth another try, like all from 500 on
 
 
 class Request(NamedTuple):
@@ -47,35 +52,15 @@ class Request(NamedTuple):
 
 
 @config_dataclass
-class Answer:
-    """The answer to a request, or the failure.
-
-    text: "" after a failure. finish_reason: as the endpoint reports it, such as "stop" or "length". prompt_tokens,
-    completion_tokens: 0 if the endpoint does not report them. tries: the HTTP requests that were sent. error: the
-    endpoint's own message; failure: "refused" (not worth another try), or "gave_up" after all retries.
-    """
-
-    text: str = ""
-    finish_reason: str = ""
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    tries: int = 1
-    error: str | None = None
-    failure: Literal["refused", "gave_up"] | None = None
-
-    @property
-    def tokens(self) -> int:
-        return self.prompt_tokens + self.completion_tokens
-
-
-@config_dataclass
 class EndpointConfig:
     """The settings of an `Endpoint`.
 
     model: the endpoint's name of the model. base_url: None for OpenAI's own. key_variable: the environment variable
     that holds the API key; None for an endpoint without one. temperature and max_tokens (of one text) are not sent if
     None. seed: sent with the request's number added; None: not sent. extra: other fields of the request body, such as
-    top_p. concurrency: requests in flight. retries: further tries after 429, 5xx, timeouts and dropped connections; the
+    top_p; they replace those above, and one that is None is not sent at all. accept_refusals: whether the caller counts
+    a refused request as answered, without a text; otherwise it is asked again by the next run. concurrency: requests in
+    flight. retries: further tries after 429, 5xx, timeouts and dropped connections; the
     wait between tries doubles from `backoff` seconds, unless the endpoint asks for more. timeout: seconds for one try.
     """
 
@@ -86,6 +71,7 @@ class EndpointConfig:
     max_tokens: PositiveInt | None = 8192
     seed: int | None = None
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    accept_refusals: bool = False
     concurrency: Annotated[int, Field(ge=1, le=1000)] = 8
     retries: NonNegativeInt = 6
     timeout: PositiveFloat = 600.0
@@ -94,6 +80,8 @@ class EndpointConfig:
     def __post_init__(self):
         if self.base_url is not None:
             _check_address(self.base_url)
+        if fixed := {"messages", "model", "stream"} & self.extra.keys():
+            raise InputError(f"extra: {', '.join(sorted(fixed))} cannot be given as an extra field of a request")
 
 
 class Endpoint:
@@ -103,6 +91,7 @@ class Endpoint:
         import openai  # imported here because it takes half a second
 
         self.config, self._key, self._answers = config, _key(config), False
+        self._not_taken, self._lock = frozenset[str](), threading.Lock()
         timeout = openai.Timeout(config.timeout, connect=min(config.timeout, 20.0))
         options = {"base_url": config.base_url, "timeout": timeout, "max_retries": 0}  # `_answer` retries, and counts
         self._client = openai.OpenAI(api_key=self._key or "none", **options)
@@ -110,7 +99,7 @@ class Endpoint:
         self.name = f"{config.model} at {str(self._client.base_url).rstrip('/')}"
 
     def settings(self) -> dict[str, Any]:
-        """Return all settings that an answer depends on, as plain values."""
+        """Return all settings that an answer depends on, as plain values: what was asked for, taken or not."""
         sent = {name: getattr(self.config, name) for name in SENT}
         return sent | {"base_url": str(self._client.base_url), "extra": dict(self.config.extra)}
 
@@ -149,11 +138,14 @@ class Endpoint:
                     raise answer
                 if answer.error is None:
                     self._answers, failures = True, 0
-                elif answer.failure == "gave_up" or not self._answers:
+                elif answer.failure == "gave_up" or not (self._answers or self.config.accept_refusals):
                     failures += 1
                 yield key, answer
                 if failures == IN_A_ROW:
-                    raise RunError(f"{self.name}: {IN_A_ROW} failures in a row, the last one: {answer.error}")
+                    advice = "run the same command again when the endpoint answers"
+                    if answer.failure == "refused":
+                        advice += "; --accept-refusals (accept_refusals) counts refused requests as answered"
+                    raise RunError(f"{self.name}: {IN_A_ROW} failures in a row, the last one: {answer.error}; {advice}")
                 if (request := next(requests, None)) is not None:
                     jobs.put(request)
                     in_flight += 1
@@ -165,44 +157,74 @@ class Endpoint:
     def _answer(self, request: Request, stop: threading.Event) -> Answer:
         import openai
 
-        tries = 0
+        tries = failures = 0
+        not_taken = self._not_taken
         while True:
             tries, asked_to_wait = tries + 1, 0.0
+            fields = self._fields(request, not_taken)
             try:
-                return self._ask_once(request, tries)
-            except openai.APIStatusError as e:
-                body = e.body if isinstance(e.body, Mapping) else {"message": e.body or e.message}
-                error, status = self._shorten(f"{e.status_code}: {body.get('message') or dict(body)}"), e.status_code
-                if status in FATAL:
+                answer = self._ask_once(request, fields, tries)
+                self._remember(not_taken)
+                return answer
+            except ReplyError as e:
+                error = self._shorten(str(e))
+                if e.status in FATAL:
                     raise InputError(f"{self.name} answered {error}; check the model, base_url and the key") from None
-                if status < 500 and status not in TRANSIENT:
-                    return Answer(tries=tries, error=error, failure="refused")
-                asked_to_wait = _retry_after(e.response.headers.get("retry-after"))
+                if e.refuses and (more := e.fields(fields)):
+                    not_taken |= more
+                    continue
+                if e.refuses:
+                    return Answer(tries=tries, error=error, failure=e.failure)
+                asked_to_wait = e.retry_after
             except openai.APITimeoutError:
                 error = f"no answer within {self.config.timeout:g} s"
             except openai.OpenAIError as e:  # a dropped connection, half a response, an unknown host
                 error = self._shorten(f"{e} {e.__cause__ or ''}")
             except ValueError as e:
                 error = self._shorten(f"the response is no chat completion ({e})")
-            if tries > self.config.retries:
+            failures += 1
+            if failures > self.config.retries:
                 return Answer(tries=tries, error=f"{error} (after {tries} tries)", failure="gave_up")
-            doubled = self.config.backoff * 2.0 ** min(tries - 1, 20) * random.uniform(0.75, 1.0)
+            doubled = self.config.backoff * 2.0 ** min(failures - 1, 20) * random.uniform(0.75, 1.0)
             if stop.wait(min(max(asked_to_wait, doubled), LONGEST_WAIT)):
                 return Answer(tries=tries, error="interrupted", failure="gave_up")
 
-    def _ask_once(self, request: Request, tries: int) -> Answer:
-        sent = {name: value for name in SENT if (value := getattr(self.config, name)) is not None}
-        if "seed" in sent:
-            sent["seed"] += request.number
-        extra = dict(self.config.extra) or None
-        completion = self._client.chat.completions.create(messages=request.messages, extra_body=extra, **sent)
+    def _fields(self, request: Request, not_taken: frozenset[str]) -> dict[str, Any]:
+        """Return the fields of a request, except for its messages and those that the endpoint does not take."""
+        fields = {name: getattr(self.config, name) for name in SENT}
+        if fields["seed"] is not None:
+            fields["seed"] += request.number
+        if "max_completion_tokens" in self.config.extra:  # another name of the same limit
+            del fields["max_tokens"]
+        fields |= self.config.extra
+        if "max_tokens" in not_taken:
+            fields = {"max_completion_tokens": fields.get("max_tokens")} | fields
+        return {name: value for name, value in fields.items() if value is not None and name not in not_taken}
+
+    def _remember(self, not_taken: frozenset[str]) -> None:
+        """Leave these fields out of later requests, because one without them was answered. Says so on stderr, once."""
+        with self._lock:
+            new = sorted(not_taken - self._not_taken)
+            self._not_taken |= not_taken
+        if new:
+            changes = [
+                f"{n} is sent as max_completion_tokens" if n == "max_tokens" else f"{n} is not sent" for n in new
+            ]
+            # Not inside the line of a progress bar.
+            tqdm.write(f"note: {self.name} does not take {', '.join(new)}: {', '.join(changes)}", file=sys.stderr)
+
+    def _ask_once(self, request: Request, fields: Mapping[str, Any], tries: int) -> Answer:
+        import openai
+
+        sent = {name: value for name, value in fields.items() if name != "model"}
         try:
-            choice, usage = completion.choices[0], completion.usage
-            text = (choice.message.content or "").encode(errors="replace").decode()  # replaces lone surrogates
-        except (AttributeError, LookupError, TypeError):  # a proxy's page, or an error with status 200
-            raise ValueError(f"{completion!r:.200}") from None
-        tokens = {"prompt_tokens": usage.prompt_tokens, "completion_tokens": usage.completion_tokens} if usage else {}
-        return Answer(text=text, finish_reason=choice.finish_reason or "", tries=tries, **tokens)
+            response = self._client.chat.completions.with_raw_response.create(
+                model=self.config.model, messages=request.messages, extra_body=sent
+            )
+        except openai.APIStatusError as e:
+            wait = _retry_after(e.response.headers.get("retry-after"))
+            raise ReplyError(e.status_code, e.body or e.message, wait) from None
+        return read_reply(response.http_response.json(), tries)
 
     def _shorten(self, text: str) -> str:
         """Return an endpoint's message on one short line and without the key, which some endpoints repeat."""

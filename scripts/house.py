@@ -22,6 +22,7 @@ ROOMS = (
         "distributed",
         "prompts",
         "pairs",
+        "reply",
         "endpoint",
         "model",
         "sampler",

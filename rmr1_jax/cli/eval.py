@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
-from rmr1_jax.cli.judge import JudgeOptions
+from rmr1_jax.cli.judge import AnyJudgeOptions
 from rmr1_jax.cli.options import MaybeInt, MaybeText, all_processes, template_arguments
 from rmr1_jax.errors import InputError
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Eval(JudgeOptions):
+class Eval(AnyJudgeOptions):
     """Evaluate a judge on a benchmark, as published. To continue a run that was killed, run the same command again."""
 
     benchmark: Annotated[
@@ -26,8 +26,6 @@ class Eval(JudgeOptions):
     ]
     """rewardbench, rm-bench, rmb or judgebench (published with --both-orders); or injection, a set of attacks on the
     judge itself, which needs no data."""
-    model: str
-    """The model: a Hugging Face directory (such as RUN/model), a hub id, or the model's name at the endpoint."""
     judge: Literal["policy", "scalar", "endpoint"] = "policy"
     """Kind of the model: a policy that writes traces, a scalar reward model, or a model behind an OpenAI-style
     endpoint."""
@@ -47,12 +45,6 @@ class Eval(JudgeOptions):
     evaluations, but on for injection, as in `rmr1 judge`."""
     forced_budgets: bool = False
     """Also compute the curve by token budget with forced verdicts: cut texts continue with the likelier verdict."""
-    base_url: MaybeText = None
-    """Address of the endpoint, such as http://127.0.0.1:8000/v1. Defaults to OpenAI's."""
-    key_variable: str = "OPENAI_API_KEY"
-    """Environment variable that holds the endpoint's key; "" for an endpoint without a key."""
-    concurrency: int = 8
-    """Maximum number of requests to the endpoint at once."""
 
     def reading(self) -> dict[str, Any]:
         """How texts are shown and verdicts are read: as published, or for injection as for untrusted texts."""
@@ -120,27 +112,7 @@ def make_judge(command: Eval) -> NamedJudge:
     from rmr1_jax.eval.evaluate import NamedJudge
 
     if command.judge == "endpoint":
-        from rmr1_jax.endpoint import Endpoint, EndpointConfig
-        from rmr1_jax.judge.endpoint import EndpointJudge
-        from rmr1_jax.sampler.sample import LONGEST
-
-        if command.generation_config:
-            raise InputError(
-                "--generation-config reads a model's directory; give --temperature and --top-p to --judge endpoint"
-            )
-        arguments = template_arguments(command.chat_template_kwargs)
-        config = EndpointConfig(
-            model=command.model,
-            extra={"chat_template_kwargs": arguments} if arguments else {},
-            base_url=command.base_url,
-            key_variable=command.key_variable or None,
-            max_tokens=command.max_new_tokens or LONGEST,
-            concurrency=command.concurrency,
-        )
-        sampling = command.sampling()
-        options = {"temperature": sampling.temperature, "truncation": sampling, **command.reading()}
-        judge = EndpointJudge(Endpoint(config), command.prompt, **options)
-        return NamedJudge(judge=judge, name=command.model_name())
+        return NamedJudge(judge=command.load_endpoint_judge(**command.reading()), name=command.model_name())
     if command.judge == "scalar":
         from rmr1_jax.judge.scalar import ScalarJudge, load_scalar
 

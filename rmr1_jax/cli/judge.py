@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from rmr1_jax.cli.endpoint import EndpointOptions
 from rmr1_jax.cli.options import (
     Dtype,
     MaybeFloat,
@@ -16,8 +17,10 @@ from rmr1_jax.cli.options import (
     all_processes,
     template_arguments,
 )
+from rmr1_jax.errors import InputError
 
 if TYPE_CHECKING:
+    from rmr1_jax.judge.endpoint import EndpointJudge
     from rmr1_jax.judge.judge import Judge as PolicyJudge
     from rmr1_jax.judge.judgement import JudgeSampling, Voting
 
@@ -129,9 +132,34 @@ class JudgeOptions:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Judge(JudgeOptions):
+class AnyJudgeOptions(EndpointOptions, JudgeOptions):
+    """How a policy judges, or a model behind an endpoint."""
+
+    model: str
+    """The model: a Hugging Face directory (such as RUN/model), a hub id, or the model's name at the endpoint."""
+
+    def load_endpoint_judge(self, **options: Any) -> EndpointJudge:
+        """The judge behind the endpoint; `options` are more arguments of `EndpointJudge`."""
+        from rmr1_jax.judge.endpoint import EndpointJudge
+        from rmr1_jax.sampler.sample import LONGEST
+
+        if self.generation_config:
+            raise InputError(
+                "--generation-config reads a model's directory; give --temperature and --top-p to --judge endpoint"
+            )
+        arguments, sampling = template_arguments(self.chat_template_kwargs), self.sampling()
+        extra = {"chat_template_kwargs": arguments} if arguments else {}
+        endpoint = self.endpoint(self.model, self.max_new_tokens or LONGEST, extra)
+        options |= {"temperature": sampling.temperature, "truncation": sampling}
+        return EndpointJudge(endpoint, self.prompt, **options)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Judge(AnyJudgeOptions):
     """Judge a file of preference pairs. To continue a run that was killed, run the same command again."""
 
+    judge: Literal["policy", "endpoint"] = "policy"
+    """Kind of the model: a policy that writes traces, or a model behind an OpenAI-style endpoint."""
     input: Path
     """File of pairs: JSONL, JSON, Parquet or CSV, perhaps compressed with gzip, in our own format, in that of TRL,
     OpenRLHF, UltraFeedback, HelpSteer or OpenRubrics, or in that of a benchmark."""
@@ -160,13 +188,16 @@ class Judge(JudgeOptions):
         report, voting = ReadReport(), self.voting()
         # All rows are read before the model is loaded, so that a bad row shows now and not after hours.
         total = sum(1 for _ in read_pairs(self.input, report=report, **reading))
-        with all_processes() as first:
+        with all_processes(loads_model=self.judge != "endpoint") as first:
             if report.rejected and first:
                 print(f"{report}: see {self.rejects}", file=sys.stderr)
-            judge = self.load_judge(rule=self.rule)
+            if self.judge == "endpoint":
+                judge, identity = self.load_endpoint_judge(rule=self.rule), {}
+            else:
+                judge = self.load_judge(rule=self.rule)
+                identity = self.identity(judge.policy.tokenizer.directory)
             data = f"{self.input.name} (sha256 {files_digest(source_files(self.input))})"
-            identity = {**self.identity(judge.policy.tokenizer.directory), "input": data}
-            output = Output(path=self.output, identity=identity)
+            output = Output(path=self.output, identity={**identity, "input": data})
             pairs = read_pairs(self.input, **reading)
             with profiling(self.profile):
                 summary = judge_file(judge, pairs, output, voting, batch_size=self.batch_size, total=total)

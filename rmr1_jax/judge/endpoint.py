@@ -14,14 +14,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from rmr1_jax.endpoint import Answer, Endpoint, Request
-from rmr1_jax.errors import RunError
+from rmr1_jax.endpoint import Endpoint, Request
 from rmr1_jax.judge.judgement import (
     Judgement,
     JudgeSampling,
     Pending,
     Text,
     TextJudge,
+    Unanswered,
     Voting,
     judgement_of,
     known_tie,
@@ -29,10 +29,8 @@ from rmr1_jax.judge.judgement import (
 )
 from rmr1_jax.pairs.pair import PreferencePair, render_pair
 from rmr1_jax.prompts.prompt import Prompt
+from rmr1_jax.reply import Answer
 from rmr1_jax.sampler.sample import Truncation
-
-# Parts of the errors for a prompt that does not fit, from OpenAI, vLLM, SGLang and others.
-_TOO_LONG = ("context_length_exceeded", "context length", "context window", "too long", "too many tokens")
 
 
 class EndpointJudge(TextJudge):
@@ -66,12 +64,14 @@ class EndpointJudge(TextJudge):
     def stream(self, pairs: Sequence[PreferencePair], voting: Voting) -> Iterator[tuple[int, Judgement]]:
         """Yield (index of the pair, its judgement), each as soon as the last of its answers has come.
 
-        A prompt that the endpoint finds too long gives the status "too_long". Another request that it refuses for good
-        (by a content filter, for example) is a text without a verdict, with the endpoint's error in the note.
+        A prompt that the endpoint finds too long gives the status "too_long". A pair for which a request fails, or is
+        refused for another reason (by a content filter, for example), gets no judgement: no row is better than a wrong
+        one. With `accept_refusals` in the endpoint's configuration, a refused request is a text without a verdict, with
+        the endpoint's error in the note.
 
         Raises:
-            InputError: the endpoint takes no request of this kind. RunError: it fails again and again; or, after all
-                other pairs, some pairs got no answer.
+            InputError: the endpoint takes no request of this kind. RunError: it fails again and again. Unanswered:
+                after all other pairs, some pairs got no judgement.
         """
         asked: list[int] = []
         for number, pair in enumerate(pairs):
@@ -87,17 +87,18 @@ class EndpointJudge(TextJudge):
             for vote in range(voting.votes)
         )
         pending = Pending[Answer](voting)
-        failed: dict[int, str | None] = {}  # pairs that get no row, and the error: no row is better than a wrong one
+        failures: dict[str, Answer] = {}
         for (number, order, vote), answer in self._sampling(voting).ask(requests):
-            if answer.failure == "gave_up":
-                failed[number] = answer.error
-            if (answers := pending.add(number, order, vote, answer)) and number not in failed:
+            if not (answers := pending.add(number, order, vote, answer)):
+                continue
+            texts = list(itertools.chain(*answers))
+            lost = [text for text in texts if not text.settles(self.endpoint.config.accept_refusals)]
+            if lost and all(text.failure != "too_long" for text in texts):
+                failures[pairs[number].id] = lost[0]
+            else:
                 yield number, self._judgement(answers)
-        if failed:
-            raise RunError(
-                f"{self.endpoint.name}: no answer for {len(failed)} pairs, for one of them: "
-                f"{next(iter(failed.values()))}; run the same command again"
-            )
+        if failures:
+            raise Unanswered(self.endpoint.name, failures)
 
     def settings(self, voting: Voting) -> dict[str, Any]:
         """Everything that decides a verdict besides the pairs, as plain values; the API key is not among them."""
@@ -119,9 +120,11 @@ class EndpointJudge(TextJudge):
     def _judgement(self, answers: list[list[Answer]]) -> Judgement:
         """The judgement from the answers by order and vote."""
         errors = [answer.error for own in answers for answer in own if answer.error]
-        if any(words in error.lower() for error in errors for words in _TOO_LONG):
-            return not_asked("too_long", f"the endpoint refused it: {errors[0]}")
-        found = judgement_of([[Text(a.text, a.completion_tokens) for a in own] for own in answers], self.rule)
+        if long := [a.error for own in answers for a in own if a.failure == "too_long"]:
+            return not_asked("too_long", f"the endpoint refused it: {long[0]}")
+        # A thought weighs both verdicts: only the answer after it counts, also by the published rule.
+        texts = [[Text(a.full_text, a.completion_tokens, a.text) for a in own] for own in answers]
+        found = judgement_of(texts, self.rule)
         if not any(itertools.chain(*found.tokens)):
             found = dataclasses.replace(found, tokens=())  # the endpoint does not report token counts
         if errors:

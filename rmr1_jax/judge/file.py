@@ -18,23 +18,24 @@ Next: `pairs/read.py`, which reads the pairs; `distributed/rows.py`, which write
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import json
 import operator
 import time
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from rmr1_jax.distributed.exchange import this_process
+from rmr1_jax.distributed.exchange import from_first, gather, this_process
 from rmr1_jax.distributed.rows import SharedRows
 from rmr1_jax.errors import InputError
 from rmr1_jax.files.write import write_whole
-from rmr1_jax.judge.judgement import STATUSES, AnyJudge, Judgement, Voting
+from rmr1_jax.judge.judgement import STATUSES, AnyJudge, Judgement, Unanswered, Voting
 from rmr1_jax.pairs.pair import PreferencePair
 
 SYNC_SECONDS = 1.0  # rows survive the process as soon as they are written, and the machine after at most this time
@@ -141,7 +142,8 @@ def judge_file(
     Raises:
         InputError: the file was made with other settings, is not such a file, or is being written by another run; two
             pairs have the same id; the processes do not share the file's directory.
-        RunError: a row cannot be written. The rows before it are kept.
+        RunError: a row cannot be written. The rows before it are kept. Unanswered: pairs without a judgement, after all
+            others have their rows.
     """
     if batch_size < 1:
         raise InputError(f"batch_size={batch_size} must be at least 1")
@@ -149,6 +151,7 @@ def judge_file(
     index, count = this_process()
     done: dict[str, Outcome] = {}
     seen: dict[str, int] = {}
+    unanswered: list[Unanswered] = []
     rows = _shared_rows(output, {**output.identity, **judge.settings(voting)}, done)
     title, own_total = "judge" if count == 1 else f"judge, process 0 of {count}", total and -(-total // count)
     with rows.open(), tqdm(None, title, own_total, unit="pair", dynamic_ncols=True, disable=index > 0) as bar:
@@ -160,22 +163,34 @@ def judge_file(
             bar.update(len(batch) - len(asked))
             if not asked:
                 continue
-            for number, judgement in judge.stream(asked, voting):
-                bar.update()
-                if asked[number].id not in done:
-                    sync = time.monotonic() - synced >= SYNC_SECONDS
-                    rows.append(output.row_of(asked[number], judgement), sync=sync)
-                    synced = time.monotonic() if sync else synced
+            try:
+                for number, judgement in judge.stream(asked, voting):
+                    bar.update()
+                    if asked[number].id not in done:
+                        sync = time.monotonic() - synced >= SYNC_SECONDS
+                        rows.append(output.row_of(asked[number], judgement), sync=sync)
+                        synced = time.monotonic() if sync else synced
+            except Unanswered as e:  # the batches after this one are judged all the same
+                unanswered.append(e)
             rows.append()  # wait for the disk
 
         bar.set_postfix_str("waiting for the other processes" * (count > 1))
+        summary = rows.finish(functools.partial(_finish, output.path, done, seen))
+    from_first(functools.partial(_check_answered, gather(unanswered)))
+    return summary
 
-        def finish() -> Summary:
-            if done.keys() == seen.keys():
-                put_in_order(output.path, lambda row: seen[row["id"]])
-            return Summary.of(done.values())
 
-        return rows.finish(finish)
+def _finish(path: Path, done: Mapping[str, Outcome], seen: Mapping[str, int]) -> Summary:
+    """Put the rows in the order of the pairs, if all are there, and count them."""
+    if done.keys() == seen.keys():
+        put_in_order(path, lambda row: seen[row["id"]])
+    return Summary.of(done.values())
+
+
+def _check_answered(unanswered: Sequence[Sequence[Unanswered]]) -> None:
+    """Raise the errors of all processes and their batches as one, if there are any."""
+    if errors := list(itertools.chain.from_iterable(unanswered)):
+        raise Unanswered(errors[0].judge, {name: why for e in errors for name, why in e.answers.items()})
 
 
 def put_in_order(path: Path, number: Callable[[dict[str, Any]], int]) -> None:

@@ -19,11 +19,12 @@ from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar, get_arg
 from pydantic import NonNegativeFloat, PositiveInt
 
 from rmr1_jax.config import config_dataclass
-from rmr1_jax.errors import InputError
+from rmr1_jax.errors import InputError, RunError
 from rmr1_jax.pairs.pair import PreferencePair
 from rmr1_jax.prompts.prompt import Prompt, get_prompt
 from rmr1_jax.prompts.trace import Trace, parse_trace
 from rmr1_jax.prompts.verdict import Side, Verdict, eval_verdict, other_side, strict_verdict
+from rmr1_jax.reply import Answer
 from rmr1_jax.sampler.sample import Truncation
 
 Item = TypeVar("Item")
@@ -113,10 +114,29 @@ class JudgeSampling(Truncation):
 
 
 class Text(NamedTuple):
-    """One text of a judge, and how many tokens were generated for it (0: not known)."""
+    """One text of a judge, and how many tokens were generated for it (0: not known). answer: the part from which the
+    verdict is read, where that is known; None: the rule finds it in the text."""
 
     text: str
     tokens: int
+    answer: str | None = None
+
+
+class Unanswered(RunError):
+    """Some pairs have no judgement, after all others have theirs. answers: the failure for each, by the pair's id."""
+
+    def __init__(self, judge: str, answers: Mapping[str, Answer]):
+        self.judge, self.answers = judge, answers
+        name, answer = next(iter(answers.items()))
+        refused = sum(answer.failure == "refused" for answer in answers.values())
+        count = f"{len(answers)} pairs{f' ({refused} refused)' if refused else ''}"
+        advice = "run the same command again to ask for these alone"
+        if refused:
+            advice += "; --accept-refusals (accept_refusals) gives refused pairs a row, with the status invalid"
+        super().__init__(f"{judge}: no answer for {count}, for one of them ({name!r}): {answer.error}; {advice}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Unanswered, (self.judge, self.answers)  # processes exchange it
 
 
 class AnyJudge(Protocol):
@@ -129,7 +149,8 @@ class AnyJudge(Protocol):
     whole_batches: bool
 
     def stream(self, pairs: Sequence[PreferencePair], voting: Voting) -> Iterator[tuple[int, Judgement]]:
-        """Yield (index of the pair, its judgement), each as soon as it is made."""
+        """Yield (index of the pair, its judgement), each as soon as it is made. Raises `Unanswered` at the end if some
+        pairs have none."""
 
     def settings(self, voting: Voting) -> dict[str, Any]:
         """Everything that decides a verdict besides the weights and the pairs, as plain values."""
@@ -192,7 +213,7 @@ class Pending(Generic[Item]):
 
 def judgement_of(texts: Sequence[Sequence[Text]], rule: str) -> Judgement:
     """The judgement from a pair's texts by order, first (A, B) and then (B, A), and by vote."""
-    verdicts = read_verdicts([[text for text, _ in own] for own in texts], rule)
+    verdicts = read_verdicts([[t.text if t.answer is None else t.answer for t in own] for own in texts], rule)
     found = outcome(verdicts)
     winner = found["winner"]
     shown = list(itertools.chain(*verdicts)).index(winner) if winner else 0
@@ -202,9 +223,9 @@ def judgement_of(texts: Sequence[Sequence[Text]], rule: str) -> Judgement:
         trace=parse_trace(text),
         text=text,
         note="the text saw the two answers in the other order" if shown >= len(texts[0]) else None,
-        texts=tuple(tuple(text for text, _ in own) for own in texts),
+        texts=tuple(tuple(t.text for t in own) for own in texts),
         verdicts=tuple(map(tuple, verdicts)),
-        tokens=tuple(tuple(tokens for _, tokens in own) for own in texts),
+        tokens=tuple(tuple(t.tokens for t in own) for own in texts),
     )
 
 

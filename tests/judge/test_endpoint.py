@@ -11,7 +11,7 @@ from rmr1_jax.errors import InputError, RunError
 from rmr1_jax.judge.endpoint import EndpointJudge
 from rmr1_jax.judge.file import Output, judge_file, judgement_row
 from rmr1_jax.judge.judge import Judge
-from rmr1_jax.judge.judgement import Voting
+from rmr1_jax.judge.judgement import Unanswered, Voting
 from rmr1_jax.pairs.pair import PreferencePair
 from rmr1_jax.sampler.sample import Truncation
 
@@ -92,7 +92,7 @@ def test_untrusted_text_is_escaped_unless_escape_untrusted_is_off(make_judge):
             assert judge.settings(Voting())["escape_untrusted"] == escape_untrusted
 
 
-def test_refusals_have_a_row_and_outages_have_none(make_judge):
+def test_refusals_have_a_row_if_they_are_accepted_and_outages_have_none(make_judge):
     words = {"q0": "This model's maximum context length is 8192 tokens", "q1": "content filter"}
 
     def script(request, number):
@@ -100,7 +100,7 @@ def test_refusals_have_a_row_and_outages_have_none(make_judge):
         return Reply(words[question], status=400) if question else answer("A")
 
     with ChatServer(script) as server:
-        found = make_judge(server).compare_many(PAIRS[:3])
+        found = make_judge(server, endpoint={"accept_refusals": True}).compare_many(PAIRS[:3])
     assert [f.status for f in found] == ["too_long", "invalid", "ok"]
     assert "maximum context length" in found[0].note and "content filter" in found[1].note
 
@@ -111,6 +111,101 @@ def test_refusals_have_a_row_and_outages_have_none(make_judge):
             for number, _ in make_judge(s, endpoint={"concurrency": 1}).stream(PAIRS, Voting()):
                 made.append(number)
     assert made == [0, 1, 3, 4, 5]  # the others have their rows; a rerun asks for the one that is missing
+
+
+def refusing(status, *questions, words="filtered"):
+    """A script that refuses requests about these questions; about all, if there are none."""
+
+    def script(request, number):
+        text = request["messages"][-1]["content"]
+        bad = not questions or any(f"{question}\n" in text for question in questions)
+        return Reply(words, status=status) if bad else prefers("good")(text, number)
+
+    return script
+
+
+@pytest.mark.parametrize("status", [400, 403, 413, 422])
+@pytest.mark.parametrize("refused", [("q1", "q4"), ()])
+def test_a_refused_pair_has_no_row_and_the_next_run_asks_it_alone(make_judge, tmp_path, status, refused):
+    output = Output(path=tmp_path / "judgements.jsonl", row_of=judgement_row)
+    count = len(refused) or 6
+    with ChatServer(refusing(status, *refused)) as server, pytest.raises(Unanswered) as caught:
+        judge_file(make_judge(server), PAIRS, output, batch_size=2)  # the batches after a refusal are judged too
+    assert f"no answer for {count} pairs ({count} refused), for one of them ('" in str(caught.value)
+    assert f"): {status}: filtered; run the same command again" in str(caught.value)
+    assert "--accept-refusals" in str(caught.value)
+    assert set(caught.value.answers) == {name[1:] for name in refused} or len(caught.value.answers) == 6
+    rows = [json.loads(line) for line in output.path.read_text().splitlines()]
+    assert len(rows) == 6 - count and all(row["status"] == "ok" for row in rows)
+
+    with ChatServer(scripted(prefers("good"))) as server:
+        judge = make_judge(server)
+        judge.settings = make_judge_settings(judge, output)
+        summary = judge_file(judge, PAIRS, output, batch_size=2)
+        assert len(server.log) == count
+    assert (summary.ok, summary.correct, summary.invalid) == (6, 6, 0)
+    assert [json.loads(line)["id"] for line in output.path.read_text().splitlines()] == [pair.id for pair in PAIRS]
+
+
+def make_judge_settings(judge, output):
+    """The settings of an earlier run: this one's server has another port."""
+    old = json.loads(output.path.with_name(output.path.name + ".run.json").read_text())
+    return lambda voting: old
+
+
+def test_one_refused_text_of_several_leaves_the_pair_for_the_next_run(make_judge):
+    script = lambda request, number: Reply("no", status=403) if number == 1 else answer("A")  # noqa: E731
+    with (
+        ChatServer(script) as server,
+        pytest.raises(Unanswered, match=r"1 pairs \(1 refused\), for one of them \('0'\)"),
+    ):
+        make_judge(server, endpoint={"concurrency": 1}).compare_many(PAIRS[:1], votes=3)
+    with ChatServer(script) as server:
+        options = {"concurrency": 1, "accept_refusals": True}
+        [found] = make_judge(server, endpoint=options).compare_many(PAIRS[:1], votes=3)
+    assert found.votes == {"A": 2, "B": 0, "invalid": 1} and found.note == "1 texts were refused: 403: no"
+
+
+def test_an_order_that_is_too_long_decides_for_the_pair(make_judge):
+    def script(request, number):
+        words = "context length is 10" if "Response]\nbad" in request["messages"][-1]["content"][:400] else "filtered"
+        return Reply(words, status=400)
+
+    with ChatServer(script) as server:
+        [found] = make_judge(server).compare_many(PAIRS[:1], both_orders=True)
+    assert found.status == "too_long" and "context length is 10" in found.note
+
+
+def test_old_rows_of_refusals_stay_readable(make_judge, tmp_path):
+    output = Output(path=tmp_path / "judgements.jsonl", row_of=judgement_row)
+    with ChatServer(refusing(400, "q1")) as server:
+        judge_file(make_judge(server, endpoint={"accept_refusals": True}), PAIRS, output)
+        row = json.loads(output.path.read_text().splitlines()[1])
+        assert (row["status"], row["correct"], row["note"]) == ("invalid", False, "1 texts were refused: 400: filtered")
+        asked = len(server.log)
+        summary = judge_file(make_judge(server), PAIRS, output)
+        assert (summary.ok, summary.invalid, len(server.log)) == (5, 1, asked)
+
+
+@pytest.mark.parametrize("rule", ["strict", "eval"])
+@pytest.mark.parametrize("field", ["reasoning_content", "reasoning"])
+def test_a_thought_is_kept_and_is_no_verdict(make_judge, rule, field):
+    thought = "Is it [[B]]? <answer>[[B]]</answer>"
+    with ChatServer(lambda request, number: Reply(answer("A"), message={field: thought})) as server:
+        [found] = make_judge(server, rule=rule).compare_many(PAIRS[:1])
+    assert (found.winner, found.verdicts) == ("A", (("A",),))
+    assert found.text == f"<think>\n{thought}\n</think>\n\n{answer('A')}" == found.texts[0][0]
+    cut = Reply(message={"content": None, field: thought}, finish_reason="length")
+    with ChatServer(lambda request, number: cut) as server:
+        [found] = make_judge(server, rule=rule).compare_many(PAIRS[:1])
+    assert (found.winner, found.status, found.trace.verdict) == (None, "invalid", None) and thought in found.text
+
+
+def test_a_refusal_in_the_model_s_own_words_is_a_text(make_judge):
+    said = Reply(message={"content": None, "refusal": "I cannot judge this."})
+    with ChatServer(lambda request, number: said) as server:
+        [found] = make_judge(server).compare_many(PAIRS[:1])
+    assert (found.status, found.text) == ("invalid", "I cannot judge this.")
 
 
 def test_empty_answers_are_not_requested_and_unknown_token_counts_are_left_out(make_judge):

@@ -13,7 +13,7 @@ import socket
 import sys
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 KEY = "sk-test-0123456789abcdef"  # the key that the server accepts; it must appear in no output
@@ -22,7 +22,8 @@ KEY = "sk-test-0123456789abcdef"  # the key that the server accepts; it must app
 @dataclass(frozen=True)
 class Reply:
     """The reply to one request. status: other than 200 replies with `text` as the error's message. delay: in seconds.
-    raw: a body of any kind. drop: "before" closes the connection without a reply, "middle" inside the body."""
+    raw: a body of any kind. message: fields of the answer's message besides `text`. drop: "before" closes the
+    connection without a reply, "middle" inside the body."""
 
     text: str = ""
     status: int = 200
@@ -30,6 +31,7 @@ class Reply:
     drop: str | None = None
     retry_after: str | None = None
     raw: str | None = None
+    message: dict = field(default_factory=dict)
     finish_reason: str = "stop"
     tokens: tuple[int, int] = (100, 10)  # of the prompt, of the completion
 
@@ -135,7 +137,7 @@ def _handler(server: ChatServer):
 
 def _answer(reply: Reply, request: dict) -> dict:
     prompt, completion = reply.tokens
-    message = {"role": "assistant", "content": reply.text}
+    message = {"role": "assistant", "content": reply.text, **reply.message}
     return {
         "id": "chatcmpl-1",
         "object": "chat.completion",
@@ -144,6 +146,28 @@ def _answer(reply: Reply, request: dict) -> dict:
         "choices": [{"index": 0, "message": message, "finish_reason": reply.finish_reason}],
         "usage": {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion},
     }
+
+
+def no_field(message: str, param: str | None = None, status: int = 400) -> Reply:
+    """OpenAI's error for a field of the request."""
+    error = {"message": message, "type": "invalid_request_error", "param": param, "code": "unsupported_parameter"}
+    return Reply(raw=json.dumps({"error": error}), status=status)
+
+
+def reasoning_model(text: str):
+    """A script that refuses `max_tokens` and any temperature, as OpenAI's reasoning models do."""
+
+    def script(request, number):
+        if "max_tokens" in request:
+            advice = "Use 'max_completion_tokens' instead."
+            said = f"Unsupported parameter: 'max_tokens' is not supported with this model. {advice}"
+            return no_field(said, "max_tokens")
+        if "temperature" in request:
+            said = f"Unsupported value: 'temperature' does not support {request['temperature']} with this model."
+            return no_field(f"{said} Only the default (1) value is supported.", "temperature")
+        return text
+
+    return script
 
 
 def _error(reply: Reply) -> dict:

@@ -32,7 +32,7 @@ from rmr1_jax.data.chains.correction import correction
 from rmr1_jax.data.chains.ledger import Attempt, Ledger, PairAttempts, Turn, attempt_row, make_ledger, read_attempt
 from rmr1_jax.distributed.exchange import first, from_first, gather, own_share, this_process
 from rmr1_jax.distributed.rows import SharedRows
-from rmr1_jax.endpoint import Answer, EndpointConfig, Request
+from rmr1_jax.endpoint import EndpointConfig, Request
 from rmr1_jax.errors import InputError, RunError
 from rmr1_jax.files.append import files_digest
 from rmr1_jax.files.write import write_whole, writing
@@ -40,6 +40,7 @@ from rmr1_jax.pairs.containers import source_files
 from rmr1_jax.pairs.pair import PreferencePair, render_pair
 from rmr1_jax.pairs.read import read_pairs
 from rmr1_jax.prompts.prompt import Prompt, get_prompt
+from rmr1_jax.reply import Answer
 
 
 @config_dataclass
@@ -66,8 +67,10 @@ class ChainsConfig:
 
     pairs: a file or folder of pairs whose better answer is known, such as a mixture's pairs.jsonl. prompt: by name or
     file. escape_untrusted: whether the texts of the pairs are escaped (`prompts/escape.py`). teacher or policy: the
-    model of the first pass. second: the model of the second pass; None: no second pass. tries: attempts of the first
-    pass at a pair. keep_thinking: whether the text before `</think>` belongs to the chain. budget_requests,
+    model of the first pass. second: the model of the second pass; None: no second pass. A request that one of them
+    refuses is no attempt, and the next run sends it again, unless its config has accept_refusals: then the pair gets
+    its next attempt. tries: attempts of the first pass at a pair. keep_thinking: whether the thought, before
+    `</think>` or in a field of its own, belongs to the chain. budget_requests,
     budget_tokens: no request begins when `out` has used that many, over all runs; tokens of prompts and answers count,
     retries after an error do not; several processes divide what is left. on_bad_row: "error", or "quarantine" bad rows
     into OUT/rejects.jsonl. seed: decides the order of chosen and rejected answers, where the rows fix none.
@@ -147,18 +150,20 @@ def make_chains(
     own = own_share(list(by_id.values()))
     with rows.open():
         budget = _Budget(config, by_id.values())
-        unanswered: dict[str, str] = {}
+        unanswered: dict[str, Answer] = {}
         try:
             for turn in turns:
                 waiting = [each for each in own if each.next_turn == turn]
                 budget.divide()
                 if waiting and not budget.spent:
                     requests = budget.limit(_request(each, prompt, turn) for each in waiting)
-                    arriving = (teacher if turn[0] == 1 else second).ask(requests)
+                    asked, asked_config = (teacher, config.teacher) if turn[0] == 1 else (second, config.second)
+                    accept_refusals = asked_config is not None and asked_config.accept_refusals
+                    arriving = asked.ask(requests)
                     title = f"pass {turn[0]}, try {turn[1] + 1}"
                     shown = {"total": len(waiting), "unit": "pair", "dynamic_ncols": True, "disable": not first()}
                     with tqdm(arriving, title, **shown) as bar:
-                        unanswered |= _record(bar, turn, budget, rows)
+                        unanswered |= _record(bar, turn, budget, rows, accept_refusals)
         except BaseException:
             if first():
                 _write_results(out, by_id.values(), prompt)
@@ -186,27 +191,32 @@ def _shared_rows(path: Path, settings: Mapping[str, Any], by_id: Mapping[str, Pa
     return SharedRows(path, settings, parse=parse, add=add, key=key, command="rmr1 data chains")
 
 
-def _record(arriving: Iterable[tuple[str, Answer]], turn: Turn, budget: _Budget, rows: SharedRows) -> dict[str, str]:
-    """Write each answer when it arrives. Returns {id: error} of the pairs that got none."""
+def _record(
+    arriving: Iterable[tuple[str, Answer]], turn: Turn, budget: _Budget, rows: SharedRows, accept_refusals: bool
+) -> dict[str, Answer]:
+    """Write each answer when it arrives. Returns {id: failure} of the pairs that the next run asks about again."""
     unanswered = {}
     for name, answer in arriving:
-        if answer.failure == "gave_up":
-            unanswered[name] = answer.error or ""
+        if not answer.settles(accept_refusals):
+            unanswered[name] = answer
             continue
         rows.append(attempt_row(name, Attempt(turn, answer)))
         budget.spend(answer)
     return unanswered
 
 
-def _check_answered(unanswered: Sequence[Mapping[str, str]]) -> None:
-    """Raise RunError if there are pairs without an answer; {id: error} of each process."""
-    errors = dict(itertools.chain.from_iterable(each.items() for each in unanswered))
-    if errors:
-        name, error = next(iter(errors.items()))
-        raise RunError(
-            f"{len(errors)} pairs got no answer, for example {name!r}: {error}; the other answers are on the disk, "
-            "run the same command again"
-        )
+def _check_answered(unanswered: Sequence[Mapping[str, Answer]]) -> None:
+    """Raise RunError if there are pairs without an answer; {id: failure} of each process."""
+    failures = dict(itertools.chain.from_iterable(each.items() for each in unanswered))
+    if not failures:
+        return
+    name, answer = next(iter(failures.items()))
+    refused = sum(failure.failure == "refused" for failure in failures.values())
+    count = f"{len(failures)} pairs got no answer{f' ({refused} were refused)' if refused else ''}"
+    advice = "run the same command again"
+    if refused:
+        advice += "; with accept_refusals=true in the teacher's section a refused pair gets its next attempt"
+    raise RunError(f"{count}, for example {name!r}: {answer.error}; the other answers are on the disk, {advice}")
 
 
 def _write_results(out: Path, attempts: Collection[PairAttempts], prompt: Prompt) -> Ledger:

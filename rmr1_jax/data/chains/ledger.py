@@ -4,7 +4,7 @@ A chain is accepted if it is right, valid and does not reveal that the verdict w
 
 | reason | condition |
 |---|---|
-| refused | the endpoint did not answer (a prompt that is too long, its own filter) |
+| refused | the prompt is too long, or the endpoint refuses it and its config has accept_refusals |
 | cut | the text ends at its limit of length |
 | wrong | `[[X]]` for the better answer X is not in the last 100 characters, the published rule |
 | invalid | it does not have the form that the prompt asks for, does not end with its one answer, or has no reasoning |
@@ -22,11 +22,11 @@ from typing import Any, NamedTuple
 
 from rmr1_jax.config import build_config
 from rmr1_jax.data.chains.correction import revealing_words
-from rmr1_jax.endpoint import Answer
 from rmr1_jax.pairs.pair import PreferencePair
 from rmr1_jax.prompts.thought import after_thinking
 from rmr1_jax.prompts.trace import parse_trace
 from rmr1_jax.prompts.verdict import strict_verdict, training_reward
+from rmr1_jax.reply import Answer
 
 LAST_CHARS = 100  # at the end of a chain, where the published rule looks for the verdict
 REASONS = ("refused", "cut", "wrong", "invalid", "telling")
@@ -88,7 +88,7 @@ class PairAttempts:
     def chain(self, attempt: Attempt) -> str:
         """The chain in an answer."""
         text = attempt.answer.text
-        return (text if self.keep_thinking else text[after_thinking(text) :]).strip()
+        return (attempt.answer.full_text if self.keep_thinking else text[after_thinking(text) :]).strip()
 
     def _check(self, attempt: Attempt) -> Rejection | None:
         answer, right, chain = attempt.answer, self.pair.better, self.chain(attempt)

@@ -11,10 +11,11 @@ from typing import Any
 
 from rmr1_jax.data.chains.chains import PolicyConfig
 from rmr1_jax.distributed.exchange import this_process
-from rmr1_jax.endpoint import Answer, Request
+from rmr1_jax.endpoint import Request
 from rmr1_jax.files.append import model_digest
 from rmr1_jax.model.tokenizer import completion_text
 from rmr1_jax.policy import Policy
+from rmr1_jax.reply import Answer
 from rmr1_jax.sampler.layout import default_slots
 from rmr1_jax.sampler.sample import SamplingConfig, token_limits
 
@@ -46,7 +47,7 @@ class PolicyTeacher:
             prompt = self.policy.tokenizer.render(request.messages)
             if len(prompt) > self._max_prompt_tokens:
                 error = f"the prompt has {len(prompt)} tokens, the limit is {self._max_prompt_tokens}"
-                yield request.key, Answer(error=error, failure="refused")
+                yield request.key, Answer(error=error, failure="too_long")
             else:
                 asked.append((request.key, prompt))
         if not asked:

@@ -59,9 +59,11 @@ def first(wrong=(), invalid=(), **settings):
     return Scripted(script, **settings)
 
 
-def run(pairs_file, asked, second=None, **options):
+def run(pairs_file, asked, second=None, accept=False, **options):
     out = str(pairs_file.parent / "out")
-    config = ChainsConfig(**{"pairs": str(pairs_file), "out": out, "teacher": EndpointConfig(model="m"), **options})
+    section = EndpointConfig(model="m", accept_refusals=accept)
+    sections = {"teacher": section, "second": section if second else None}
+    config = ChainsConfig(**{"pairs": str(pairs_file), "out": out, **sections, **options})
     return make_chains(config, read_known_pairs(config), asked, second)
 
 
@@ -208,10 +210,60 @@ def test_a_refused_request_goes_to_the_second_teacher_or_fails(pairs_file):
         refused = Answer(error="400: filtered", failure="refused")
         return Scripted(lambda n, request: refused if n < below else chain(better(n)))
 
-    ledger = run(pairs_file, refuses(2), refuses(1))
+    ledger = run(pairs_file, refuses(2), refuses(1), accept=True)
     assert (ledger.right_at_first, ledger.right_at_second, ledger.failed) == (10, 1, 1)
     idle = refuses(0)
-    assert run(pairs_file, idle, refuses(0)) == ledger and idle.asked == []
+    assert run(pairs_file, idle, refuses(0), accept=True) == ledger and idle.asked == []
+    assert run(pairs_file, idle, refuses(0)) == ledger and idle.asked == []  # as in files of earlier versions
+
+
+def test_a_refused_request_is_asked_again_by_the_next_run(pairs_file, tmp_path):
+    def filtered(n, request):
+        return Answer(error="403: filtered", failure="refused") if n in (3, 5) else chain(better(n))
+
+    with pytest.raises(RunError) as caught:
+        run(pairs_file, Scripted(filtered), first())
+    for said in ("2 pairs got no answer (2 were refused), for example 'p3': 403: filtered", "accept_refusals=true"):
+        assert said in str(caught.value)
+    teacher, second = first(), first()
+    ledger = run(pairs_file, teacher, second)
+    assert [request.key for request in teacher.asked] == ["p3", "p5"] and second.asked == []
+    assert (ledger.right_at_first, ledger.failed, ledger.open) == (12, 0, 0)
+    whole = run(pairs_file, first(), first(), out=str(tmp_path / "whole"))
+    assert ledger == whole
+    for name in ("chains.jsonl", "ledger.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+
+
+def test_a_prompt_that_is_too_long_for_the_endpoint_is_an_attempt(pairs_file):
+    long = Answer(error="400: the context length is 10", failure="too_long")
+    ledger = run(pairs_file, Scripted(lambda n, request: long if n == 2 else chain(better(n))), first())
+    assert (ledger.right_at_first, ledger.right_at_second, ledger.open) == (11, 1, 0)
+
+
+@pytest.mark.parametrize("field", ["reasoning_content", "reasoning"])
+def test_a_thought_in_a_field_of_its_own_is_kept_or_dropped(pairs_file, tmp_path, monkeypatch, field):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+
+    def script(request, number):
+        n = int(re.search(r"question (\d+)\?", request["messages"][-1]["content"])[1])
+        thought = f"Is it [[{other_side(better(n))}]]? No."
+        if n == 0:  # cut off inside the thought, which names the right side at its end
+            return Reply(message={"content": None, field: "It is [[A]]"}, finish_reason="length")
+        return Reply(chain(better(n)), message={field: thought})
+
+    with ChatServer(script) as server:
+        teacher = EndpointConfig(model="m", base_url=server.url)
+        for keep in (True, False):
+            out = tmp_path / str(keep)
+            ledger = run(pairs_file, Endpoint(teacher), teacher=teacher, keep_thinking=keep, out=str(out))
+            assert (ledger.right_at_first, ledger.failed, ledger.attempts[0]["cut"]) == (11, 1, 1)
+            for number, row in enumerate(rows(out / "chains.jsonl"), 1):
+                thought = f"<think>\nIs it [[{other_side(better(number))}]]? No.\n</think>\n\n"
+                assert row["winner"] == thought * keep + chain(better(number))
+        asked = len(server.log)
+        assert run(pairs_file, Endpoint(teacher), teacher=teacher, keep_thinking=keep, out=str(out)) == ledger
+        assert len(server.log) == asked
 
 
 def test_a_second_run_into_the_same_directory_is_refused(pairs_file):
