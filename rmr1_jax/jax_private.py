@@ -28,6 +28,10 @@ def cluster_classes() -> tuple[type, ...]:
     return SlurmCluster, GkeTpuCluster, GceTpuCluster
 
 
+# The primitive whose results are the output of `cudnn_packed_attention` and what its backward pass needs.
+CUDNN_FORWARD = "dot_product_attention_fwd_wrapper"
+
+
 def cudnn_packed_attention(
     q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array, offsets: jax.Array
 ) -> jax.Array:

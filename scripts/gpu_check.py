@@ -6,7 +6,7 @@
 
 Each case runs in a process of its own with a time limit, so that a failure loses one case and the next finds the GPU's
 memory free. Writes `gpu_check.json` and profiles to `--out`, and prints a table. Read next: `gpu_parity.py`,
-`gpu_speed.py`.
+`gpu_speed.py`, `gpu_stages.py`.
 """
 
 from __future__ import annotations
@@ -36,9 +36,22 @@ class Case(NamedTuple):
 
 CASES = (
     Case("versions", "all", 60),
-    Case("attention", "all", 100),
-    Case("sft", "0.5b", 100),
-    Case("decode", "0.5b,64", 100),
+    Case("attention", "all", 90),
+    Case("sft", "0.5b", 60),
+    Case("sft", "7b/4", 80),
+    Case("decode", "7b,64", 90),
+    Case("sft", "1.5b", 70),
+    Case("decode", "0.5b,256,8", 60),
+    Case("model", "all", 60),
+    Case("grpo", "0.5b", 70),
+    Case("sft", "0.5b,none", 60),
+    Case("decode", "1.5b,64", 70),
+    Case("quickstart", "all", 90),
+    Case("sft", "1.5b,dots", 70),
+    Case("decode", "7b,256,8", 90),
+    Case("grpo", "1.5b", 80),
+    Case("sft", "7b/4,dots", 80),
+    Case("decode", "0.5b,64", 60),
 )
 
 
@@ -107,9 +120,10 @@ def child(case: str, out: Path, rows: Path, *, tiny: bool) -> None:
     """Run one case here, and append each row as soon as it is measured."""
     import gpu_parity
     import gpu_speed
+    import gpu_stages
 
     part, _, name = case.partition(":")
-    measures = gpu_parity.PARTS | gpu_speed.PARTS
+    measures = gpu_parity.PARTS | gpu_speed.PARTS | gpu_stages.PARTS
     for row in measures[part](name, out=out, tiny=tiny):
         with rows.open("a") as file:
             file.write(json.dumps(row) + "\n")

@@ -1,4 +1,5 @@
-"""`gpu_check.py`: the speed of training and of decode at the shapes of real models, with random weights."""
+"""`gpu_check.py`: the speed of training and of decode at the shapes of real models, with random weights.
+Read next: `gpu_stages.py`."""
 
 from __future__ import annotations
 
@@ -18,9 +19,10 @@ from bench_train import Update
 from gpu_trace import profile
 
 from rmr1_jax.data.examples import Example
+from rmr1_jax.data.packing import mean_length
 from rmr1_jax.distributed.chips import chip_of
 from rmr1_jax.distributed.mesh import single_device_mesh
-from rmr1_jax.model.attention import most_segments
+from rmr1_jax.model.attention import segment_limit
 from rmr1_jax.model.config import QwenConfig
 from rmr1_jax.model.qwen import Qwen, init_params, split, with_params
 from rmr1_jax.plan.model import model_shape
@@ -64,13 +66,14 @@ def sft(case: str, *, out: Path, tiny: bool) -> Rows:
     T, rows, mean = (128, 2, 40) if tiny else (4096, 4, MEAN_LENGTH)
     config = SftConfig(out="unused", row_length=T, micro_rows=rows, rows_per_step=rows, remat=remat or "full")
     rng = np.random.default_rng(0)
-    lengths = np.clip(rng.lognormal(np.log(mean * 0.95), 0.357, 32).astype(int), 8, T)
+    lengths = np.clip(rng.lognormal(np.log(mean * 0.94), 0.357, 32 if tiny else 1024).astype(int), 8, T)
     examples = [
         Example(str(i), rng.integers(0, model.vocab_size, n).astype(np.int32), np.arange(n) >= n // 2)
         for i, n in enumerate(lengths)
     ]
-    forward = forward_options(config, model, mesh)
-    batches, _ = batches_of(config, examples, mesh, most_segments(forward["attention"], T))()
+    forward = forward_options(config, model, mesh, mean_length(examples))
+    attention, most = forward["attention"], segment_limit(forward["attention"])
+    batches, _ = batches_of(config, examples, mesh, most)()
     batch = next(batches)
     micro, facts = to_micro_batches(batch, rows, mesh)
     optimizer = make_optimizer(config.optimizer, 100)
@@ -82,14 +85,15 @@ def sft(case: str, *, out: Path, tiny: bool) -> Rows:
         update()
         seconds = float(np.median([timed(update) for _ in range(STEPS)]))
         named = f"sft-{name.replace('/', '_')}-{config.remat}"
-        traced = profile(out, named, update, archive=remat == "")
+        traced = profile(out, named, update)
     yield {
-        "name": f"{name} {rows}x{T} {config.remat} {forward['attention']}",
+        "name": f"{name} {rows}x{T} {config.remat}",
         "ok": bool(np.isfinite(update.losses).all()),
         "tokens_s": facts["tokens"] / seconds,
         "mfu": mfu(train_flops(model, batch.lengths), seconds, mesh).get("mfu"),
         "ms": 1e3 * seconds,
         "packed": facts["packed"],
+        "attention": attention if most is None else f"cudnn, {most} segments",
         "compile_s": update.compile_seconds,
         "temporaries_gib": round(update.temporaries / 2**30, 2),
         "peak_gib": peak_gib(),
@@ -113,7 +117,7 @@ def decode(case: str, *, out: Path, tiny: bool) -> Rows:
     dispatch, cache = decode_dispatch(engine, weights, bank, width)
     compiling = timed(dispatch)
     seconds = float(np.median([timed(dispatch) for _ in range(10)])) / programs.STEPS
-    traced = profile(out, f"decode-{name}-{slots}x{group}", dispatch, archive=slots == 64)
+    traced = profile(out, f"decode-{name}-{slots}x{group}", dispatch)
     column = 2 * model.num_layers * model.num_kv_heads * model.head_dim * dtype.dtype.itemsize
     read = {"weights": weight_bytes(weights, model)}
     read["cache"] = column * (slots // group * (prompt - 1) + slots * (width - programs.STEPS / 2))

@@ -11,12 +11,14 @@ from typing import Any
 
 import jax
 
-ARCHIVE_BYTES = 12 * 2**20  # a larger profile is not kept
+# The profiles that are kept whole, if they are not larger than this; of all others the text remains.
+ARCHIVED = ("sft-1.5b-full", "sft-7b_4-full", "decode-0.5b-256x8", "decode-7b-64x1", "grpo-0.5b")
+ARCHIVE_BYTES = 12 * 2**20
 LISTED = 40  # operations in the text
 
 
-def profile(out: Path, name: str, call: Callable[[], Any], *, archive: bool = True) -> dict[str, Any]:
-    """Profile one call. Appends the operations that took most time to `out/operations.txt`, keeps the profile as
+def profile(out: Path, name: str, call: Callable[[], Any]) -> dict[str, Any]:
+    """Profile one call. Appends the operations that took most time to `out/operations.txt`, may keep the profile as
     `out/profile-NAME.tar.gz`, and returns the milliseconds of the call and the share in which a device was busy."""
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
@@ -25,7 +27,7 @@ def profile(out: Path, name: str, call: Callable[[], Any], *, archive: bool = Tr
         facts, text = summary(path)
         with (out / "operations.txt").open("a") as file:
             file.write(f"== {name}: {facts}\n{text}\n\n")
-        if archive:
+        if name in ARCHIVED:
             target = out / f"profile-{name}.tar.gz"
             with tarfile.open(target, "w:gz") as tar:
                 tar.add(path, arcname=f"plugins/profile/{name}/{path.name}")
@@ -36,11 +38,11 @@ def profile(out: Path, name: str, call: Callable[[], Any], *, archive: bool = Tr
 
 def summary(path: Path) -> tuple[dict[str, float], str]:
     """The busy and total milliseconds of the first device in a profile, and a table of its operations: their total
-    time, their number, their kernel, and the operation and scope in the program that each belongs to."""
+    time, their number, their kernel, and the operation of the program that it computes."""
     planes = list(jax.profiler.ProfileData.from_file(str(path)).planes)
     devices = [p for p in planes if p.name.startswith("/device:GPU")] or [p for p in planes if "CPU" in p.name]
     totals: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0.0, 0])
-    spans, sample = [], None
+    spans = []
     for line in devices[0].lines if devices else ():
         if devices[0].name.startswith("/device") and not line.name.startswith("Stream"):
             continue
@@ -48,8 +50,7 @@ def summary(path: Path) -> tuple[dict[str, float], str]:
             stats = dict(event.stats)
             if "hlo_op" not in stats and not devices[0].name.startswith("/device"):
                 continue
-            sample = sample or stats
-            entry = totals[event.name[:60], str(stats.get("tf_op") or stats.get("name") or stats.get("hlo_op"))[-110:]]
+            entry = totals[event.name[:60], str(stats.get("hlo_op", ""))[:60]]
             entry[0], entry[1] = entry[0] + event.duration_ns / 1e6, entry[1] + 1
             spans.append((event.start_ns, event.start_ns + event.duration_ns))
     if not spans:
@@ -61,4 +62,4 @@ def summary(path: Path) -> tuple[dict[str, float], str]:
     ranked = sorted(totals.items(), key=lambda item: -item[1][0])
     lines = [f"{ms:10.3f} ms {count:7}x  {name:<60}  {where}" for (name, where), (ms, count) in ranked[:LISTED]]
     facts = {"profile_ms": total / 1e6, "busy": busy / total, "kernels": len(spans)}
-    return facts, "\n".join([*lines, f"one event: {sample}"])
+    return facts, "\n".join(lines)

@@ -27,6 +27,11 @@ def lengths_of(examples: Sequence) -> np.ndarray:
     return np.fromiter((len(x.tokens) for x in examples), np.int32, len(examples)) if known is None else known
 
 
+def mean_length(examples: Sequence) -> float:
+    """Return the mean number of tokens of the examples, at least 1."""
+    return max(1.0, float(lengths_of(examples).sum()) / max(1, len(examples)))
+
+
 def trained_lengths_of(examples: Sequence) -> np.ndarray:
     """Return the number of trained tokens of each example, [N] int32. Reads no example if `examples` has
     `trained_lengths`. A first token does not count: no token precedes it, so it cannot be predicted."""

@@ -29,10 +29,14 @@ from jaxtyping import Array, Float, Int
 
 from rmr1_jax.distributed.mesh import activation_sharding
 from rmr1_jax.errors import InputError
+from rmr1_jax.jax_private import CUDNN_FORWARD
 from rmr1_jax.model import cudnn
 
 # auto: see `choose`. interpret: the splash kernel in Pallas' interpreter, for tests.
 Implementation = Literal["auto", "xla", "splash", "cudnn", "interpret"]
+
+# What `choose` returns, and the functions below take.
+Resolved = Literal["xla", "splash", "interpret"] | cudnn.Cudnn
 
 # Finite, so that a padding query (which sees nothing) gets a uniform softmax instead of NaN.
 MASKED = -1e30
@@ -43,14 +47,17 @@ Transform = Callable[[jax.Array], jax.Array]
 # Queries in a block, and the most blocks of a row (they are unrolled, so compile time grows with their number).
 QUERY_BLOCK = 128
 MAX_BLOCKS = 16
-ATTENTION = "attention"  # the name under which a remat policy finds what attention's backward pass needs
+ATTENTION = "attention"  # the name of what attention's backward pass needs, for `keep_attention`
 
 
-def choose(implementation: Implementation, device: Any, *, dtype: Any, head_dim: int) -> Implementation:
+def choose(
+    implementation: Implementation, device: Any, *, dtype: Any, head_dim: int, max_segments: int = 64
+) -> Resolved:
     """Resolves `auto`: the splash kernel on TPUs; cuDNN on GPUs where it can run; else XLA.
 
     Args:
-        device: one of the mesh. dtype: that of the matrix products. head_dim: H.
+        device: one of the mesh. dtype: that of the matrix products. head_dim: H. max_segments: the most segments of a
+            row, for cuDNN alone.
 
     Raises:
         InputError: `cudnn` is asked for and cannot run.
@@ -58,16 +65,22 @@ def choose(implementation: Implementation, device: Any, *, dtype: Any, head_dim:
     obstacle = cudnn.obstacle(device, dtype, head_dim)
     if implementation == "cudnn" and obstacle:
         raise InputError(f"attention=cudnn: {obstacle}; set attention: auto")
+    if implementation == "cudnn" or (implementation == "auto" and not obstacle):
+        return cudnn.Cudnn(max_segments)
     if implementation != "auto":
         return implementation
-    if device.platform == "tpu":
-        return "splash"
-    return "xla" if obstacle else "cudnn"
+    return "splash" if device.platform == "tpu" else "xla"
 
 
-def most_segments(implementation: Implementation, T: int) -> int | None:
-    """Returns the most segments that a row of T positions may have; None: any number."""
-    return cudnn.most_segments(T) if implementation == "cudnn" else None
+def keep_attention(primitive: Any, *_: Any, **params: Any) -> bool:
+    """A remat policy that keeps what attention's backward pass needs, so that attention is not computed again."""
+    named = jax.checkpoint_policies.save_only_these_names(ATTENTION)(primitive, **params)
+    return bool(named) or primitive.name == CUDNN_FORWARD
+
+
+def segment_limit(attention: Resolved) -> int | None:
+    """Returns the most segments that a row may have; None: any number."""
+    return attention.max_segments if isinstance(attention, cudnn.Cudnn) else None
 
 
 def attend(
@@ -76,7 +89,7 @@ def attend(
     v: Float[Array, "B T K H"],
     positions: Int[ArrayLike, "B T"],
     segment_ids: Int[ArrayLike, "B T"],
-    implementation: Implementation = "xla",
+    implementation: Resolved = "xla",
     transform_scores: Transform | None = None,
 ) -> Float[Array, "B T N H"]:
     """Causal self-attention within segments. The tokens of a segment must lie in the order of their positions.
@@ -88,17 +101,16 @@ def attend(
         InputError: the implementation cannot transform scores, or takes no rows of this length.
     """
     q = q * q.shape[-1] ** -0.5
-    assert implementation != "auto"
     if implementation == "xla":
         return _attend_blocks(q, k, v, positions, segment_ids, transform_scores)
     if transform_scores:
-        kernel = "cuDNN" if implementation == "cudnn" else "the splash kernel"
+        name, kernel = ("splash", "the splash kernel") if isinstance(implementation, str) else ("cudnn", "cuDNN")
         raise InputError(
-            f"attention={implementation}: {kernel} cannot transform scores, as this model's attention does; "
-            "set attention=xla"
+            f"attention={name}: {kernel} cannot transform scores, as this model's attention does; set attention=xla"
         )
-    if implementation == "cudnn":
-        return checkpoint_name(_on_shards(cudnn.cudnn_attend, q, k, v, segment_ids), ATTENTION)
+    if isinstance(implementation, cudnn.Cudnn):
+        local = functools.partial(cudnn.cudnn_attend, max_segments=implementation.max_segments)
+        return checkpoint_name(_on_shards(local, q, k, v, segment_ids), ATTENTION)
     return splash_attend(q, k, v, segment_ids, interpret=implementation == "interpret")
 
 

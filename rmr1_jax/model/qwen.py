@@ -30,7 +30,7 @@ from jaxtyping import Array, Float, Int
 
 from rmr1_jax.distributed.mesh import constrain, constrain_weight, single_device_mesh, weight_sharding
 from rmr1_jax.errors import InputError
-from rmr1_jax.model.attention import ATTENTION, Implementation, attend
+from rmr1_jax.model.attention import Resolved, attend, keep_attention
 from rmr1_jax.model.config import QwenConfig
 from rmr1_jax.model.rope import Rope, rope_table, rotate
 
@@ -181,7 +181,7 @@ class Transformer(nnx.Module):
         *,
         dtype: Any = jnp.float32,
         remat: Remat = "none",
-        attention: Implementation = "xla",
+        attention: Resolved = "xla",
         blocks: Sequence[Block] | None = None,
     ) -> Float[Array, "B T D"]:
         """The states that the head reads, in `dtype`, which is that of the matrix products. Tokens see their own
@@ -323,9 +323,7 @@ def _remat(layer: Callable, remat: Remat) -> Callable:
     if remat == "none":
         return layer
     policy = {
-        "dots": policies.save_from_both_policies(
-            policies.checkpoint_dots_with_no_batch_dims, policies.save_only_these_names(ATTENTION)
-        ),
+        "dots": policies.save_from_both_policies(policies.checkpoint_dots_with_no_batch_dims, keep_attention),
         "full": None,
         "offload": policies.save_and_offload_only_these_names(
             names_which_can_be_saved=[],

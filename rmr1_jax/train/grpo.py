@@ -24,12 +24,12 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Shaped
 
-from rmr1_jax.data.packing import View
+from rmr1_jax.data.packing import View, mean_length
 from rmr1_jax.data.store import open_examples
 from rmr1_jax.distributed.mesh import check_micro_rows, own_rows, place_rows, sampling_mesh
 from rmr1_jax.errors import InputError
 from rmr1_jax.files.hub import locate
-from rmr1_jax.model.attention import most_segments
+from rmr1_jax.model.attention import segment_limit
 from rmr1_jax.model.qwen import Params, split
 from rmr1_jax.policy import DTYPES, MODEL_FILES, Policy
 from rmr1_jax.sampler.generation_config import with_recommended_sampling
@@ -84,7 +84,7 @@ def grpo(
         state = init_state(master_weights(policy.params, keep=given), optimizer, config.optimizer.memory)
         cursor = {"prompts_consumed": 0, "skipped": 0, "data": data_digest(prompts)}
         state, cursor = run.restore(state, cursor)
-        trainer = _Trainer(config, policy, loss, optimizer, state)
+        trainer = _Trainer(config, policy, loss, optimizer, state, mean_length(prompts))
         schedule = lr_schedule(config.optimizer, steps * config.updates_per_step)
         watch, start = CollapseWatch(), int(state.step) // config.updates_per_step
         for step in run.steps(start, steps):
@@ -177,7 +177,7 @@ def read_prompts(path: str | Path, policy: Policy) -> Sequence[RlPrompt]:
 
 
 class _Trainer:
-    """The compiled programs of a run, and the frozen reference if the loss needs one."""
+    """The compiled programs of a run, and the frozen reference if the loss needs one. prompt_length: in the mean."""
 
     def __init__(
         self,
@@ -186,24 +186,21 @@ class _Trainer:
         loss: PolicyLoss,
         optimizer: optax.GradientTransformation,
         state: TrainState,
+        prompt_length: float,
     ):
-        self.config, self.mesh, self.reference = config, policy.mesh, None
+        self.mesh, self.reference = policy.mesh, None
         if config.loss.kl_coef:
             # In the dtype of the matrix products, to which its weights would be cast anyway.
             reference = jax.tree.map(lambda x: jnp.array(x, DTYPES[config.dtype]), policy.params)
             self.reference = in_memory(reference, config.reference_memory)
         # Only our own loss is known to be zero where the advantage is, and only without its other terms.
         self.skip_unmixed = loss is policy_loss and not (config.loss.kl_coef or config.loss.entropy_coef)
-        forward = forward_options(config, policy.config, policy.mesh)
-        most = most_segments(forward["attention"], config.row_length) or config.max_segments
-        if most < min(config.max_segments, config.row_length):
-            raise InputError(
-                f"max_segments={config.max_segments}: attention=cudnn takes at most {most} in a row of "
-                f"{config.row_length}; give at most {most}, or attention: xla"
-            )
+        forward = forward_options(config, policy.config, policy.mesh, prompt_length)
+        most = min(config.max_segments, segment_limit(forward["attention"]) or config.max_segments)
+        self.config = dataclasses.replace(config, max_segments=most)
         forward["temperature"] = config.sampling.temperature or 1.0
         graphdef = split(policy.model)[0]
-        micro_loss = functools.partial(grpo_micro_loss, graphdef, config, loss, **forward)
+        micro_loss = functools.partial(grpo_micro_loss, graphdef, self.config, loss, **forward)
         self._update = compile_update(state, loss=micro_loss, optimizer=optimizer, clip=config.optimizer.clip)
         self._logprobs = jax.jit(functools.partial(batch_logprobs, graphdef, **forward))
 

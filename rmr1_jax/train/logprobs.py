@@ -22,6 +22,7 @@ from jaxtyping import Array, Float, Int, Shaped
 from rmr1_jax.distributed.mesh import constrain, constrain_weight, rows_divisor
 from rmr1_jax.model.attention import choose
 from rmr1_jax.model.config import QwenConfig
+from rmr1_jax.model.cudnn import most_segments
 from rmr1_jax.model.qwen import Qwen
 from rmr1_jax.policy import DTYPES
 from rmr1_jax.train.config import RunConfig
@@ -30,11 +31,13 @@ CHUNK_LOGITS = 2**26  # the most logits on a device at a time: 256 MiB in float3
 LANES = 128  # a chunk has a multiple of so many columns
 
 
-def forward_options(config: RunConfig, model: QwenConfig, mesh: Mesh) -> dict[str, Any]:
-    """The options of `row_logprobs` that a run's config decides. Raises InputError as `attention.choose`."""
-    dtype = DTYPES[config.dtype]
-    attention = choose(config.attention, mesh.devices.flat[0], dtype=dtype, head_dim=model.head_dim)
-    return {"dtype": dtype, "remat": config.remat, "attention": attention}
+def forward_options(config: RunConfig, model: QwenConfig, mesh: Mesh, mean_length: float = 128.0) -> dict[str, Any]:
+    """The options of `row_logprobs` that a run's config decides. mean_length: the tokens of a packed sequence in the
+    mean, or a lower bound. Raises InputError as `attention.choose`."""
+    options = {"dtype": DTYPES[config.dtype], "head_dim": model.head_dim}
+    options["max_segments"] = most_segments(config.row_length, mean_length)
+    attention = choose(config.attention, mesh.devices.flat[0], **options)
+    return {"dtype": DTYPES[config.dtype], "remat": config.remat, "attention": attention}
 
 
 def row_logprobs(

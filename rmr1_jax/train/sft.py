@@ -18,10 +18,10 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Shaped
 
 from rmr1_jax.data.examples import Example
-from rmr1_jax.data.packing import Batch, sft_batches
+from rmr1_jax.data.packing import Batch, mean_length, sft_batches
 from rmr1_jax.data.store import open_examples
 from rmr1_jax.distributed.mesh import check_micro_rows, own_rows
-from rmr1_jax.model.attention import most_segments
+from rmr1_jax.model.attention import segment_limit
 from rmr1_jax.model.qwen import Params, split
 from rmr1_jax.policy import Policy
 from rmr1_jax.train.config import SftConfig
@@ -50,8 +50,8 @@ def sft(config: SftConfig, *, policy: Policy | None = None, examples: Sequence[E
     if config.on_too_long == "drop":
         examples = drop_longer(examples, config.row_length, "examples")
     check_micro_rows(policy.mesh, config.micro_rows)
-    forward = forward_options(config, policy.config, policy.mesh)
-    make_batches = batches_of(config, examples, policy.mesh, most_segments(forward["attention"], config.row_length))
+    forward = forward_options(config, policy.config, policy.mesh, mean_length(examples))
+    make_batches = batches_of(config, examples, policy.mesh, segment_limit(forward["attention"]))
     total = make_batches()[1]
     steps = min(total, config.max_steps or total)
     with jax.set_mesh(policy.mesh), open_run(config, "sft") as run:

@@ -17,7 +17,11 @@ import pytest
 from rmr1_jax.distributed.mesh import MeshConfig, activation_sharding, make_mesh, single_device_mesh
 from rmr1_jax.errors import InputError
 from rmr1_jax.model import cudnn
-from rmr1_jax.model.attention import attend, choose, most_segments
+from rmr1_jax.model.attention import attend, choose, segment_limit
+from rmr1_jax.model.config import parse_config
+from rmr1_jax.model.cudnn import Cudnn
+from rmr1_jax.model.qwen import init_params, module_for, split
+from rmr1_jax.train.sft import sft_micro_loss
 
 ROWS = ([100, 60, 33], [256], [1, 130, 125], [7], [], [2] * 64)  # lengths of segments; the rest of a row is padding
 
@@ -89,7 +93,7 @@ def test_the_arguments_make_the_same_attention(N, K, axes, monkeypatch):
             (_, out), grads = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))(*placed)
         return out, grads
 
-    out, grads = run("cudnn", np.nan)
+    out, grads = run(Cudnn(64), np.nan)
     expected, wanted = run("xla", 0)
     np.testing.assert_array_equal(np.where(real, 0, out), 0)
     np.testing.assert_allclose(np.where(real, out, 0), np.where(real, expected, 0), atol=1e-5)
@@ -113,15 +117,16 @@ def test_segments_after_padding_and_numbers_with_gaps():
 
 def test_too_many_segments_are_never_a_wrong_number(monkeypatch):
     monkeypatch.setattr(cudnn, "cudnn_packed_attention", stand_in)
-    most = most_segments("cudnn", 256)
     x = jnp.ones((2, 256, 1, 8))
-    out = attend(x, x, x, *packed(([1] * most, [1] * (most + 1))), "cudnn")
+    out = attend(x, x, x, *packed(([1] * 5, [1] * 6)), Cudnn(5))
     assert np.isfinite(out[0]).all() and np.isnan(out[1]).all()
 
 
 def test_the_most_segments():
-    assert [most_segments("cudnn", T) for T in (2, 32, 240, 4096, 12288)] == [2, 32, 64, 64, 192]
-    assert most_segments("xla", 4096) is None
+    """Twice as many as fit in the mean, and at least eight."""
+    lengths = ((4, 1), (32, 100), (4096, 1800), (4096, 100), (12288, 1151))
+    assert [cudnn.most_segments(*each) for each in lengths] == [4, 8, 8, 82, 22]
+    assert segment_limit(Cudnn(9)) == 9 and segment_limit("xla") is None
 
 
 def gpu(kind="NVIDIA H100 80GB HBM3", capability="9.0", version="cuda 13000", platform="gpu"):
@@ -156,35 +161,71 @@ def test_where_cudnn_cannot_run_it_is_refused_and_auto_is_another(device, option
 
 def test_where_cudnn_can_run_auto_is_cudnn():
     for device, head_dim in ((gpu(), 64), (gpu("NVIDIA H200"), 128), (gpu("NVIDIA B200", "10.0"), 128)):
-        assert chosen("auto", device, head_dim=head_dim) == chosen("cudnn", device, head_dim=head_dim) == "cudnn"
+        assert chosen("auto", device, head_dim=head_dim) == chosen("cudnn", device, head_dim=head_dim) == Cudnn(64)
         assert chosen("xla", device) == "xla"
 
 
 def test_scores_cannot_be_transformed():
     x = jnp.ones((1, 128, 1, 64), jnp.bfloat16)
     with pytest.raises(InputError, match=r"attention=cudnn: cuDNN cannot transform scores.*set attention=xla"):
-        attend(x, x, x, *packed(([128],), 128), "cudnn", jnp.tanh)
+        attend(x, x, x, *packed(([128],), 128), Cudnn(8), jnp.tanh)
 
 
-@pytest.mark.parametrize("meshed", [False, True])
-def test_the_call_lowers_for_cuda(meshed, monkeypatch):
-    """Forward and backward calls of cuDNN, with a causal mask in packed rows; a GPU is only asked for its version."""
+@pytest.fixture
+def as_on_hopper(monkeypatch):
+    """JAX asks no GPU for its version, so that calls of cuDNN can be traced and lowered here."""
     from jax._src.cudnn import fused_attention_stablehlo as private
 
     monkeypatch.setattr(private, "check_cudnn_version", lambda: 91000)
     monkeypatch.setattr(private, "check_compute_capability", lambda capability: True)
     monkeypatch.setattr(private, "is_cuda_compute_capability_equal", lambda capability: False)
+
+
+def calls(function, *arrays) -> list[tuple[str, str]]:
+    """The calls of cuDNN in a function lowered for CUDA: their names and options."""
+    text = jax.jit(function).trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
+    return re.findall(r'@__cudnn\$(\w+)\(.*?backend_config = "(.*?)", ', text)
+
+
+@pytest.mark.parametrize("meshed", [False, True])
+def test_the_call_lowers_for_cuda(meshed, as_on_hopper):
+    """Forward and backward calls of cuDNN, with a causal mask in packed rows."""
     q, k = jnp.zeros((6, 256, 14, 64), jnp.bfloat16), jnp.zeros((6, 256, 2, 64), jnp.bfloat16)
 
     def gradient(q, k, v):
-        return jax.grad(lambda *x: attend(*x, *packed(), "cudnn").astype(jnp.float32).sum(), argnums=(0, 1, 2))(q, k, v)
+        return jax.grad(lambda *x: attend(*x, *packed(), Cudnn(64)).astype(jnp.float32).sum(), argnums=(0, 1, 2))(
+            q, k, v
+        )
 
     with jax.set_mesh(single_device_mesh()) if meshed else nullcontext():
-        text = jax.jit(gradient).trace(q, k, k).lower(lowering_platforms=("cuda",)).as_text()
-    calls = re.findall(r'@__cudnn\$(\w+)\(.*?backend_config = "(.*?)", ', text)
-    assert [name for name, _ in calls] == ["fmhaSoftmax", "fmhaSoftmaxBackward"]
-    for _, raw in calls:
+        found = calls(gradient, q, k, k)
+    assert [name for name, _ in found] == ["fmhaSoftmax", "fmhaSoftmaxBackward"]
+    for _, raw in found:
         options = json.loads(raw.replace("\\22", '"'))["cudnn_fmha_backend_config"]
-        assert options["mask_type"] == "PADDING_CAUSAL" and options["max_seg_per_batch"] == most_segments("cudnn", 256)
+        assert options["mask_type"] == "PADDING_CAUSAL" and options["max_seg_per_batch"] == 64
         assert options["fmha_scale"] == 1.0 and options["dropout_rate"] == 0
         assert options["intermediate_tensor_shape"]["dimensions"] == ["6", "14", "256", "256"]
+
+
+@pytest.mark.parametrize(("remat", "forward"), [("none", 1), ("dots", 1), ("full", 2)])
+def test_remat_of_a_model_with_cudnn(remat, forward, as_on_hopper):
+    """Only `full` computes attention again in the backward pass. A scan's body is lowered once."""
+    fields = {"model_type": "qwen2", "hidden_size": 128, "intermediate_size": 48, "num_hidden_layers": 2}
+    fields |= {"num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 60, "max_position_embeddings": 256}
+    config = parse_config(fields | {"rope_theta": 1e4, "tie_word_embeddings": True}, "test")
+    params, (positions, segments) = init_params(module_for(config), jax.random.key(0)), packed()
+    batch = {
+        "tokens": positions,
+        "positions": positions,
+        "segment_ids": segments,
+        "weights": (segments > 0) / np.float32(9),
+    }
+    batch = {name: jnp.asarray(values) for name, values in batch.items()}
+    options = {"remat": remat, "attention": Cudnn(64), "dtype": jnp.bfloat16}
+
+    def loss(params):
+        return sft_micro_loss(split(module_for(config))[0], params, batch, **options)[0]
+
+    with jax.set_mesh(single_device_mesh()):
+        names = [name for name, _ in calls(jax.grad(loss), params)]
+    assert sorted(names) == ["fmhaSoftmax"] * forward + ["fmhaSoftmaxBackward"]
