@@ -25,7 +25,7 @@ from rmr1_jax.model import hf
 from rmr1_jax.model.config import QwenConfig, read_config
 from rmr1_jax.model.qwen import Params, Qwen, init_params, split, with_params
 from rmr1_jax.model.stored_model import StoredModel
-from rmr1_jax.model.tokenizer import Tokenizer, copy_side_files
+from rmr1_jax.model.tokenizer import Tokenizer
 from rmr1_jax.sampler.engine import Engine
 from rmr1_jax.sampler.layout import local_layout
 from rmr1_jax.sampler.sample import Sample, SampleStats, SamplingConfig
@@ -126,7 +126,7 @@ class Policy:
         params = self.params
         hf.save_params(directory, self.model, params, dtype=dtype or str(params["embed"].dtype))
         if first():
-            copy_side_files(self.tokenizer.directory, directory)
+            self.tokenizer.save(directory)
         wait("model saved")
 
     @property

@@ -46,8 +46,8 @@ class NamedJudge:
     @property
     def cut(self) -> Callable[[str, int], str] | None:
         """(text, n) -> the first n tokens of the text; None for a judge without a tokenizer."""
-        policy = getattr(self.judge, "policy", None)
-        return None if policy is None else lambda text, n: policy.tokenizer.decode(policy.tokenizer.encode(text)[:n])
+        tokenizer = getattr(getattr(self.judge, "policy", None), "tokenizer", None)
+        return None if tokenizer is None else lambda text, n: tokenizer.decode(tokenizer.encode_trace(text)[:n])
 
     def output(self, out: Path, benchmark: str, command: str) -> Output:
         """The file of judgements of a benchmark in the directory `out`."""

@@ -27,6 +27,7 @@ from tokenizers import AddedToken
 
 from rmr1_jax.errors import InputError
 from rmr1_jax.files.untrusted import own_file, read_object
+from rmr1_jax.files.write import write_whole
 from rmr1_jax.model.template import check_template_arguments
 from rmr1_jax.prompts.thought import opened_thought
 
@@ -184,15 +185,25 @@ class Tokenizer:
         self.hf.add_tokens(flagged, special_tokens=True)
         return unflagged + [text for text, special in added if special]
 
-    def _read_stop_ids(self) -> list[int]:
-        ids: list[Any] = []
+    def save(self, directory: str | Path) -> None:
+        """Copy the tokenizer's files. Where they do not name the id that ends a turn, generation_config.json names it:
+        other programs stop at the ids in it."""
+        copy_side_files(self.directory, directory)
+        if self.stop_ids[0] not in (self._named_stop_ids() or [self.hf.eos_token_id]):
+            path = Path(directory) / "generation_config.json"
+            content = read_object(path) if path.is_file() else {}
+            write_whole(path, json.dumps(content | {"eos_token_id": self.stop_ids}, indent=2) + "\n")
+
+    def _named_stop_ids(self) -> list[Any]:
         path = self.directory / "generation_config.json"
-        if path.is_file():
-            given = read_object(path).get("eos_token_id")
-            ids = [i for i in (given if isinstance(given, list) else [given]) if i is not None]
+        given = read_object(path).get("eos_token_id") if path.is_file() else None
+        return [i for i in (given if isinstance(given, list) else [given]) if i is not None]
+
+    def _read_stop_ids(self) -> list[int]:
         # The turn's own end first, because SFT trains it. A model that was tuned to chat may name only the end of a
         # document in its files, which it never writes after an answer.
-        ids = [self._end_of_turn(), *sorted(ids, key=lambda i: i != self.hf.eos_token_id), self.hf.eos_token_id]
+        own = self.hf.eos_token_id
+        ids = [self._end_of_turn(), *sorted(self._named_stop_ids(), key=lambda i: i != own), own]
         ids = [i for i in ids if i is not None]
         if not ids or not all(type(i) is int and 0 <= i < 2**31 for i in ids):
             raise InputError(f"{self.directory}: no end of turn is named; set eos_token_id in generation_config.json")

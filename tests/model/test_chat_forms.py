@@ -2,7 +2,7 @@
 
 import pytest
 from chat_models import CHATML, DEEPSEEK_END, QWEN3, TAGS, chat_model, deepseek_distill
-from transformers import PreTrainedTokenizerFast
+from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from rmr1_jax.data.examples import sft_example
 from rmr1_jax.errors import InputError
@@ -71,6 +71,27 @@ def test_the_end_of_a_turn_comes_first_and_every_end_stops(made, template, eos, 
     assert tokenizer.stop_ids == stops
     assert sft_example(tokenizer, "r", MESSAGES, TRACE).tokens[-1] == stops[0]
     assert tokenizer.fingerprint["end of turn"] == str(stops[0])
+
+
+@pytest.mark.parametrize(
+    ("eos", "generation", "named"),
+    [
+        ("<|endoftext|>", {"eos_token_id": 0, "temperature": 0.6}, [2, 0]),
+        ("<|im_end|>", {"eos_token_id": 0, "temperature": 0.6}, [2, 0]),
+        ("<|endoftext|>", None, [2, 0]),
+        ("<|im_end|>", {"eos_token_id": [2, 0], "temperature": 0.6}, [2, 0]),
+        ("<|im_end|>", None, None),  # nothing is missing: nothing is added
+    ],
+)
+def test_a_saved_model_names_the_end_of_its_turn_for_other_programs(made, tmp_path, eos, generation, named):
+    tokenizer, out = made(eos_token=eos, generation=generation), tmp_path / "out"
+    tokenizer.save(out)
+    assert Tokenizer(out).stop_ids == tokenizer.stop_ids and Tokenizer(out).fingerprint == tokenizer.fingerprint
+    if named is None:
+        assert not (out / "generation_config.json").exists()
+    else:
+        found = GenerationConfig.from_pretrained(out)
+        assert found.eos_token_id == named and found.temperature == (generation or {}).get("temperature")
 
 
 def test_a_distilled_model_ends_its_turn_with_its_end_of_sentence(distill):
