@@ -25,7 +25,7 @@ from rmr1_jax.data.chains.correction import revealing_words
 from rmr1_jax.pairs.pair import PreferencePair
 from rmr1_jax.prompts.thought import after_thinking
 from rmr1_jax.prompts.trace import parse_trace
-from rmr1_jax.prompts.verdict import strict_verdict, training_reward
+from rmr1_jax.prompts.verdict import strict_verdict
 from rmr1_jax.reply import Answer
 
 LAST_CHARS = 100  # at the end of a chain, where the published rule looks for the verdict
@@ -103,7 +103,8 @@ class PairAttempts:
         if flaws := f"it lacks: {missing}" if missing else "; ".join(trace.flaws):
             return Rejection("invalid", f"its form is not the one asked for ({flaws})")
         # A policy learns from chains, and the reward of training reads the published spelling only.
-        if strict_verdict(chain) != right or training_reward(chain, right) < 0 or not chain.endswith(">"):
+        spelled = f"<answer>[[{right}]]</answer>" in chain[-LAST_CHARS:] and chain.endswith(">")
+        if strict_verdict(chain) != right or not spelled:
             return Rejection("invalid", "it does not end with one clear verdict")
         if not chain[: chain.rfind("<answer>")].strip():
             return Rejection("invalid", "it has a verdict and no reasoning")

@@ -41,6 +41,12 @@ def found(text, right="A", pass_number=1, structure="cor", keep_thinking=False, 
         (chain("A").replace("</eval>", ""), "invalid"),
         (chain("A").replace("<eval>A is right where B is not.</eval>", "<eval> </eval>"), "invalid"),
         ("<think>" + chain("A"), "wrong"),  # thinking that never ends
+        # A judge's verdict is read in these spellings, but a policy is to learn the published one.
+        (chain("A").replace("[[A]]", " [[A]] "), "invalid"),
+        (chain("A").replace("[[A]]", "**[[A]]**"), "invalid"),
+        (f"```\n{chain('A')}\n```", "invalid"),
+        (chain("A") + ".", "invalid"),
+        (chain("A") + "\u200b", "invalid"),
     ],
 )
 def test_the_conditions_for_a_chain(text, reason):
