@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from chat_models import deepseek_distill
 from prepared import assert_same, config_of, rows, write_rows
 
 from rmr1_jax.config import dump_config
@@ -19,6 +20,7 @@ from rmr1_jax.data.examples import sft_example
 from rmr1_jax.data.prepare import prepare, summary_line
 from rmr1_jax.data.store import PreparedExamples
 from rmr1_jax.errors import InputError
+from rmr1_jax.model.tokenizer import Tokenizer
 
 SUPPORT = Path(__file__).resolve().parents[1] / "support"
 
@@ -47,6 +49,24 @@ def test_sides_traces_and_pairs_give_their_targets(tmp_path, world_tokenizer, to
             assert tokenizer.decode(example.tokens.tolist()).endswith("assistant\n")
     assert example.source == "7" and example.id == "p1"
     assert len(made(pairs, stage="grpo", prompt="reasoning")[0]) != len(example)
+
+
+def test_a_trace_whose_thought_never_ends_is_a_bad_row(tmp_path, world_tokenizer):
+    model = deepseek_distill(world_tokenizer, tmp_path / "model")
+    made = rows(6)
+    for i, row in enumerate(made[1:]):
+        row["winner"] = f"<think>\nhm\n{'</think>' if i else ''}\n{row['winner']}"
+    data = write_rows(tmp_path / "rows.jsonl", made)
+    settings = {"model": str(model), "data": str(data)}
+    counts = prepare(config_of(**settings, out=str(tmp_path / "out"), on_bad_row="quarantine"))["counts"]
+    assert counts == {"read": 6, "kept": 5, "rejected": 1, "too_long": 0, "left_out": 0}
+    [reject] = map(json.loads, (tmp_path / "out" / "rejects.jsonl").read_text().splitlines())
+    assert reject["id"] == "r1" and "the thought in its trace never ends" in reject["reason"]
+    for example in PreparedExamples(tmp_path / "out"):  # one thought each, which ends
+        text = Tokenizer(model).decode(example.tokens.tolist())
+        assert text.count("<think>\n") == text.count("</think>") == 1 and text.index("<think>") < text.index("</think>")
+    with pytest.raises(InputError, match=r"rows.jsonl: row r1: the thought .* on_bad_row=quarantine"):
+        prepare(config_of(**settings, out=str(tmp_path / "other")))
 
 
 def test_bad_and_long_rows_are_counted_with_their_reasons(tmp_path, world_tokenizer, tokenizer):

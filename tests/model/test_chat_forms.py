@@ -7,7 +7,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 from rmr1_jax.data.examples import sft_example
 from rmr1_jax.errors import InputError
 from rmr1_jax.model.tokenizer import Tokenizer, completion_text
-from rmr1_jax.prompts.verdict import strict_verdict
+from rmr1_jax.prompts.verdict import strict_verdict, training_reward
 
 SYSTEM = {"role": "system", "content": "Answer with <answer>[[A]]</answer> or <answer>[[B]]</answer>."}
 MESSAGES = [SYSTEM, {"role": "user", "content": "Which is it?"}]
@@ -177,7 +177,7 @@ def test_decoding_keeps_tags_and_drops_what_frames_a_turn(tagged):
     ids = tagged.encode_trace(trace)
     assert set(ids_of(tagged, *TAGS)) <= set(ids)
     assert tagged.decode([*ids, end, padding, padding]) == trace == tagged.decode([start, *ids])
-    assert strict_verdict(tagged.decode(ids)) == "A"
+    assert strict_verdict(tagged.decode(ids)) == "A" and training_reward(tagged.decode([*ids, end]), "A") == 1.0
 
 
 def test_a_trace_is_trained_with_the_model_s_own_tags(tagged):
