@@ -53,7 +53,7 @@ def continue_thought(prompt: str, trace: str) -> str:
         if empty is None or "</think>" in trace[empty.end() :]:
             raise InputError(
                 "its trace has a thought, but the chat template ends each prompt with an empty thought; give a trace "
-                "without one, or a chat template that lets the model think"
+                "without one, or let the model think (enable_thinking in chat_template_kwargs)"
             )
         return trace[empty.end() :]
     return trace

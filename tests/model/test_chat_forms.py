@@ -19,7 +19,7 @@ TRACE = f"<type>Chat</type><eval>c b a</eval>{VERDICT}"
 def made(world_tokenizer, tmp_path):
     """Make a tokenizer of a form: a function of a template and what `chat_model` takes."""
 
-    def make(template=CHATML, **changes) -> Tokenizer:
+    def make(template=CHATML, arguments=None, **changes) -> Tokenizer:
         return Tokenizer(
             chat_model(world_tokenizer, tmp_path / f"m{len(list(tmp_path.iterdir()))}", template, **changes)
         )
@@ -135,7 +135,7 @@ def test_a_thought_that_the_template_opens_is_trained_once(distill):
 
 
 def test_an_empty_thought_of_the_template_is_not_doubled(made):
-    tokenizer = made(QWEN3.replace("enable_thinking is defined and enable_thinking is false", "true"))
+    tokenizer = made(QWEN3, {"enable_thinking": False})
     assert tokenizer.decode(tokenizer.render(MESSAGES)).endswith("assistant\n<think>\n\n</think>\n\n")
     for trace in (VERDICT, f"<think>\n\n</think>\n\n{VERDICT}"):
         example = sft_example(tokenizer, "r", MESSAGES, trace)
