@@ -20,9 +20,8 @@ def made(world_tokenizer, tmp_path):
     """Make a tokenizer of a form: a function of a template and what `chat_model` takes."""
 
     def make(template=CHATML, arguments=None, **changes) -> Tokenizer:
-        return Tokenizer(
-            chat_model(world_tokenizer, tmp_path / f"m{len(list(tmp_path.iterdir()))}", template, **changes)
-        )
+        directory = tmp_path / f"model{len(list(tmp_path.iterdir()))}"
+        return Tokenizer(chat_model(world_tokenizer, directory, template, **changes), arguments)
 
     return make
 
