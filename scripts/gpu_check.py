@@ -42,7 +42,7 @@ CASES = (
     Case("decode", "7b,64", 90),
     Case("sft", "1.5b", 70),
     Case("decode", "0.5b,256,8", 60),
-    Case("model", "all", 60),
+    Case("model", "all", 90),
     Case("grpo", "0.5b", 70),
     Case("sft", "0.5b,none", 60),
     Case("decode", "1.5b,64", 70),
