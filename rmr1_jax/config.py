@@ -119,6 +119,7 @@ def _explain(cls: Any, error: Any) -> str:
     if error["type"] == "value_error":  # raised by a __post_init__, whose message is complete
         return str(error["ctx"]["error"])
     place = ".".join(map(str, error["loc"]))
+    place = ".".join(map(str, error["loc"]))
     if error["type"] == "unexpected_keyword_argument":
         *parents, key = error["loc"]
         known = [field.name for field in dataclasses.fields(_section(cls, parents))]

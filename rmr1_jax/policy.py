@@ -121,13 +121,12 @@ class Policy:
         )
 
     def save(self, directory: str | Path, *, dtype: str | None = None) -> None:
-        """Write a Hugging Face directory: weights (in the params' own dtype unless given), config, tokenizer. All
-        processes must call it; the first one writes, and no other returns before it is there."""
-        params = self.params
-        hf.save_params(directory, self.model, params, dtype=dtype or str(params["embed"].dtype))
-        if first():
-            self.tokenizer.save(directory)
-        wait("model saved")
+        """Write a Hugging Face directory: weights (in the params' own dtype unless given), config, tokenizer. Weights
+        that were not read are read and written one array at a time. All processes must call it; the first one writes,
+        and no other returns before it is there."""
+        params = self.source.deferred(self.mesh) if self._unread else self.params
+        own = self.source.dtype if self._unread else params["embed"].dtype
+        write_model(directory, self.structure, params, self.tokenizer, dtype=dtype or str(own))
 
     @property
     def config(self) -> QwenConfig:
@@ -150,8 +149,7 @@ class Policy:
         """The weights in the layout and dtype of the sampler. They are read from the model directory unless the arrays
         of `model` are in memory."""
         dtype = DTYPES[self.dtype]
-        unread = isinstance(self.source, StoredModel) and "model" not in vars(self)
-        if unread and self.source.dtype in (dtype, "float32"):  # else they are rounded on the way
+        if self._unread and self.source.dtype in (dtype, "float32"):  # else they are rounded on the way
             return stored_weights(self.source, dtype=dtype, mesh=self.mesh)
         with jax.set_mesh(self.mesh):
             return sampling_weights(self.model, dtype=dtype)
@@ -165,6 +163,10 @@ class Policy:
         """The same policy with other weights."""
         return dataclasses.replace(self, source=with_params(self.structure, params))
 
+    @property
+    def _unread(self) -> bool:
+        return isinstance(self.source, StoredModel) and "model" not in vars(self)
+
     def _completion(self, sample: Sample) -> Completion:
         text = self.tokenizer.decode(sample.token_ids)
         return Completion(text, sample.token_ids, np.asarray(sample.logprobs).tolist(), sample.finish_reason)
@@ -173,6 +175,14 @@ class Policy:
 @functools.partial(jax.jit, static_argnames=("graphdef", "dtype"))
 def _logits(graphdef: nnx.GraphDef, params: Params, tokens, positions, segment_ids, *, dtype) -> jax.Array:
     return nnx.merge(graphdef, params)(tokens, positions, segment_ids, dtype=dtype)
+
+
+def write_model(directory: str | Path, module: Qwen, params: Params, tokenizer: Tokenizer, *, dtype: str) -> None:
+    """Write a Hugging Face directory; see `Policy.save`, and `hf.save_params` for `params`."""
+    hf.save_params(directory, module, params, dtype=dtype)
+    if first():
+        tokenizer.save(directory)
+    wait("model saved")
 
 
 def load(

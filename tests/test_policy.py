@@ -84,3 +84,15 @@ def test_damage_is_found_at_once(directory):
         load(directory)
     with pytest.raises(InputError, match=r"dtype 'float8' is not known"):
         load(directory, "float8")
+
+
+def test_a_model_that_was_not_read_is_saved_one_array_at_a_time(directory, reads, tmp_path):
+    gc.collect()
+    before = {id(x) for x in jax.live_arrays()}
+    load(directory, "float32").save(tmp_path / "again")
+    load(directory, "float32", master_dtype="bfloat16").save(tmp_path / "rounded")
+    gc.collect()
+    assert not [x for x in jax.live_arrays() if id(x) not in before] and reads == []
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (directory / "model.safetensors").read_bytes()
+    rounded = jax.tree.map(lambda x: x.astype("bfloat16"), tiny_policy().params)
+    jax.tree.map(np.testing.assert_array_equal, load(tmp_path / "rounded", "bfloat16").params, rounded)

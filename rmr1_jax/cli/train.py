@@ -76,7 +76,8 @@ class Plan(ConfigCommand):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Export:
-    """Write the newest checkpoint of a training run as a Hugging Face directory. The run may still be in progress."""
+    """Write the newest checkpoint of a training run as a Hugging Face directory. The run may still be in progress: the
+    command leaves its accelerators alone, and holds one weight in memory at a time."""
 
     checkpoint: Annotated[Positional[Path], arg(metavar="RUN_DIR")]
     """Output directory of `rmr1 sft` or `rmr1 grpo`."""
@@ -91,13 +92,15 @@ class Export:
         import jax
 
         from rmr1_jax.distributed.mesh import single_device_mesh
-        from rmr1_jax.policy import load
-        from rmr1_jax.train.checkpoint import restore_params
+        from rmr1_jax.model.qwen import abstract_params
+        from rmr1_jax.policy import load, write_model
+        from rmr1_jax.train.checkpoint import stored_params
 
+        jax.config.update("jax_platforms", "cpu")  # an accelerator may be busy with the run
         policy = load(self.model or self._model_of_run(), self.dtype, single_device_mesh())
-        like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), policy.params)
-        policy = policy.with_params(like)  # frees the original weights before the checkpoint's are read
-        policy.with_params(restore_params(self.checkpoint, like)).save(self.out)
+        like = abstract_params(policy.structure, policy.mesh, self.dtype)
+        params = stored_params(self.checkpoint, like)
+        write_model(self.out, policy.structure, params, policy.tokenizer, dtype=self.dtype)
         print(f"written: {self.out}")
 
     def _model_of_run(self) -> str:

@@ -75,8 +75,18 @@ class StoredModel:
         leaves = leaves_of(self.module)
         if not stacked:
             leaves = [part for leaf in leaves for part in leaf.unstacked()]
-        wanted = jnp.dtype(dtype or self.dtype)
-        arrays = [_Array(leaf, sharding(mesh, leaf.dims, leaf.shape), wanted) for leaf in leaves]
+        return nested(self._read(leaves, mesh, jnp.dtype(dtype or self.dtype), sharding))
+
+    def deferred(self, mesh: Mesh) -> Params:
+        """A tree of functions, each of which reads one array as `read` does. For a use that needs one at a time."""
+
+        def read(leaf: Leaf) -> jax.Array:
+            return self._read([leaf], mesh, self.dtype, weight_sharding)[leaf.path]
+
+        return nested({leaf.path: functools.partial(read, leaf) for leaf in leaves_of(self.module)})
+
+    def _read(self, leaves: list[Leaf], mesh: Mesh, dtype: np.dtype, sharding: Callable) -> dict[str, jax.Array]:
+        arrays = [_Array(leaf, sharding(mesh, leaf.dims, leaf.shape), dtype) for leaf in leaves]
         blocks = [block for array in arrays for block in array.blocks([self.tensors[n] for n in array.leaf.names])]
         blocks.sort(key=lambda block: (block.tensor.file, block.tensor.offset, block.start))
         bar = tqdm(
@@ -92,7 +102,7 @@ class StoredModel:
             for block, rows in _read_ahead(blocks):
                 block.array.write(block, rows)
                 bar.update(block.bytes)
-        return nested({array.leaf.path: array.finished() for array in arrays})
+        return {array.leaf.path: array.finished() for array in arrays}
 
 
 class _Array:

@@ -34,7 +34,7 @@ from rmr1_jax.train.config import BestConfig
 from rmr1_jax.train.manifest import Damage
 from rmr1_jax.train.metrics import say
 from rmr1_jax.train.optim import TrainState
-from rmr1_jax.train.stored_tree import restored
+from rmr1_jax.train.stored_tree import deferred, restored
 
 LARGE_COPY = 2**30  # bytes of a state whose copy a CPU cannot keep beside the next step
 SAVING, REMOVING = ".saving", ".removing"  # suffixes of directories that are not checkpoints yet, or no longer
@@ -205,16 +205,16 @@ class Checkpointer:
             raise RunError(refusal(self.root / str(step), why, size, advice)) from e
 
 
-def restore_params(directory: Path, like: Any) -> Any:
-    """Read only the weights of a run's newest undamaged checkpoint, for export. like: a tree of `jax.ShapeDtypeStruct`s
-    with shardings.
+def stored_params(directory: Path, like: Any) -> Any:
+    """The weights of a run's newest undamaged checkpoint, for export: a tree of functions, each of which reads one
+    array. like: a tree of `jax.ShapeDtypeStruct`s with shardings.
 
     Raises InputError if the run has no checkpoint, or weights of other shapes; RunError if all checkpoints are damaged.
     """
     root = (directory / "checkpoints").absolute()
     if (found := newest_undamaged(root)) is None:
         raise InputError(f"{directory} holds no checkpoint; expected {root}/<step>")
-    return restored(root / str(found[0]), {"params": like})["params"]
+    return deferred(root / str(found[0]), {"params": like})["params"]
 
 
 def steps_of(root: Path) -> list[int]:

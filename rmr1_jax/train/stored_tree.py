@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,19 +18,37 @@ from rmr1_jax.model.qwen import Params
 def restored(path: Path, like: Any) -> Any:
     """Restore the tree in `path` with the structure, shapes, dtypes and shardings of `like`, which may be a part of it.
     Raises InputError if the stored arrays have other names or shapes, and names them, which Orbax does not."""
-    checkpointer = ocp.PyTreeCheckpointer()
-    stored = _shapes(checkpointer.metadata(path).item_metadata.tree)
+    wanted = _as_stored(path, like)
+    restore_args = ocp.checkpoint_utils.construct_restore_args(wanted)
+    args = ocp.args.PyTreeRestore(item=wanted, restore_args=restore_args, partial_restore=True)
+    tree = ocp.PyTreeCheckpointer().restore(path, args=args)
+    return tree if wanted is like else _map_params(_nested_layers, like, tree)
+
+
+def deferred(path: Path, like: dict[str, Any]) -> dict[str, Any]:
+    """Check as `restored` does, and return a tree with a function in place of each array, which restores it alone.
+    like: dicts within dicts."""
+    _as_stored(path, like)
+
+    def restore(keys: list[str], leaf: Any) -> jax.Array:
+        tree = restored(path, functools.reduce(lambda tree, key: {key: tree}, reversed(keys), leaf))
+        return functools.reduce(operator.getitem, keys, tree)
+
+    return jax.tree_util.tree_map_with_path(
+        lambda k, leaf: functools.partial(restore, [part.key for part in k], leaf), like
+    )
+
+
+def _as_stored(path: Path, like: Any) -> Any:
+    """`like` itself, or in the layout of the first version where `path` has that. Raises InputError, see `restored`."""
+    stored = _shapes(ocp.PyTreeCheckpointer().metadata(path).item_metadata.tree)
     flat = _map_params(_flat_layers, like)
-    is_flat = _shapes(flat).keys() <= stored.keys()
-    wanted = flat if is_flat else like
+    wanted = flat if _shapes(flat).keys() <= stored.keys() and _shapes(flat) != _shapes(like) else like
     expected = _shapes(wanted).items()
     if wrong := [f"{k}: is {stored.get(k)}, expected {shape}" for k, shape in expected if stored.get(k) != shape]:
         named = "; ".join(wrong[:3]) + (f", and {len(wrong) - 3} more" if len(wrong) > 3 else "")
         raise InputError(f"{path} is of another model: {named}; give the model that the run began with")
-    restore_args = ocp.checkpoint_utils.construct_restore_args(wanted)
-    args = ocp.args.PyTreeRestore(item=wanted, restore_args=restore_args, partial_restore=True)
-    tree = checkpointer.restore(path, args=args)
-    return _map_params(_nested_layers, like, tree) if is_flat else tree
+    return wanted
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:

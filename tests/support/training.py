@@ -111,6 +111,11 @@ def assert_same(ours, theirs, atol=0.0):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=atol), ours, theirs)
 
 
+def called(tree):
+    """The arrays of a tree of functions."""
+    return jax.tree.map(lambda read: read(), tree)
+
+
 def on_mesh(policy, mesh):
     """The same policy, its weights laid out on another mesh."""
     return dataclasses.replace(policy, mesh=mesh).with_params(to_mesh(policy.model, policy.params, mesh))

@@ -11,13 +11,13 @@ import optax
 import pytest
 import yaml
 from jax.sharding import NamedSharding, PartitionSpec
-from training import assert_same, small_grpo, small_sft
+from training import assert_same, called, small_grpo, small_sft
 
 from rmr1_jax.distributed.mesh import MeshConfig, make_mesh
 from rmr1_jax.errors import InputError, RunError
 from rmr1_jax.sampler.sample import SamplingConfig
 from rmr1_jax.train import manifest
-from rmr1_jax.train.checkpoint import Checkpointer, restore_params, steps_of
+from rmr1_jax.train.checkpoint import Checkpointer, steps_of, stored_params
 from rmr1_jax.train.config import BestConfig
 from rmr1_jax.train.metrics import MetricsLog
 from rmr1_jax.train.optim import OptimConfig, TrainState
@@ -149,7 +149,7 @@ def test_the_newest_undamaged_checkpoint_is_used_and_the_damaged_one_replaced(tm
         said = capsys.readouterr().out
         assert cursor == {"at": 1} and "checkpoint 2 is damaged" in said and "; it is skipped" in said
         assert f"checkpoint 3 is damaged: {largest}: expected sha256 " in said and ", found " in said
-        assert_same(restore_params(tmp_path, state.params), state_of(1).params)
+        assert_same(called(stored_params(tmp_path, state.params)), state_of(1).params)
         checkpoints.save(state_of(2), {"at": 2})
         checkpoints.finish()
         assert steps_of(root) == [1, 2]  # 3 is not one of the two newest: it never was sound
@@ -300,12 +300,12 @@ def test_a_checkpoint_whose_layers_are_one_flat_dict_is_restored(tmp_path):
         restored, cursor = checkpoints.restore(like)
         assert jax.tree.structure(restored) == jax.tree.structure(like) and cursor == {"at": 7}
         assert_same(restored, state(nested))
-        assert_same(restore_params(tmp_path, like.params), nested(0))
+        assert_same(called(stored_params(tmp_path, like.params)), nested(0))
         checkpoints.save(restored._replace(step=restored.step + 1), {"at": 8})  # from here on in today's layout
     assert_same(Checkpointer(tmp_path, keep=1).restore(like)[0].params, nested(0))
     with pytest.raises(InputError, match=r"is of another model: params.layers.mlp.up: is None, expected \(2,\)"):
         like.params["layers"]["mlp"]["up"] = like.params["layers"]["mlp"]["gate"]
-        restore_params(tmp_path, like.params)
+        stored_params(tmp_path, like.params)
 
 
 def test_another_model_is_named_by_its_leaves(tmp_path):
@@ -314,7 +314,7 @@ def test_another_model_is_named_by_its_leaves(tmp_path):
     with pytest.raises(InputError, match=message):
         Checkpointer(tmp_path, keep=1).restore(state_of(0, width=5))
     with pytest.raises(InputError, match=message):
-        restore_params(tmp_path, state_of(0, width=5).params)
+        stored_params(tmp_path, state_of(0, width=5).params)
 
 
 def test_changes_of_a_config_that_do_not_matter_are_said(tmp_path, capsys):

@@ -11,6 +11,7 @@ import pytest
 from training import (
     EIGHT_DEVICES,
     assert_same,
+    called,
     metrics_but_timings,
     on_mesh,
     plain_step,
@@ -25,7 +26,7 @@ from rmr1_jax.distributed.mesh import MeshConfig, make_mesh, single_device_mesh
 from rmr1_jax.errors import InputError, RunError
 from rmr1_jax.model.qwen import split
 from rmr1_jax.policy import load
-from rmr1_jax.train.checkpoint import Checkpointer, restore_params
+from rmr1_jax.train.checkpoint import Checkpointer, stored_params
 from rmr1_jax.train.metrics import MetricsLog, read_metrics
 from rmr1_jax.train.micro_batches import to_micro_batches
 from rmr1_jax.train.optim import OptimConfig, init_state, lr_schedule, make_optimizer
@@ -169,7 +170,7 @@ def test_a_checkpoint_of_one_device_is_read_by_eight(policy, tmp_path):
     assert cursor == {"next_batch": 4} and int(restored.step) == 4
     assert_same(restored, state)
     assert jax.tree.map(lambda x: x.sharding, restored) == jax.tree.map(lambda x: x.sharding, like)
-    exported = restore_params(tmp_path, sharded.params)
+    exported = called(stored_params(tmp_path, sharded.params))
     assert_same(exported, policy.params)
     assert exported["layers"]["mlp"]["gate"].sharding == sharded.params["layers"]["mlp"]["gate"].sharding
 
@@ -214,7 +215,7 @@ def test_moments_lie_where_they_are_told_and_the_first_in_its_dtype(policy):
 
 def test_checkpoints_that_are_not_there(tmp_path):
     with pytest.raises(InputError, match="holds no checkpoint"):
-        restore_params(tmp_path, {})
+        stored_params(tmp_path, {})
     with pytest.raises(InputError, match=r"metrics.jsonl does not exist"):
         read_metrics(tmp_path)
 

@@ -1,0 +1,73 @@
+"""Real models against Transformers, in float32: the rendered chat, the logits, 64 greedy tokens.
+
+RMR1_REAL_MODEL=DIR[:DIR...] python -m pytest tests/model/test_real_model.py
+
+A stage holds the weights once and frees them before the next, so that a model takes its weights in float32 and about
+1.5 GB beside them.
+"""
+
+import gc
+import os
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from rmr1_jax.distributed.mesh import single_device_mesh
+from rmr1_jax.pairs.pair import PreferencePair, render_pair
+from rmr1_jax.policy import load
+from rmr1_jax.prompts.prompt import get_prompt
+
+MODELS = [Path(name) for name in os.environ.get("RMR1_REAL_MODEL", "").split(":") if name]
+NEW = 64
+# RewardBench, row 2625 (llmbar-natural).
+ROW = (
+    "Infer the implied meaning of the following sentence: She is not what she used to be.",
+    "She has changed substantially over time.",
+    "She is not as she once was.",
+)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not MODELS, reason="RMR1_REAL_MODEL names no directory of a real model")
+@pytest.mark.parametrize("directory", MODELS, ids=lambda path: path.name)
+def test_a_real_model_is_that_of_transformers(directory):
+    messages = render_pair(get_prompt("cor"), PreferencePair.from_answers("2625", *ROW))
+    tokenizer = load(directory, "float32", single_device_mesh()).tokenizer
+    chat = AutoTokenizer.from_pretrained(directory).apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=False
+    )
+    ids = tokenizer.render(messages)
+    assert tokenizer.hf.decode(ids) == chat and 300 < len(ids) < 1500
+    greedy = ours_greedy(directory, ids)
+    logits, theirs = ours_logits(directory, ids + greedy), their_logits(directory, ids + greedy)
+    difference, largest = np.abs(logits - theirs).max(), np.abs(theirs).max()
+    print(f"{directory.name}: {len(ids)} + {len(greedy)} tokens, logits of up to {largest:.1f} within {difference:.1e}")
+    assert difference <= 1e-4 and largest > 10
+    # Transformers' choice after each prefix of our text: all equal means the same greedy text.
+    assert theirs[len(ids) - 1 : -1].argmax(-1).tolist() == greedy
+
+
+def ours_greedy(directory: Path, ids: list[int]) -> list[int]:
+    policy = load(directory, "float32", single_device_mesh())
+    # No stops: each of the 64 tokens is compared, also those behind an early end.
+    [[completion]] = policy.sample([ids], max_new_tokens=NEW, temperature=0.0, stop_token_ids=())
+    assert len(completion.token_ids) == NEW
+    return completion.token_ids
+
+
+def ours_logits(directory: Path, ids: list[int]) -> np.ndarray:
+    gc.collect()
+    logits = np.array(load(directory, "float32", single_device_mesh()).logits(np.array([ids]))[0])
+    jax.clear_caches()
+    gc.collect()
+    return logits
+
+
+def their_logits(directory: Path, ids: list[int]) -> np.ndarray:
+    with torch.inference_mode():
+        model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+        return model(torch.tensor([ids])).logits[0].numpy()
