@@ -120,6 +120,7 @@ def _explain(cls: Any, error: Any) -> str:
         return str(error["ctx"]["error"])
     place = ".".join(map(str, error["loc"]))
     place = ".".join(map(str, error["loc"]))
+    place = ".".join(map(str, error["loc"]))
     if error["type"] == "unexpected_keyword_argument":
         *parents, key = error["loc"]
         known = [field.name for field in dataclasses.fields(_section(cls, parents))]

@@ -99,7 +99,7 @@ class Policy:
     ) -> Iterator[tuple[int, int, Sample]]:
         """Samples as `sample` does, in tokens, and yields (prompt, number, sample) as they finish."""
         stops = self.tokenizer.stop_ids if stop_token_ids is None else stop_token_ids
-        engine = Engine.for_prompts(self.structure, self.weights, prompts, sampling, mesh=self.mesh)
+        engine = Engine.for_prompts(self.module, self.weights, prompts, sampling, mesh=self.mesh)
         try:
             yield from engine.stream(self.weights, prompts, stops)
         finally:
@@ -126,14 +126,14 @@ class Policy:
         and no other returns before it is there."""
         params = self.source.deferred(self.mesh) if self._unread else self.params
         own = self.source.dtype if self._unread else params["embed"].dtype
-        write_model(directory, self.structure, params, self.tokenizer, dtype=dtype or str(own))
+        write_model(directory, self.module, params, self.tokenizer, dtype=dtype or str(own))
 
     @property
     def config(self) -> QwenConfig:
-        return self.structure.config
+        return self.module.config
 
     @property
-    def structure(self) -> Qwen:
+    def module(self) -> Qwen:
         """The module, which need not hold arrays."""
         return self.source.module if isinstance(self.source, StoredModel) else self.source
 
@@ -161,7 +161,7 @@ class Policy:
 
     def with_params(self, params: Params) -> Policy:
         """The same policy with other weights."""
-        return dataclasses.replace(self, source=with_params(self.structure, params))
+        return dataclasses.replace(self, source=with_params(self.module, params))
 
     @property
     def _unread(self) -> bool:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from policies import tiny_policy
 
+from rmr1_jax.distributed.mesh import single_device_mesh
 from rmr1_jax.errors import InputError
 from rmr1_jax.model.stored_model import StoredModel
 from rmr1_jax.policy import Policy, load
@@ -44,7 +45,7 @@ def test_sampling_holds_the_weights_once(directory, reads):
     expected = completions(tiny_policy())
     gc.collect()
     before = {id(x) for x in jax.live_arrays()}
-    policy = load(directory, "float32")
+    policy = load(directory, "float32", single_device_mesh())
     assert policy.config == tiny_policy().config and reads == []
     assert not [x for x in jax.live_arrays() if id(x) not in before]  # nothing is allocated before it is needed
     assert completions(policy) == expected
@@ -57,7 +58,7 @@ def test_sampling_holds_the_weights_once(directory, reads):
 
 
 def test_the_training_layout_is_read_once_and_serves_sampling_too(directory, reads):
-    policy = load(directory, "float32")
+    policy = load(directory, "float32", single_device_mesh())
     jax.tree.map(np.testing.assert_array_equal, policy.params, tiny_policy().params)
     tokens = np.arange(8)[None]
     np.testing.assert_array_equal(policy.logits(tokens), tiny_policy().logits(tokens))
@@ -66,7 +67,7 @@ def test_the_training_layout_is_read_once_and_serves_sampling_too(directory, rea
 
 
 def test_other_weights_take_the_place_of_those_that_were_not_read(directory, reads):
-    trained = load(directory, "float32").with_params(tiny_policy().params)
+    trained = load(directory, "float32", single_device_mesh()).with_params(tiny_policy().params)
     assert completions(trained) == completions(tiny_policy())
     assert trained.config == tiny_policy().config and reads == []
 

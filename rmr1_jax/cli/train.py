@@ -98,9 +98,9 @@ class Export:
 
         jax.config.update("jax_platforms", "cpu")  # an accelerator may be busy with the run
         policy = load(self.model or self._model_of_run(), self.dtype, single_device_mesh())
-        like = abstract_params(policy.structure, policy.mesh, self.dtype)
+        like = abstract_params(policy.module, policy.mesh, self.dtype)
         params = stored_params(self.checkpoint, like)
-        write_model(self.out, policy.structure, params, policy.tokenizer, dtype=self.dtype)
+        write_model(self.out, policy.module, params, policy.tokenizer, dtype=self.dtype)
         print(f"written: {self.out}")
 
     def _model_of_run(self) -> str:

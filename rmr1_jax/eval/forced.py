@@ -139,7 +139,7 @@ def _ending(tokenizer: Any, close: str) -> tuple[list[int], tuple[int, int]]:
 
 def _answers(judge: Judge, asked: list[_Question], batch_tokens: int) -> Iterator[tuple[_Place, str]]:
     policy, rows = judge.policy, [question.tokens for question in asked]
-    divisor, graphdef = rows_divisor(policy.mesh), split(policy.structure)[0]
+    divisor, graphdef = rows_divisor(policy.mesh), split(policy.module)[0]
     for batch in batches(rows, longest=policy.config.max_length, batch_tokens=batch_tokens, divisor=divisor):
         choices = np.zeros((len(batch.counts), 2), np.int32)
         choices[: len(batch.numbers)] = [asked[number].choices for number in batch.numbers]
