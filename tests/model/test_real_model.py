@@ -2,8 +2,8 @@
 
 RMR1_REAL_MODEL=DIR[:DIR...] python -m pytest tests/model/test_real_model.py
 
-A stage holds the weights once and frees them before the next, so that a model takes its weights in float32 and about
-1.5 GB beside them.
+Each stage holds the weights once and frees them before the next. The 0.5B takes 5.3 GB, of which 1.3 are pages of the
+file that Transformers maps.
 """
 
 import gc
