@@ -59,7 +59,7 @@ def load_config(cls: type[C], path: str | Path, overrides: Sequence[str] = ()) -
     Raises:
         InputError: as `read_yaml`; or keys are unknown, or values missing or wrong, all of which are named at once.
     """
-    return build_config(cls, _override(read_yaml(path), overrides), source=str(path))
+    return build_config(cls, with_overrides(read_yaml(path), overrides), source=str(path))
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -139,7 +139,9 @@ def _section(cls: Any, path: Sequence[str | int]) -> Any:
     return cls
 
 
-def _override(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+def with_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Add overrides such as `key.sub=value` to a tree of plain values, in place; return it. Raises InputError for one
+    that is none."""
     for item in overrides:
         key, equals, value = item.partition("=")
         if not equals or not key:

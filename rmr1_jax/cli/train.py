@@ -58,12 +58,17 @@ class Plan(ConfigCommand):
     """Estimate the memory and time of a training run on a TPU slice that you do not have, by compiling its programs for
     that slice. Requires the extra `tpu`."""
 
+    config: Annotated[Positional[Path], arg(metavar="CONFIG.yaml|MODEL")]
+    """YAML file with the settings of a run; or, with --sampler-only, a model: its directory, or the name of a Qwen2.5
+    or DeepSeek-R1-Distill-Qwen model."""
     topology: str
     """TPU generation and shape of the slice: two dimensions for v5e and v6e (v5e:16x16), three for v5p (v5p:4x4x4)."""
     slices: int = 1
     """Number of slices; each holds a replica of the weights."""
     sampler_only: bool = False
-    """Plan only the sampler of a GRPO run, without the weights and optimizer of training, as for judging."""
+    """Plan only the sampler, on one host. For a model: as `rmr1 judge` samples, with overrides such as
+    max_prompt_tokens=2048 max_new_tokens=2048 slots=128 tensor=4. For the settings of a GRPO run: the most samples that
+    fit without the weights and optimizer of training."""
     json: bool = False
     """Print a list of JSON objects instead of a table."""
 

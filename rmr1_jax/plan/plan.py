@@ -22,7 +22,9 @@ from rmr1_jax.errors import InputError
 from rmr1_jax.model.config import QwenConfig
 from rmr1_jax.model.qwen import Qwen
 from rmr1_jax.plan.compile import Compiled
-from rmr1_jax.plan.costs import Cost, decode_cost, forward_cost, grow_cost, prefill_cost, time_bound, update_cost
+from rmr1_jax.plan.costs import forward_cost, update_cost
+from rmr1_jax.plan.judging import JudgingConfig, judging_config, judging_lines
+from rmr1_jax.plan.lines import Line, mesh_text, plan_line, sampler_lines
 from rmr1_jax.plan.model import model_shape
 from rmr1_jax.plan.sampler import SamplingTask, fit_slots
 from rmr1_jax.plan.slice import GIB, Target, slice_target
@@ -33,19 +35,6 @@ from rmr1_jax.sampler.layout import layout, weight_bytes
 from rmr1_jax.sampler.shapes import cache_ways
 from rmr1_jax.train.config import GrpoConfig, SftConfig
 
-Line = dict[str, Any]
-
-# The settings that reduce memory, those that cost the least speed first.
-MEMORY_SETTINGS = (
-    "optimizer.mu_dtype=bfloat16",
-    "reference_memory=host (GRPO)",
-    "optimizer.memory=host (not for the update)",
-    "remat=offload",
-    "fewer micro_rows, with a larger mesh.tensor if needed",
-    "a shorter row_length",
-    "a larger slice",
-    "for the sampler: a larger sampling_tensor, or a smaller sampling.max_new_tokens",
-)
 COLUMNS = ("program", "mesh", "rows", "arguments", "temporaries", "total", "of", "fits", "compile", "TFLOP")
 COLUMNS += (*COLLECTIVES, "bound", "seconds", "MFU")
 
@@ -53,7 +42,8 @@ COLUMNS += (*COLLECTIVES, "bound", "seconds", "MFU")
 def print_plan(
     path: Path, overrides: Sequence[str], *, topology: str, slices: int, sampler_only: bool, as_json: bool
 ) -> None:
-    """Print the plan of a run (`rmr1 plan`), as a table with remarks or as a JSON list.
+    """Print the plan of a run (`rmr1 plan`), as a table with remarks or as a JSON list. With `sampler_only`, `path` may
+    be a model: then the plan is that of `rmr1 judge`.
 
     Raises:
         InputError: a mistake in the config, or in the name of the model or the slice; libtpu is not installed; no mesh
@@ -61,11 +51,17 @@ def print_plan(
     """
     jax.config.update("jax_platforms", "cpu")  # do not occupy a TPU of this machine
     jax.config.update("jax_enable_compilation_cache", False)  # compile times would be those of reading files
-    config = read_run(path, overrides)
-    if sampler_only and not isinstance(config, GrpoConfig):
-        raise InputError(f"--sampler-only: {path} is an SFT run, which does not sample; give the config of a GRPO run")
-    model = model_shape(config.model)
-    lines = plan(config, model, slice_target(topology, slices), sampler_only=sampler_only)
+    judging = sampler_only and path.suffix not in (".yaml", ".yml")
+    config = judging_config(path, overrides) if judging else read_run(path, overrides)
+    if sampler_only and isinstance(config, SftConfig):
+        raise InputError(
+            f"--sampler-only: {path} is an SFT run, which does not sample; give the config of a GRPO run, or a model"
+        )
+    model, target = model_shape(config.model), slice_target(topology, slices)
+    if isinstance(config, JudgingConfig):
+        lines = judging_lines(config, model, target)
+    else:
+        lines = plan(config, model, target, sampler_only=sampler_only)
     lines = ({"topology": topology, "slices": slices} | line for line in lines)
     if as_json:
         print(json.dumps(list(lines), indent=1))
@@ -91,10 +87,10 @@ def plan(config: Config, model: QwenConfig, target: Target, *, sampler_only: boo
     mesh = training_mesh(config, model, target.devices, target.slices)
     shape = batch_shape(config)
     overrides = " ".join(f"mesh.{axis}={size}" for axis, size in mesh.shape.items())
-    facts = {"mesh": _mesh_text(mesh), "rows": shape.rows, "overrides": overrides}
+    facts = {"mesh": mesh_text(mesh), "rows": shape.rows, "overrides": overrides}
     for name, compiled in () if sampler_only else training_programs(config, model, mesh):
         cost = update_cost if name.endswith("update") else forward_cost
-        yield _line(name, compiled, cost(config, model, mesh, shape), target.memory, mesh) | facts
+        yield plan_line(name, compiled, cost(config, model, mesh, shape), target.memory, mesh) | facts
     if isinstance(config, GrpoConfig):
         resident = 0 if sampler_only else resident_bytes(config, model, mesh)
         yield from _sampler_lines(config, model, mesh, target, resident, overrides)
@@ -110,44 +106,24 @@ def _sampler_lines(
     budget = config.sampling.cache_gib and config.sampling.cache_gib / hosts
     sampling = dataclasses.replace(config.sampling, cache_gib=budget)
     task = SamplingTask(sampling, -(-config.prompts_per_step // hosts), config.max_prompt_length, dtype)
-    facts: Line = {"mesh": f"{_mesh_text(local)} a host", "rows": 0, "slots": 0}
+    facts: Line = {"mesh": f"{mesh_text(local)} a host", "rows": 0, "slots": 0}
     overrides += f" sampling_tensor={local.shape['tensor']}"
     try:
         shapes, programs = fit_slots(model, local, task, limit, resident=resident)
     except InputError:
         held = Compiled(resident + weight_bytes(Qwen(model), local, dtype), 0, 0, 0.0, None)
-        yield _line("decode", held, None, limit, local) | facts | {"overrides": overrides}
+        yield plan_line("decode", held, None, limit, local) | facts | {"overrides": overrides}
         return
     slots = hosts * shapes.banks * shapes.slots
     cache = shapes.cache_bytes(model, dtype.itemsize)
     cache_gib = math.ceil(hosts * cache / GIB * 1000) / 1000  # rounded up, or a slot would be lost
     overrides += f" sampling.slots={slots} sampling.cache_gib={cache_gib:g}"
     facts |= {"rows": slots, "slots": slots, "cache_gib": round(cache / cache_ways(model, local) / GIB, 2)}
-    costs = {"decode": decode_cost, "prefill": prefill_cost, "grow": grow_cost}
-    for name, compiled in programs.items():
-        line = _line(name, compiled, costs[name](model, local, shapes, task), limit, local)
+    for line in sampler_lines(model, local, shapes, task, programs, limit):
         yield line | facts | {"overrides": overrides}
 
 
-def _mesh_text(mesh: Mesh) -> str:
-    return " ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1) or "one device"
-
-
-def _line(name: str, compiled: Compiled, cost: Cost | None, limit: int, mesh: Mesh) -> Line:
-    gib = {"arguments": compiled.arguments, "temporaries": compiled.temporaries, "code": compiled.code}
-    gib |= {"total": compiled.total, "limit": limit}
-    traffic, fits = compiled.traffic, compiled.fits(limit)
-    bound = time_bound(cost, traffic, mesh.devices.flat[0]) if cost and traffic else None
-    line: Line = {"program": name} | {f"{key}_gib": round(value / GIB, 2) for key, value in gib.items()}
-    line |= {"fits": fits, "knobs": [] if fits else list(MEMORY_SETTINGS)}
-    line |= {"compile_s": round(compiled.seconds, 1), "chips": mesh.size}
-    line |= {"tokens": cost and cost.tokens, "flops": cost and cost.model_flops}
-    line |= {"hardware_flops": cost and cost.flops, "memory_bytes": cost and cost.memory}
-    line |= {"collective_bytes": traffic and traffic.links, "network_bytes": traffic and traffic.network}
-    return line | {"bound": bound and bound.name, "seconds": bound and bound.seconds, "mfu": bound and bound.mfu}
-
-
-def table(config: Config, lines: Iterable[Line]) -> Iterator[str]:
+def table(config: Config | JudgingConfig, lines: Iterable[Line]) -> Iterator[str]:
     """Yield the plan as text: a row as soon as its line is there, then remarks."""
     widths = [18, 24] + [max(len(name), 8) for name in COLUMNS[2:]]
     done = []
@@ -172,7 +148,7 @@ def _number(value: float | None, unit: float) -> str:
     return "?" if value is None else f"{value / unit:.3g}"
 
 
-def _remarks(config: Config, lines: Sequence[Line]) -> Iterator[str]:
+def _remarks(config: Config | JudgingConfig, lines: Sequence[Line]) -> Iterator[str]:
     yield "Compiled, not run. Memory and bytes between chips are in GiB per chip, TFLOP are of one call on all chips."
     yield "The time is a lower bound: the longest of those for compute, memory and links, each at its peak speed."
     if any(line["program"] == "grpo_update" for line in lines):

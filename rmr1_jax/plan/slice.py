@@ -62,6 +62,8 @@ def slice_devices(topology: str, slices: int = 1) -> list[jax.Device]:
         options["chips_per_host_bounds"] = (2, 2, 1)
     if re.fullmatch(r"\w+:1(x1)*", topology):
         options["chips_per_host_bounds"] = (1, 1, 1)
+    if slices == 1 and re.fullmatch(r"v[56]e:2x4", topology):
+        options["chips_per_host_bounds"] = (2, 4, 1)  # a machine with eight chips; libtpu's default is two with four
     try:
         return list(topologies.get_topology_desc(topology, "tpu", **options).devices)
     except jax.errors.JaxRuntimeError as e:

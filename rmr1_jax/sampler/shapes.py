@@ -118,10 +118,12 @@ def plan_shapes(
     fitting = next((s for s in range(slots, 0, -1) if shapes(s).cache_bytes(config, itemsize) <= budget * 2**30), None)
     if fitting is None:
         least = math.ceil(shapes(1).cache_bytes(config, itemsize) / 2**30 * 1e6) / 1e6
-        given = f"{budget:.3g} GiB, what is free on the devices," if sampling.cache_gib is None else f"{budget}"
+        need = f"holds no sample of {longest} + {sampling.max_new_tokens} tokens on {banks} data-parallel devices"
+        if sampling.cache_gib is not None:
+            raise InputError(f"sampling.cache_gib={budget} {need}; give at least {least:g}, or fewer tokens")
         raise InputError(
-            f"sampling.cache_gib={given} holds no sample of {longest} + {sampling.max_new_tokens} tokens "
-            f"on {banks} data-parallel devices; give at least {least:g}, or fewer tokens"
+            f"beside the weights, the devices have {budget:.3g} GiB for keys and values, which {need}; that takes "
+            f"{least:.3g} GiB: ask for fewer tokens, or let more devices share a copy of the weights (a larger tensor)"
         )
     return shapes(fitting)
 

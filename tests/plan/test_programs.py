@@ -23,7 +23,8 @@ from rmr1_jax.model.qwen import Qwen, abstract_params
 from rmr1_jax.plan import sampler as plan_sampler
 from rmr1_jax.plan.compile import Compiled, compile_program
 from rmr1_jax.plan.costs import update_cost
-from rmr1_jax.plan.plan import MEMORY_SETTINGS, plan, table
+from rmr1_jax.plan.lines import MEMORY_SETTINGS
+from rmr1_jax.plan.plan import plan, table
 from rmr1_jax.plan.sampler import SamplingTask, fit_slots
 from rmr1_jax.plan.slice import Target, parse_out_of_memory
 from rmr1_jax.plan.traffic import COLLECTIVES, Traffic
