@@ -10,8 +10,10 @@ import time
 from pathlib import Path
 
 import pytest
+from chat_server import ChatServer
 from eval_data import write_rows
 from hosts import free_port, start
+from policies import prefers
 
 from rmr1_jax.prompts.prompt import Prompt, save_prompt
 
@@ -181,6 +183,26 @@ def test_two_processes_finish_what_one_began(folder, in_one):
     Processes(folder, "eval", out, 2).finish()
     assert set(kept) <= set(written(out / ROWS["eval"])) and len(kept) < PAIRS
     assert files_of(out) == in_one("eval")
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_requests_to_an_endpoint(folder):
+    def script(request, number):
+        return prefers("Paris")(request["messages"][-1]["content"], number)
+
+    made = {}
+    with ChatServer(script, key=None) as server:
+        for count in (1, 2):
+            out, port, before = folder / f"endpoint-{count}", free_port(), len(server.log)
+            judge = ["--judge", "endpoint", "--base-url", server.url, "--model", "m", "--key-variable", ""]
+            line = [sys.executable, str(WORKER), "0", "eval", "injection", *judge, "--limit", "30", "--out", str(out)]
+            both = [start(line, i, count, port) for i in range(count)]
+            said = [process.communicate(timeout=300)[0] for process in both]
+            assert [process.returncode for process in both] == [0] * count, said
+            made[count] = files_of(out)
+            asked = [json.dumps(request["messages"]) for request, _, _ in server.log[before:]]
+            assert len(asked) == len(made[count]["judgements.jsonl"].splitlines()) > 30
+    assert made[1] == made[2] and "clean pairs:" in said[0] and "pairs" not in said[1]
 
 
 @pytest.mark.slow
