@@ -26,6 +26,8 @@ from rmr1_jax.data.chains.chains import ChainsConfig
 from rmr1_jax.data.mix.mixture import MixtureConfig
 from rmr1_jax.data.prepare import PrepareConfig
 from rmr1_jax.errors import InputError
+from rmr1_jax.plan.judging import judging_config
+from rmr1_jax.plan.model import model_shape
 from rmr1_jax.train.config import GrpoConfig, SftConfig
 
 CONFIGS = {
@@ -79,7 +81,9 @@ def parse(tmp_path, monkeypatch):
     loaded: list = []
 
     def load(command: ConfigCommand) -> None:
-        if not command.config.name.startswith("CONFIG"):  # a placeholder
+        if getattr(command, "sampler_only", False) and command.config.suffix != ".yaml":
+            model_shape(judging_config(command.config, command.overrides).model)
+        elif not command.config.name.startswith("CONFIG"):  # a placeholder
             config = load_any(CONFIGS.get(type(command), (SftConfig, GrpoConfig)), command.config, command.overrides)
             loaded.append(config)
 
