@@ -22,6 +22,7 @@ from jax.sharding import Mesh
 from rmr1_jax.distributed.exchange import all_shares, any_of, first, gather, own_share
 from rmr1_jax.distributed.mesh import local_mesh, sampling_mesh
 from rmr1_jax.distributed.preemption import Preempted
+from rmr1_jax.model.tokenizer import Tokenizer, completion_text
 from rmr1_jax.policy import DTYPES, Policy
 from rmr1_jax.prompts.trace import parse_trace
 from rmr1_jax.prompts.verdict import eval_verdict, format_reward, training_reward
@@ -109,7 +110,7 @@ def roll_out(
         engine = Engine.for_prompts(policy.model, weights, token_ids, sampling, mesh=local_mesh(mesh))
         watched = first() and sys.stderr.isatty()
         samples, stats = engine.generate(weights, token_ids, policy.tokenizer.stop_ids, bar=watched)
-        return score(share, samples, policy.tokenizer.decode, reward, normalize_std=config.normalize_std), stats
+        return score(share, samples, policy.tokenizer, reward, normalize_std=config.normalize_std), stats
 
     P, rounds = config.prompts_per_step, 0
     groups: list[Group] = []
@@ -154,13 +155,18 @@ def _in_shares(
 def score(
     prompts: Sequence[RlPrompt],
     groups: Sequence[Sequence[Sample]],
-    decode: Callable[[Sequence[int]], str],
+    tokenizer: Tokenizer,
     reward: Reward,
     *,
     normalize_std: bool,
 ) -> list[Group]:
-    """The groups of the sampler's results, with rewards and advantages. Raises InputError if a reward is not finite."""
-    texts = [[decode(s.token_ids) for s in group] for group in groups]
+    """The groups of the sampler's results, with rewards and advantages. A text begins with the `<think>` that the chat
+    template opens for it, so that a thought that never ends is rewarded as one. Raises InputError if a reward is not
+    finite."""
+    texts = [
+        [completion_text(tokenizer, prompt.tokens.tolist(), sample.token_ids) for sample in group]
+        for prompt, group in zip(prompts, groups, strict=True)
+    ]
     rewards = np.asarray([[reward(t, p) for t in group] for p, group in zip(prompts, texts, strict=True)], np.float32)
     advantages = group_advantages(rewards, normalize_std=normalize_std)
     return [Group(*x) for x in zip(prompts, groups, texts, rewards, advantages, strict=True)]

@@ -4,15 +4,27 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from chat_models import deepseek_distill
 
 from rmr1_jax.errors import InputError
+from rmr1_jax.model.tokenizer import Tokenizer
 from rmr1_jax.quickstart.world import make_items, oracle_trace
 from rmr1_jax.sampler.sample import Sample, SamplingConfig
 from rmr1_jax.train.config import GrpoConfig
 from rmr1_jax.train.micro_batches import mini_batch
-from rmr1_jax.train.rollout import Group, RlPrompt, next_prompts, rollout_metrics, score
+from rmr1_jax.train.rollout import Group, RlPrompt, make_reward, next_prompts, rollout_metrics, score
 
 PROMPTS = [RlPrompt(str(i), np.full(3 + i, 50 + i, np.int32), "AB"[i % 2]) for i in range(5)]
+
+
+class IdsAsText(Tokenizer):
+    """Decodes ids to their numbers."""
+
+    def __init__(self):
+        pass
+
+    def decode(self, ids) -> str:
+        return "".join(map(str, ids))
 
 
 def sample(tokens: list[int], reason: str = "stop") -> Sample:
@@ -61,7 +73,7 @@ def test_score():
     groups = score(
         PROMPTS[:2],
         [[sample([1, 2, 3]), sample([4])], [sample([5, 6]), sample([7, 8])]],
-        lambda ids: "".join(map(str, ids)),
+        IdsAsText(),
         reward,
         normalize_std=True,
     )
@@ -72,9 +84,26 @@ def test_score():
     assert [g.mixed for g in groups] == [True, False]
 
 
+def test_a_thought_that_the_template_opens_is_part_of_the_text(world_tokenizer, tmp_path):
+    """One that never ends is no complete trace, whatever is in it; where nothing is opened, the text is as decoded."""
+    verdict = "<eval>A is right.</eval><answer>[[A]]</answer>"
+    written = (verdict, f"x</think>{verdict}", "x")
+    expected = {True: [1, 2, 0], False: [2, 2, 0]}
+    distill = Tokenizer(deepseek_distill(world_tokenizer, tmp_path / "distill"))
+    for opens, tokenizer in ((True, distill), (False, Tokenizer(world_tokenizer))):
+        rendered = tokenizer.render([{"role": "user", "content": "Which is it?"}])
+        prompt = RlPrompt("p", np.asarray(rendered, np.int32), "A")
+        samples = [sample(tokenizer.encode_trace(text)) for text in written]
+        reward = make_reward("cold_start", "compare")
+        [found] = score([prompt], [samples], tokenizer, reward, normalize_std=False)
+        assert found.rewards.tolist() == expected[opens]
+        assert found.texts == [("<think>\n" if opens else "") + text for text in written]
+        assert rollout_metrics([found], "compare")["valid"] == pytest.approx(1 / 3 if opens else 2 / 3)
+
+
 def test_a_reward_must_be_finite():
     with pytest.raises(InputError, match="prompt 0, sample 0 is nan; a reward must be finite"):
-        score(PROMPTS[:1], [[sample([1])]], str, lambda text, prompt: float("nan"), normalize_std=True)
+        score(PROMPTS[:1], [[sample([1])]], IdsAsText(), lambda text, prompt: float("nan"), normalize_std=True)
 
 
 # ---- packing
