@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from rmr1_jax.distributed.exchange import first, wait
+from rmr1_jax.distributed.exchange import first, gather, wait
 from rmr1_jax.distributed.mesh import rows_divisor, single_device_mesh
 from rmr1_jax.errors import InputError
 from rmr1_jax.files.hub import locate
@@ -107,17 +107,24 @@ class Policy:
 
     @functools.cached_property
     def stats(self) -> SampleStats:
-        """The sampler's counts over all calls of `sample` and `stream` so far."""
+        """The sampler's counts over all calls of `sample` and `stream` in this process so far."""
         return SampleStats()
 
     def stats_text(self) -> str:
-        """The counts so far in one line: texts, tokens a second, devices, occupancy."""
-        s, mesh = self.stats, self.mesh
-        data, tensor = rows_divisor(mesh), mesh.shape["tensor"]
+        """The counts so far in one line, over all processes (a collective): texts, tokens a second, devices, occupancy.
+        "" where nothing was sampled."""
+        counted, total, mesh = gather(self.stats), SampleStats(), self.mesh
+        for stats in counted:
+            total.add(stats)
+        speed = total.new_tokens / max(1e-9, *(stats.seconds for stats in counted))
+        where = f"{mesh.size} device{'s' * (mesh.size > 1)} (data {rows_divisor(mesh)} x tensor {mesh.shape['tensor']})"
+        if len(counted) > 1:
+            where = f"{len(counted)} processes with {where} each"
+        if not total.samples:
+            return ""
         return (
-            f"sampled {s.samples:,} texts, {s.new_tokens:,} tokens at {s.new_tokens / max(s.seconds, 1e-9):,.0f} "
-            f"tokens/s on {mesh.size} device{'s' * (mesh.size > 1)} (data {data} x tensor {tensor}), "
-            f"occupancy {s.occupancy:.0%}"
+            f"sampled {total.samples:,} texts, {total.new_tokens:,} tokens at {speed:,.0f} tokens/s on {where}, "
+            f"occupancy {total.occupancy:.0%}"
         )
 
     def save(self, directory: str | Path, *, dtype: str | None = None) -> None:
