@@ -54,6 +54,7 @@ class Eval(AnyJudgeOptions):
         return {"rule": rule, "escape_untrusted": escape}
 
     def run(self) -> None:
+        self.check_options()
         if self.forced_budgets and self.judge != "policy":
             raise InputError(f"--forced-budgets needs a policy to continue texts, not --judge {self.judge}")
         if self.benchmark == "injection":
@@ -116,10 +117,6 @@ def make_judge(command: Eval) -> NamedJudge:
     if command.judge == "scalar":
         from rmr1_jax.judge.scalar import ScalarJudge, load_scalar
 
-        drawing = [name for name in ("top_p", "top_k", "min_p") if getattr(command, name) is not None]
-        if drawing or command.generation_config:
-            option = (drawing or ["generation_config"])[0].replace("_", "-")
-            raise InputError(f"--judge scalar samples no text; leave --{option} out")
         arguments = template_arguments(command.chat_template_kwargs)
         model = load_scalar(command.model, command.dtype, tensor=command.tensor, chat_template_kwargs=arguments)
         judge, directory = ScalarJudge(model), model.tokenizer.directory

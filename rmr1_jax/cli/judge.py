@@ -25,6 +25,21 @@ if TYPE_CHECKING:
     from rmr1_jax.judge.judgement import JudgeSampling, Voting
 
 
+# The options that have no effect on a kind of judge, and that it refuses therefore, with the reason.
+_ENDPOINT_ONLY = tuple(field.name for field in dataclasses.fields(EndpointOptions))
+_WITHOUT_EFFECT = {
+    "policy": (_ENDPOINT_ONLY, "is for --judge endpoint, and the judge is a policy"),
+    "scalar": (
+        (*_ENDPOINT_ONLY, "top_p", "top_k", "min_p", "generation_config", "slots"),
+        "has no effect, because --judge scalar samples no text",
+    ),
+    "endpoint": (
+        ("tensor", "slots", "max_prompt_tokens", "generation_config", "profile"),
+        "has no effect, because --judge endpoint loads no model here",
+    ),
+}
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class JudgeOptions:
     """How a policy judges."""
@@ -63,7 +78,7 @@ class JudgeOptions:
     """Number of pairs that are judged at a time, by all processes together. A run that was killed judges its last batch
     again."""
     dtype: Dtype = "bfloat16"
-    """Data type of the model's matrix products."""
+    """Data type of the model's matrix products; a model behind an endpoint has its own."""
     tensor: MaybeInt = None
     """Number of devices that share one copy of the weights; the devices of a process hold as many copies as fit.
     Defaults to the smallest number with which the weights take at most half of each device's memory."""
@@ -117,12 +132,13 @@ class JudgeOptions:
 
     @staticmethod
     def print_stats(judge: Any) -> None:
-        """Print how many texts this process sampled and how fast, if the judge samples."""
-        from rmr1_jax.distributed.exchange import this_process
+        """Print how many texts all processes sampled and how fast, if the judge samples (a collective)."""
+        from rmr1_jax.distributed.exchange import first
 
-        policy, (index, count) = getattr(judge, "policy", None), this_process()
-        if policy is not None and policy.stats.samples:
-            print(f"process {index} of {count} " * (count > 1) + policy.stats_text(), file=sys.stderr)
+        policy = getattr(judge, "policy", None)
+        text = "" if policy is None else policy.stats_text()
+        if text and first():
+            print(text, file=sys.stderr)
 
     def identity(self, directory: Path) -> dict[str, Any]:
         """A digest that identifies the model in a directory."""
@@ -135,18 +151,22 @@ class JudgeOptions:
 class AnyJudgeOptions(EndpointOptions, JudgeOptions):
     """How a policy judges, or a model behind an endpoint."""
 
+    judge: str = "policy"
     model: str
     """The model: a Hugging Face directory (such as RUN/model), a hub id, or the model's name at the endpoint."""
+
+    def check_options(self) -> None:
+        """Raise InputError for the first option that has no effect on the kind of judge that was asked for."""
+        names, reason = _WITHOUT_EFFECT[self.judge]
+        for field in dataclasses.fields(self):
+            if field.name in names and getattr(self, field.name) != field.default:
+                raise InputError(f"--{field.name.replace('_', '-')} {reason}; leave it out")
 
     def load_endpoint_judge(self, **options: Any) -> EndpointJudge:
         """The judge behind the endpoint; `options` are more arguments of `EndpointJudge`."""
         from rmr1_jax.judge.endpoint import EndpointJudge
         from rmr1_jax.sampler.sample import LONGEST
 
-        if self.generation_config:
-            raise InputError(
-                "--generation-config reads a model's directory; give --temperature and --top-p to --judge endpoint"
-            )
         arguments, sampling = template_arguments(self.chat_template_kwargs), self.sampling()
         extra = {"chat_template_kwargs": arguments} if arguments else {}
         endpoint = self.endpoint(self.model, self.max_new_tokens or LONGEST, extra)
@@ -184,6 +204,7 @@ class Judge(AnyJudgeOptions):
         from rmr1_jax.pairs.read import read_pairs
         from rmr1_jax.pairs.rows import ReadReport
 
+        self.check_options()
         reading = {"seed": self.seed, "rejects": self.rejects}
         report, voting = ReadReport(), self.voting()
         # All rows are read before the model is loaded, so that a bad row shows now and not after hours.

@@ -71,7 +71,7 @@ class Summary:
             return "no pairs"
         shares = [f"{getattr(self, s) / self.pairs:.1%} {s.replace('_', ' ')}" for s in STATUSES]
         known = f"{self.correct / self.known:.1%} of {self.known}" if self.known else "not known"
-        return f"{self.pairs} pairs: {', '.join(shares)}; accuracy {known}"
+        return f"{self.pairs} pair{'s' * (self.pairs > 1)}: {', '.join(shares)}; accuracy {known}"
 
 
 def verdict_row(pair: PreferencePair, judgement: Judgement) -> dict[str, Any]:

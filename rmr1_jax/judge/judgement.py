@@ -129,7 +129,7 @@ class Unanswered(RunError):
         self.judge, self.answers = judge, answers
         name, answer = next(iter(answers.items()))
         refused = sum(answer.failure == "refused" for answer in answers.values())
-        count = f"{len(answers)} pairs{f' ({refused} refused)' if refused else ''}"
+        count = f"{len(answers)} pair{'s' * (len(answers) > 1)}{f' ({refused} refused)' if refused else ''}"
         advice = "run the same command again to ask for these alone"
         if refused:
             advice += "; --accept-refusals (accept_refusals) gives refused pairs a row, with the status invalid"

@@ -64,8 +64,8 @@ def layout(
     fitting = [n for n in range(1, len(devices) + 1) if len(devices) % n == 0]
     if tensor is not None and tensor not in fitting:
         raise InputError(
-            f"tensor={tensor} does not divide the {len(devices)} devices of this process; give one of "
-            f"{', '.join(map(str, fitting))}, or leave it out"
+            f"tensor={tensor} does not divide the {len(devices)} device{'s' * (len(devices) > 1)} of this process; "
+            f"give {'one of ' * (len(fitting) > 1)}{', '.join(map(str, fitting))}, or leave it out"
         )
     sizes = [tensor] if tensor else sorted(fitting, key=lambda t: model.config.num_kv_heads % t != 0)
     meshes = [make_mesh(MeshConfig(tensor=t), devices) for t in sizes]

@@ -108,14 +108,35 @@ def test_incompatible_options_are_refused(folder, capsys):
     assert "not --judge scalar" in capsys.readouterr().err
     assert evaluate(folder, "d", "--judge", "scalar", "--votes", "3", model=folder / "scalar") == 2
     assert "neither votes nor both orders" in capsys.readouterr().err
-    assert evaluate(folder, "d", "--judge", "scalar", "--top-k", "3", model=folder / "scalar") == 2
-    assert "--judge scalar samples no text; leave --top-k out" in capsys.readouterr().err
-    assert evaluate(folder, "d", "--judge", "endpoint", "--generation-config", model="m") == 2
-    assert "--generation-config reads a model's directory" in capsys.readouterr().err
     assert evaluate(folder, "d", model=folder / "scalar") == 2
     assert "rmr1 eval --judge scalar" in capsys.readouterr().err
     assert main(["compare", str(folder), str(folder)]) == 2
     assert "judgements.jsonl" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("judge", "options", "reason"),
+    [
+        ("policy", ["--base-url", "http://127.0.0.1:8000/v1"], "is for --judge endpoint"),
+        ("policy", ["--extra", "top_p=0.9"], "is for --judge endpoint"),
+        ("policy", ["--accept-refusals"], "is for --judge endpoint"),
+        ("scalar", ["--top-k", "3"], "--judge scalar samples no text"),
+        ("scalar", ["--concurrency", "2"], "--judge scalar samples no text"),
+        ("endpoint", ["--generation-config"], "--judge endpoint loads no model here"),
+        ("endpoint", ["--tensor", "2"], "--judge endpoint loads no model here"),
+        ("endpoint", ["--slots", "8"], "--judge endpoint loads no model here"),
+        ("endpoint", ["--max-prompt-tokens", "100"], "--judge endpoint loads no model here"),
+    ],
+)
+def test_options_without_an_effect_are_refused(folder, judge, options, reason, capsys):
+    """By `rmr1 judge` too, which knows no scalar judge; before anything is read or written."""
+    rows = ("--input", str(folder / "none.jsonl"), "--output", str(folder / "none"))
+    made = [evaluate(folder, "none", "--judge", judge, *options, model="m")]
+    if judge != "scalar":
+        made.append(main(["judge", "--judge", judge, "--model", "m", *rows, *options]))
+    said = capsys.readouterr().err
+    assert made == [2] * len(made) and said.count(f"error: {options[0]} ") == said.count(reason) == len(made), said
+    assert not (folder / "none").exists()
 
 
 def test_a_number_that_json_has_not_becomes_null(folder, monkeypatch, capsys):

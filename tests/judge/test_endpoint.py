@@ -107,7 +107,7 @@ def test_refusals_have_a_row_if_they_are_accepted_and_outages_have_none(make_jud
     down = Reply("down", status=503)
     with ChatServer(lambda request, number: down if "q2" in request["messages"][-1]["content"] else answer("A")) as s:
         made = []
-        with pytest.raises(RunError, match=r"no answer for 1 pairs.*down.*run the same command again"):
+        with pytest.raises(RunError, match=r"no answer for 1 pair, for one of them.*down.*run the same command again"):
             for number, _ in make_judge(s, endpoint={"concurrency": 1}).stream(PAIRS, Voting()):
                 made.append(number)
     assert made == [0, 1, 3, 4, 5]  # the others have their rows; a rerun asks for the one that is missing
@@ -157,7 +157,7 @@ def test_one_refused_text_of_several_leaves_the_pair_for_the_next_run(make_judge
     script = lambda request, number: Reply("no", status=403) if number == 1 else answer("A")  # noqa: E731
     with (
         ChatServer(script) as server,
-        pytest.raises(Unanswered, match=r"1 pairs \(1 refused\), for one of them \('0'\)"),
+        pytest.raises(Unanswered, match=r"1 pair \(1 refused\), for one of them \('0'\)"),
     ):
         make_judge(server, endpoint={"concurrency": 1}).compare_many(PAIRS[:1], votes=3)
     with ChatServer(script) as server:

@@ -10,10 +10,10 @@ import time
 from pathlib import Path
 
 import pytest
-from chat_server import ChatServer
+from chat_server import ChatServer, Reply
 from eval_data import write_rows
 from hosts import free_port, start
-from policies import prefers
+from policies import answer, prefers
 
 from rmr1_jax.prompts.prompt import Prompt, save_prompt
 
@@ -144,7 +144,10 @@ def test_two_processes_write_the_files_of_one(folder, in_one, name):
     made = files_of(out)
     assert made == in_one(name)
     assert "written:" in first and "process 0 of 2" in first if name != "chains" else "pass 1, try 3" in first
-    assert not re.search("written|pair/s|judge|pass", second), second
+    assert not re.search("written|pair/s|judge|pass|sampled", second), second
+    assert name == "chains" or re.search(r"sampled (64|128) texts,.* on 2 processes with 4 devices .* each", first), (
+        first
+    )
     texts = [json.loads(line) for line in made[ROWS[name]].splitlines()] if name != "chains" else []
     assert name == "chains" or len({json.dumps(row.get("text", row.get("texts"))) for row in texts}) > PAIRS // 4
     if name == "eval":
@@ -203,6 +206,46 @@ def test_two_processes_share_the_requests_to_an_endpoint(folder):
             asked = [json.dumps(request["messages"]) for request, _, _ in server.log[before:]]
             assert len(asked) == len(made[count]["judgements.jsonl"].splitlines()) > 30
     assert made[1] == made[2] and "clean pairs:" in said[0] and "pairs" not in said[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("refused", [{"p3"}, {"p3", "p4", "p6"}])
+def test_pairs_that_an_endpoint_refuses_to_any_process_are_told_once_and_asked_again(folder, refused):
+    """Process 1 asks about p3, process 0 about p4 and p6. Both exit with 1, after all other pairs have their rows."""
+    questions = {row["question"]: row["id"] for row in map(json.loads, (folder / "pairs.jsonl").open())}
+    state = {"refused": refused}
+
+    def script(request, number):
+        text = request["messages"][-1]["content"]
+        [asked] = {name for question, name in questions.items() if text.startswith(f"{question}\nA: ")}
+        return Reply("filtered", status=403) if asked in state["refused"] else answer("A")
+
+    out = folder / f"refused-{len(refused)}"
+    with ChatServer(script, key=None) as server:
+        judge = ["--judge", "endpoint", "--base-url", server.url, "--model", "m", "--key-variable", ""]
+        judge += ["--prompt", folder / "prompt.yaml", "--batch-size", "24"]
+        files = ["--input", folder / "pairs.jsonl", "--output", out / "verdicts.jsonl"]
+        line = list(map(str, [sys.executable, WORKER, "0", "judge", *judge, *files]))
+
+        def run() -> tuple[list[int], list[str]]:
+            port, before = free_port(), len(server.log)
+            both = [start(line, i, 2, port) for i in range(2)]
+            said = [process.communicate(timeout=300)[0] for process in both]
+            return [*(process.returncode for process in both), len(server.log) - before], said
+
+        codes, said = run()
+        assert codes == [1, 1, PAIRS], said
+        count = f"{len(refused)} pair{'s' * (len(refused) > 1)} ({len(refused)} refused)"
+        assert said[0].count("error: ") == 1 and f"no answer for {count}" in said[0] and "403: filtered" in said[0]
+        assert "error" not in said[1] and "written" not in said[0] + said[1], said
+        ids = [json.loads(row)["id"] for row in written(out / "verdicts.jsonl")]
+        assert len(ids) == PAIRS - len(refused) and set(ids) == set(questions.values()) - refused
+
+        state["refused"] = set()
+        codes, said = run()
+        assert codes == [0, 0, len(refused)] and "written" in said[0], said
+    rows = [json.loads(row) for row in (out / "verdicts.jsonl").open()]
+    assert [row["id"] for row in rows] == list(questions.values()) and {row["status"] for row in rows} == {"ok"}
 
 
 @pytest.mark.slow
