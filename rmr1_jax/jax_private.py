@@ -1,7 +1,8 @@
 """Everything that the package imports from `jax._src`, which JAX may change in any release.
 
-No public name exists for what is here. `TRIED` lists the releases of JAX with which every function was run;
-`tests/test_jax_private.py` fails where one of these names has moved, and where another file imports from `jax._src`.
+No public name exists for what is here. `TRIED` lists the releases of JAX that it was run with: the tests with the
+first, training on one GPU, by cuDNN's attention, with the second. `tests/test_jax_private.py` fails where one
+of these names has moved, and where another file imports from `jax._src`.
 Nothing is imported before a function is called, so a change breaks what needs the name and nothing else.
 """
 

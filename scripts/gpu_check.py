@@ -1,12 +1,13 @@
-"""Checks and measures the package on one GPU, in eight minutes at most and without a network.
+"""Checks and measures the package on one GPU without a network, in eight minutes or as many as `--minutes` says.
 
-    python scripts/gpu_check.py                       everything, the most important parts first
+    python scripts/gpu_check.py                       everything, in the order of CASES
+    python scripts/gpu_check.py --minutes 11          the last cases too
     python scripts/gpu_check.py --only attention sft  some parts
     python scripts/gpu_check.py --tiny                tiny shapes, on any device: does the script itself run?
 
 Each case runs in a process of its own with a time limit, so that a failure loses one case and the next finds the GPU's
-memory free. Writes `gpu_check.json` and profiles to `--out`, and prints a table. Read next: `gpu_parity.py`,
-`gpu_speed.py`, `gpu_stages.py`.
+memory free. Writes `gpu_check.json`, `table.md` and profiles to `--out`, and prints each row. Read next:
+`gpu_parity.py`, `gpu_attention.py`, `gpu_speed.py`, `gpu_stages.py`.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from gpu_table import line, markdown
+
 ROOT = Path(__file__).resolve().parents[1]
 LAST = 15  # seconds that must be left for another case to start
 
@@ -34,24 +37,28 @@ class Case(NamedTuple):
     limit: int
 
 
+# First what the last run on a GPU had no time for, then the rest by importance. All of it takes some eleven minutes.
 CASES = (
     Case("versions", "all", 60),
-    Case("attention", "all", 90),
-    Case("sft", "0.5b", 60),
-    Case("sft", "7b/4", 80),
-    Case("decode", "7b,64", 90),
-    Case("sft", "1.5b", 70),
-    Case("decode", "0.5b,256,8", 60),
-    Case("model", "all", 90),
-    Case("grpo", "0.5b", 70),
-    Case("sft", "0.5b,none", 60),
-    Case("decode", "1.5b,64", 70),
-    Case("quickstart", "all", 90),
-    Case("sft", "1.5b,dots", 70),
-    Case("decode", "7b,256,8", 90),
+    Case("attention", "14,2,64", 60),
+    Case("attention", "40,8,128", 70),
+    Case("model", "greedy", 80),
+    Case("decode", "7b,256,8", 80),
+    Case("sft", "7b/4,dots", 60),
     Case("grpo", "1.5b", 80),
-    Case("sft", "7b/4,dots", 80),
+    Case("sft", "0.5b,dots", 60),
     Case("decode", "0.5b,64", 60),
+    Case("decode", "7b,64", 90),
+    Case("sft", "7b/4", 60),
+    Case("sft", "1.5b,dots", 60),
+    Case("sft", "1.5b", 60),
+    Case("attention", "28,4,128", 80),
+    Case("sft", "0.5b", 60),
+    Case("decode", "1.5b,64", 70),
+    Case("grpo", "0.5b", 70),
+    Case("decode", "0.5b,256,8", 60),
+    Case("model", "loss", 80),
+    Case("quickstart", "all", 90),
 )
 
 
@@ -99,32 +106,18 @@ def _last_words(log: Path) -> str:
     return next((line.strip()[:300] for line in reversed(lines) if line.strip()), "no output")
 
 
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    """One line for each row: what was measured, and its numbers."""
-    hidden = {"part", "case", "name", "error", "process_seconds", "operations", "packages"}
-    lines = []
-    for row in rows:
-        numbers = [f"{key}={shown(value)}" for key, value in row.items() if key not in hidden]
-        said = f"FAILED {row['error']}" if "error" in row else "  ".join(numbers)
-        lines.append(f"{row['part'] + ':' + row['case']:<20} {row.get('name', ''):<26} {said}")
-    return "\n".join(lines)
-
-
-def shown(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.3g}" if abs(value) < 100 else f"{value:.0f}"
-    return str(value)
-
-
 def child(case: str, out: Path, rows: Path, *, tiny: bool) -> None:
-    """Run one case here, and append each row as soon as it is measured."""
+    """Run one case here, and append each row as soon as it is measured, with the seconds until then as `at_s`."""
+    began = time.monotonic()
+    import gpu_attention
     import gpu_parity
     import gpu_speed
     import gpu_stages
 
     part, _, name = case.partition(":")
-    measures = gpu_parity.PARTS | gpu_speed.PARTS | gpu_stages.PARTS
+    measures = gpu_attention.PARTS | gpu_parity.PARTS | gpu_speed.PARTS | gpu_stages.PARTS
     for row in measures[part](name, out=out, tiny=tiny):
+        row["at_s"] = round(time.monotonic() - began, 1)
         with rows.open("a") as file:
             file.write(json.dumps(row) + "\n")
         print(case, row, flush=True)
@@ -152,8 +145,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows = []
     for row in run_cases(chosen(given.only), given.out, minutes=given.minutes, tiny=given.tiny):
         rows.append(row)
-        print(table([row]), flush=True)
+        print(line(row), flush=True)
         (given.out / "gpu_check.json").write_text(json.dumps(rows, indent=1) + "\n")
+    (given.out / "table.md").write_text(markdown(rows) + "\n")
     return 1 if any("error" in row or row.get("ok") is False for row in rows) else 0
 
 

@@ -103,7 +103,7 @@ def sft(case: str, *, out: Path, tiny: bool) -> Rows:
 
 def decode(case: str, *, out: Path, tiny: bool) -> Rows:
     """A step of decode: prompts of 1,024 tokens, rings of 512 columns, samples at their end, where each step reads
-    most. case: the model, the slots, and the samples of a prompt."""
+    most. case: the model, the slots, and the samples of a prompt; with one, the prefill is measured too."""
     name, slots, group = (*case.split(","), "1")[:3]
     slots, group = (8, 2) if tiny else (int(slots), int(group))
     prompt, new = (64, 64) if tiny else (PROMPT, NEW)
@@ -112,7 +112,8 @@ def decode(case: str, *, out: Path, tiny: bool) -> Rows:
     engine = Engine(Qwen(model), sampling, prompts=slots // group, longest=prompt, mesh=mesh, dtype=dtype)
     weights = random_weights(model, dtype)
     width = engine.shapes.widths[-1]
-    yield prefill(name, engine, weights)
+    if group == 1 or tiny:
+        yield prefill(name, engine, weights)
     bank = full_bank(engine, slots, prompt, drawn=width - programs.STEPS - 1)
     dispatch, cache = decode_dispatch(engine, weights, bank, width)
     compiling = timed(dispatch)

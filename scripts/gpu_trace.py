@@ -15,11 +15,14 @@ import jax
 ARCHIVED = ("sft-1.5b-full", "sft-7b_4-full", "decode-0.5b-256x8", "decode-7b-64x1", "grpo-0.5b")
 ARCHIVE_BYTES = 12 * 2**20
 LISTED = 40  # operations in the text
+# Parts of the names of kernels: matrix products by cuBLAS (nvjet) and by XLA, cuDNN's attention, and copies.
+KINDS = {"products": ("nvjet", "gemm", "cutlass"), "cudnn": ("cudnn",), "copies": ("memcpy", "memset")}
 
 
 def profile(out: Path, name: str, call: Callable[[], Any]) -> dict[str, Any]:
     """Profile one call. Appends the operations that took most time to `out/operations.txt`, may keep the profile as
-    `out/profile-NAME.tar.gz`, and returns the milliseconds of the call and the share in which a device was busy."""
+    `out/profile-NAME.tar.gz`, and returns the milliseconds of the call, the share in which a device was busy, and the
+    share of each kind of kernel in the time of all."""
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             jax.block_until_ready(call())
@@ -62,4 +65,14 @@ def summary(path: Path) -> tuple[dict[str, float], str]:
     ranked = sorted(totals.items(), key=lambda item: -item[1][0])
     lines = [f"{ms:10.3f} ms {count:7}x  {name:<60}  {where}" for (name, where), (ms, count) in ranked[:LISTED]]
     facts = {"profile_ms": total / 1e6, "busy": busy / total, "kernels": len(spans)}
-    return facts, "\n".join(lines)
+    return facts | shares(totals), "\n".join(lines)
+
+
+def shares(totals: dict[tuple[str, str], list[float]]) -> dict[str, float]:
+    """Return the share of each kind of kernel in the time of all of them, by the names that kernels of NVIDIA GPUs
+    have."""
+    found = dict.fromkeys((*KINDS, "other"), 0.0)
+    for (name, _), (ms, _) in totals.items():
+        kind = next((kind for kind, words in KINDS.items() if any(word in name.lower() for word in words)), "other")
+        found[kind] += ms
+    return {kind: ms / sum(found.values()) for kind, ms in found.items()}

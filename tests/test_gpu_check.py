@@ -24,11 +24,12 @@ def scripts():
 
 CASES = [
     ("gpu_parity", "versions", "all", ["device", "packages", "imports", "cudnn", "copy", "product"]),
-    ("gpu_parity", "attention", "all", ["xla 4,2,64 T=256"]),
+    ("gpu_attention", "attention", "4,2,64", ["xla 4,2,64 T=64", "xla 4,2,64 T=128"]),
     ("gpu_speed", "sft", "0.5b", ["0.5b 2x128 full"]),
     ("gpu_speed", "decode", "7b,64,8", ["7b prefill 8x64", "7b 8 slots, n=2"]),
     ("gpu_stages", "grpo", "1.5b", ["1.5b 1x128, 16 groups"]),
-    pytest.param("gpu_parity", "model", "all", None, marks=pytest.mark.slow),
+    pytest.param("gpu_parity", "model", "loss", None, marks=pytest.mark.slow),
+    pytest.param("gpu_parity", "model", "greedy", ["greedy tokens, float32"], marks=pytest.mark.slow),
     pytest.param("gpu_stages", "quickstart", "all", None, marks=pytest.mark.slow),
 ]
 
@@ -45,9 +46,38 @@ def test_a_part_on_a_cpu(scripts, tmp_path, file, part, case, names):
 
 
 def test_the_cases_are_those_of_the_parts(scripts):
-    check, files = scripts("gpu_check"), [scripts(name) for name in ("gpu_parity", "gpu_speed", "gpu_stages")]
-    assert {case.part for case in check.CASES} == {part for file in files for part in file.PARTS}
-    assert [case.part for case in check.chosen(["model", "decode:7b,64"])] == ["decode", "model"]
+    check, names = scripts("gpu_check"), ("gpu_parity", "gpu_attention", "gpu_speed", "gpu_stages")
+    assert {case.part for case in check.CASES} == {part for name in names for part in scripts(name).PARTS}
+    assert len({case[:2] for case in check.CASES}) == len(check.CASES)
+    assert [case.name for case in check.chosen(["model", "decode:7b,64"])] == ["greedy", "7b,64", "loss"]
+
+
+def test_the_shares_of_kinds_of_kernels(scripts):
+    names = {"nvjet_sm90_tst": 3, "gemm_fusion_dot_7": 1, "void cudnn::fusion::simple_memset<float>": 2, "Memset 0": 1}
+    totals = {(name, "where"): [ms, 1] for name, ms in names.items()} | {("loop_add_fusion", ""): [1.0, 9]}
+    shares = scripts("gpu_trace").shares(totals)
+    assert shares == {"products": 0.5, "cudnn": 0.25, "copies": 0.125, "other": 0.125}
+
+
+def test_the_tables(scripts):
+    device = {"part": "versions", "case": "all", "name": "device", "kind": "NVIDIA X", "driver": "1.2", "tb_s": 3.3153}
+    sft = {"part": "sft", "ok": True, "mfu": 0.42459, "ms": 330.803, "attention": "xla"}
+    text = scripts("gpu_table").markdown([
+        device,
+        sft | {"case": "a", "name": "one"},
+        {"part": "decode", "case": "a", "name": "a step", "ok": True, "tokens_s": 12345.6},
+        sft | {"case": "b", "name": "two", "ok": False, "mfu": 0.0},
+        {"part": "sft", "case": "c", "error": "stopped after 9 s"},
+        {"part": "sft", "case": "d", "name": "three", "ok": False, "failed": "no memory"},
+    ])  # fmt: skip
+    assert text.splitlines() == [
+        "NVIDIA X, driver 1.2; 3.32 TB/s",
+        *("", "| sft | MFU | ms | attention |", "| --- | --- | --- | --- |"),
+        *("| one | 42.5% | 331 | xla |", "| two | 0.0% | 331 | xla |"),
+        *("", "| decode | tokens/s |", "| --- | --- |", "| a step | 12,346 |"),
+        *("", "Missing or wrong:", "", "- `sft:b`, two: wrong"),
+        *("- `sft:c`: stopped after 9 s", "- `sft:d`, three: no memory"),
+    ]
 
 
 CHILD = """
@@ -80,7 +110,7 @@ def test_a_failure_loses_one_case(scripts, tmp_path, monkeypatch, capsys):
         ("wrong", None),
     ]
     printed = capsys.readouterr().out
-    assert "ms=1234" in printed and "FAILED stopped after 2 s" in printed
+    assert "ms=1,234" in printed and "FAILED stopped after 2 s" in printed
     assert check.main(["--out", str(tmp_path / "out"), "--only", "good"]) == 0
     assert check.main(["--out", str(tmp_path / "out"), "--only", "wrong"]) == 1
     assert check.main(["--out", str(tmp_path / "out"), "--only", "good", "--minutes", "0.1"]) == 1

@@ -1,7 +1,7 @@
 """Profiles: what the devices and the host did and when, as XProf and TensorBoard read it.
 
 The scopes of the programs (`layers`, `attention`, `mlp`, `head`, `draw`, `update`) are in the names of their
-operations; the host's line has `rollout` and the steps of training.
+operations; the host's lines have `rollout` and the steps of training.
 """
 
 from __future__ import annotations
