@@ -17,9 +17,8 @@ Next: `train/config.py`, the settings of training.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache, wraps
 from pathlib import Path
 from typing import Any, TypeVar, dataclass_transform
@@ -28,6 +27,7 @@ import pydantic
 import yaml
 
 from rmr1_jax.errors import InputError
+from rmr1_jax.settings import nearest_key
 
 C = TypeVar("C")
 
@@ -119,16 +119,22 @@ def _explain(cls: Any, error: Any) -> str:
     if error["type"] == "value_error":  # raised by a __post_init__, whose message is complete
         return str(error["ctx"]["error"])
     place = ".".join(map(str, error["loc"]))
-    place = ".".join(map(str, error["loc"]))
-    place = ".".join(map(str, error["loc"]))
     if error["type"] == "unexpected_keyword_argument":
         *parents, key = error["loc"]
         known = [field.name for field in dataclasses.fields(_section(cls, parents))]
-        near = difflib.get_close_matches(key, known, n=1)
-        hint = f"did you mean {place.removesuffix(key)}{near[0]}?" if near else f"known here: {', '.join(known)}"
-        return f"unknown key {place}; {hint}"
+        meant = nearest_key(place, [*(place.removesuffix(key) + name for name in known), *_keys(cls)])
+        return f"unknown key {place}; " + (f"did you mean {meant}?" if meant else f"known here: {', '.join(known)}")
     given = "" if error["type"] == "missing" else f" (got {error['input']!r})"
     return f"{place}: {error['msg']}{given}"
+
+
+def _keys(cls: Any, prefix: str = "") -> Iterator[str]:
+    """Yield the dotted keys of a config class and of its sections, but not of lists of sections."""
+    for name, hint in typing.get_type_hints(cls).items():
+        yield prefix + name
+        parts = [] if typing.get_origin(hint) is tuple else [hint, *typing.get_args(hint)]
+        for section in filter(dataclasses.is_dataclass, parts):
+            yield from _keys(section, f"{prefix}{name}.")
 
 
 def _section(cls: Any, path: Sequence[str | int]) -> Any:

@@ -53,29 +53,33 @@ class Request(NamedTuple):
 
 @config_dataclass
 class EndpointConfig:
-    """The settings of an `Endpoint`.
-
-    model: the endpoint's name of the model. base_url: None for OpenAI's own. key_variable: the environment variable
-    that holds the API key; None for an endpoint without one. temperature and max_tokens (of one text) are not sent if
-    None. seed: sent with the request's number added; None: not sent. extra: other fields of the request body, such as
-    top_p; they replace those above, and one that is None is not sent at all. accept_refusals: whether the caller counts
-    a refused request as answered, without a text; otherwise it is asked again by the next run. concurrency: requests in
-    flight. retries: further tries after 429, 5xx, timeouts and dropped connections; the
-    wait between tries doubles from `backoff` seconds, unless the endpoint asks for more. timeout: seconds for one try.
-    """
+    """The settings of an `Endpoint`."""
 
     model: Annotated[str, Field(min_length=1)]
+    """The endpoint's name of the model."""
     base_url: str | None = None
+    """Address of the endpoint. null: OpenAI's own."""
     key_variable: str | None = "OPENAI_API_KEY"
+    """Environment variable that holds the API key. null: the endpoint needs none."""
     temperature: NonNegativeFloat | None = 1.0
+    """Sampling temperature. null: not sent."""
     max_tokens: PositiveInt | None = 8192
+    """Maximum length of a text in tokens. null: not sent."""
     seed: int | None = None
+    """Sent with the request's number added. null: not sent."""
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Other fields of the request body, such as top_p. They replace those above; one that is null is not sent at
+    all."""
     accept_refusals: bool = False
+    """Count a refused request as answered, without a text. Otherwise the next run asks again."""
     concurrency: Annotated[int, Field(ge=1, le=1000)] = 8
+    """Requests in flight."""
     retries: NonNegativeInt = 6
+    """Further tries after 429, 5xx, timeouts and dropped connections."""
     timeout: PositiveFloat = 600.0
+    """Seconds for one try."""
     backoff: NonNegativeFloat = 1.0
+    """Seconds before the second try. The wait doubles with each try, unless the endpoint asks for more."""
 
     def __post_init__(self):
         if self.base_url is not None:

@@ -17,6 +17,7 @@ ROOMS = (
     *(
         "errors",
         "jax_private",
+        "settings",
         "config",
         "files",
         "distributed",

@@ -47,10 +47,12 @@ class Prompt:
 class Mix(ConfigCommand):
     """Combine preference data sets into training pairs: filtered, sampled, deduplicated, shuffled, balanced."""
 
-    def run(self) -> None:
-        from rmr1_jax.data.mix.mixture import MixtureConfig, mix
+    settings = "data.mix.mixture:MixtureConfig"
 
-        config = self.load(MixtureConfig)
+    def run(self) -> None:
+        from rmr1_jax.data.mix.mixture import mix
+
+        config = self.load()
         print(f"{mix(config).table()}\nwritten: {config.out}/pairs.jsonl, {config.out}/mixture.json")
 
 
@@ -58,11 +60,13 @@ class Mix(ConfigCommand):
 class Chains(ConfigCommand):
     """Generate reasoning traces with a teacher model, correct wrong ones, or resume an interrupted run."""
 
+    settings = "data.chains.chains:ChainsConfig"
+
     def run(self) -> None:
-        from rmr1_jax.data.chains.chains import ChainsConfig, make_chains, read_known_pairs
+        from rmr1_jax.data.chains.chains import make_chains, read_known_pairs
         from rmr1_jax.endpoint import Endpoint
 
-        config = self.load(ChainsConfig)
+        config = self.load()
         pairs = read_known_pairs(config)  # reports a bad row before a model is loaded
         with all_processes(loads_model=config.policy is not None) as first:
             second = Endpoint(config.second) if config.second else None
@@ -87,10 +91,12 @@ class Chains(ConfigCommand):
 class Prepare(ConfigCommand):
     """Tokenise training rows once, in parallel, into a data set that `rmr1 sft` and `rmr1 grpo` read quickly."""
 
-    def run(self) -> None:
-        from rmr1_jax.data.prepare import PrepareConfig, prepare, summary_line
+    settings = "data.prepare:PrepareConfig"
 
-        config = self.load(PrepareConfig)
+    def run(self) -> None:
+        from rmr1_jax.data.prepare import prepare, summary_line
+
+        config = self.load()
         print(summary_line(prepare(config)))
         more = template_setting(config.chat_template_kwargs)
         command = f"rmr1 {config.stage} CONFIG.yaml data={config.out} model={config.model}{more}"

@@ -2,27 +2,31 @@
 
 Heavy imports are inside `run`, so that help and mistakes in a command show at once. Exit codes: 0 for success; 1 for a
 run that cannot go on; 2 for a mistake in the command, its settings or its data; 42 after SIGTERM, when the work so far
-is saved and the same command resumes it; 130 after Ctrl-C. Read next: `options.py`, and `train.py`, `data.py`,
-`judge.py` and `eval.py`, the other commands.
+is saved and the same command resumes it; 130 after Ctrl-C. Read next: `words.py` and `options.py`, and `train.py`,
+`data.py`, `judge.py` and `eval.py`, the other commands.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, OmitSubcommandPrefixes, Positional, arg
 
+import rmr1_jax
 from rmr1_jax.cli.data import Data
 from rmr1_jax.cli.eval import Compare, Eval, Score
 from rmr1_jax.cli.judge import Judge
-from rmr1_jax.cli.options import MaybePath
+from rmr1_jax.cli.options import ConfigCommand, MaybePath, MaybeText
+from rmr1_jax.cli.recipes import find_config, missing, recipe_lines
 from rmr1_jax.cli.train import Export, Grpo, Plan, Sft
+from rmr1_jax.cli.words import check_words, command_of, commands_of
 from rmr1_jax.distributed.preemption import PREEMPTED, Preempted, Preemption
 from rmr1_jax.errors import InputError, RunError, exit_code
 
@@ -62,23 +66,42 @@ class Report:
         print(f"written: {write_report(self.run_dirs, self.out or self.run_dirs[0] / 'report.html')}")
 
 
-Command = Quickstart | Sft | Grpo | Plan | Judge | Eval | Score | Compare | Data | Export | Report
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Print a recipe: the settings of a published or tested run, with the command that takes them. Without a name, list
+    the recipes."""
+
+    name: Annotated[Positional[MaybeText], arg(metavar="[NAME]", help_behavior_hint="")] = None
+    """Name of the recipe. `rmr1 sft NAME KEY=VALUE` and the like take it too, in place of a file."""
+
+    def run(self) -> None:
+        if self.name is None:
+            print("\n".join(recipe_lines()))
+        elif (path := find_config(Path(self.name))).is_file():
+            print(path.read_text(encoding="utf-8"), end="")
+        else:
+            raise missing(path)
+
+
+Command = Quickstart | Sft | Grpo | Plan | Judge | Eval | Score | Compare | Data | Config | Export | Report
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code. `argv` defaults to `sys.argv[1:]`."""
-    command = tyro.cli(
-        Command,
-        prog="rmr1",
-        description="Train and use reasoning reward models. For the options of a command: `rmr1 COMMAND --help`.",
-        args=argv,
-        config=(FlagCreatePairsOff, OmitArgPrefixes, OmitSubcommandPrefixes),
-    )
+    words = sys.argv[1:] if argv is None else list(argv)
     # Silences the warning that PyTorch is absent: only the tokenizers of Transformers are used.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
-        with Preemption() as preemption, preemption.interruptible():
-            command.run()
+        if words == ["--version"]:
+            print(f"rmr1 {rmr1_jax.__version__}")
+        else:
+            command = _parse(words)
+            with Preemption() as preemption, preemption.interruptible():
+                command.run()
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader of a pipe has enough, as `head` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python reports it once more at exit
+        return 128 + signal.SIGPIPE
     except Preempted:
         print("stopped by SIGTERM; run the same command again to resume", file=sys.stderr)
         return PREEMPTED
@@ -89,3 +112,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("interrupted; run the same command again to resume", file=sys.stderr)
         return 130
     return 0
+
+
+def _parse(words: list[str]) -> Any:
+    """Returns the command that the words describe. Raises InputError for an unknown name, SystemExit for other mistakes
+    and after a help text."""
+    commands = commands_of(Command)
+    check_words(commands, words)
+    try:
+        return tyro.cli(
+            Command,
+            prog="rmr1",
+            description="Train and use reasoning reward models. For the options of a command: `rmr1 COMMAND --help`.",
+            args=words,
+            config=(FlagCreatePairsOff, OmitArgPrefixes, OmitSubcommandPrefixes),
+        )
+    except SystemExit as left:
+        command = command_of(commands, words)
+        if not left.code and command and issubclass(command, ConfigCommand) and command.settings:
+            print(command.settings_help())
+        sys.stdout.flush()  # here, where a closed pipe is noticed
+        raise

@@ -7,11 +7,11 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from tyro.conf import Positional, arg
 
-C = TypeVar("C")
+from rmr1_jax.cli.recipes import find_config, missing
 
 Dtype = Literal["bfloat16", "float32"]
 
@@ -54,16 +54,40 @@ def template_setting(arguments: Mapping[str, Any], option: str = "chat_template_
 class ConfigCommand:
     """A command whose settings come from a YAML file and from overrides on the command line."""
 
+    settings: ClassVar[str] = ""
+    """The config class of the command, such as "train.config:SftConfig"."""
+
     config: Annotated[Positional[Path], arg(metavar="CONFIG.yaml")]
-    """YAML file with the settings; the directory configs/ has examples."""
+    """YAML file with the settings, or the name of a recipe; `rmr1 config` lists the recipes."""
     overrides: Annotated[Positional[tuple[str, ...]], arg(metavar="[KEY=VALUE ...]", help_behavior_hint="")] = ()
     """Settings that override those in the file, such as out=runs/first or optimizer.lr=1e-5."""
 
-    def load(self, cls: type[C]) -> C:
-        """Reads the settings as a `cls`; raises InputError for a mistake in them."""
+    def load(self) -> Any:
+        """Reads the settings; raises InputError for a mistake in them."""
+        from importlib import import_module
+
         from rmr1_jax.config import load_config
 
-        return load_config(cls, self.config, self.overrides)
+        path = find_config(self.config)
+        if not path.exists():
+            raise missing(path)
+        module, name = self.settings.split(":")
+        cls = getattr(import_module(f"rmr1_jax.{module}"), name)
+        return load_config(cls, path, self.overrides)
+
+    @classmethod
+    def settings_help(cls) -> str:
+        """Describes every setting of the command."""
+        from rmr1_jax.settings import settings_text
+
+        return settings_text(cls.settings)
+
+    @classmethod
+    def setting_keys(cls) -> list[str]:
+        """Returns the dotted keys of the settings."""
+        from rmr1_jax.settings import settings
+
+        return [setting.key for setting in settings(cls.settings)] if cls.settings else []
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 from tyro.conf import Positional, arg
 
 from rmr1_jax.cli.options import ConfigCommand, Dtype, MaybeText, template_setting
+from rmr1_jax.cli.recipes import find_config
 from rmr1_jax.errors import InputError
 
 
@@ -20,11 +21,12 @@ from rmr1_jax.errors import InputError
 class Sft(ConfigCommand):
     """Train a model on reasoning traces (stage one), or resume an interrupted run."""
 
+    settings = "train.config:SftConfig"
+
     def run(self) -> None:
-        from rmr1_jax.train.config import SftConfig
         from rmr1_jax.train.sft import sft
 
-        config = self.load(SftConfig)
+        config = self.load()
         more = template_setting(config.chat_template_kwargs)
         _train(sft, config, f"rmr1 grpo CONFIG.yaml model={config.out}/model out=DIR{more}")
 
@@ -33,11 +35,12 @@ class Sft(ConfigCommand):
 class Grpo(ConfigCommand):
     """Train a model by reinforcement learning with a verifiable reward (stage two), or resume an interrupted run."""
 
+    settings = "train.config:GrpoConfig"
+
     def run(self) -> None:
-        from rmr1_jax.train.config import GrpoConfig
         from rmr1_jax.train.grpo import grpo
 
-        config = self.load(GrpoConfig)
+        config = self.load()
         more = template_setting(config.chat_template_kwargs, "--chat-template-kwargs ")
         _train(grpo, config, f"rmr1 judge --model {config.out}/model --input F --output F{more}")
 
@@ -76,7 +79,7 @@ class Plan(ConfigCommand):
         from rmr1_jax.plan.plan import print_plan
 
         options = {"topology": self.topology, "slices": self.slices, "sampler_only": self.sampler_only}
-        print_plan(self.config, self.overrides, **options, as_json=self.json)
+        print_plan(find_config(self.config), self.overrides, **options, as_json=self.json)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -53,29 +53,34 @@ UNTAUGHT = {  # pairs that are dropped and counted, whatever the config says abo
 
 @config_dataclass
 class PrepareConfig:
-    """The settings of `rmr1 data prepare`. Lengths are in tokens.
-
-    model: whose tokenizer and chat template are used; a directory or hub id. chat_template_kwargs: arguments of the
-    chat template, such as enable_thinking of Qwen3. data: files, folders or hub ids of rendered rows
-    (`context_messages`, `winner`); or, with `prompt` (cor, reasoning, a prompt file), of pairs. target: what SFT
-    trains, the row's trace or only the right verdict. max_length: of an example. on_too_long: "error", or "drop" longer
-    examples. on_bad_row: "error", or "quarantine" bad rows into rejects.jsonl. limit: the most rows to take, drawn by
-    `seed` before long examples are dropped. workers: processes; None: one a core.
-    """
+    """The settings of `rmr1 data prepare`. Lengths are in tokens."""
 
     model: str
+    """Model whose tokenizer and chat template are used: a directory or hub id."""
     chat_template_kwargs: Mapping[str, JsonValue] = dataclasses.field(default_factory=dict)
+    """Arguments of the chat template, such as {enable_thinking: false} for Qwen3."""
     data: str | tuple[str, ...]
+    """Files, folders or hub ids of rendered rows (context_messages, winner); or, with `prompt`, one of pairs."""
     out: str
+    """Directory to write."""
     prompt: str | None = None
+    """Prompt that renders pairs: cor, reasoning, compare, rubric, or a prompt file. null: the rows are rendered."""
     stage: Stage = "sft"
+    """Stage that trains on the set."""
     target: Target = "trace"
+    """What SFT trains: the row's trace, or only the right verdict."""
     max_length: PositiveInt = 12288
+    """Maximum length of an example."""
     on_too_long: Literal["error", "drop"] = "error"
+    """If an example is longer: an error, or drop it."""
     on_bad_row: Literal["error", "quarantine"] = "error"
+    """If a row cannot be read: an error, or move it to rejects.jsonl."""
     limit: PositiveInt | None = None
+    """Most rows to take, drawn by `seed` before long examples are dropped. null: all."""
     seed: NonNegativeInt = 0
+    """Seed of the draw, and of the order of chosen and rejected answers."""
     workers: PositiveInt | None = None
+    """Number of processes. null: one for each core."""
 
     def __post_init__(self):
         if not self.data:

@@ -32,11 +32,14 @@ ACTIVATION_AXES = {"B": ("replica", "fsdp"), "N": ("tensor",), "K": ("tensor",),
 
 @config_dataclass
 class MeshConfig:
-    """The sizes of the mesh axes. `fsdp=-1` takes all devices that the other two leave."""
+    """The sizes of the mesh axes."""
 
     replica: PositiveInt = 1
+    """Copies of the weights; a multiple of the number of slices."""
     fsdp: Annotated[int, Field(ge=-1)] = -1
+    """Devices over which weights and rows are divided. -1 takes all that the other axes leave."""
     tensor: PositiveInt = 1
+    """Devices that share each matrix product."""
 
 
 def make_mesh(config: MeshConfig | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:

@@ -26,8 +26,11 @@ class Truncation:
     """
 
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Draw only from the smallest set of tokens whose probability reaches this."""
     top_k: PositiveInt | None = None
+    """Draw only from this many of the most probable tokens. null: from all."""
     min_p: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Draw only tokens with at least this share of the most probable token's probability."""
 
     def given(self) -> dict[str, Any]:
         """The settings of `Truncation` that differ from their defaults, by name."""
@@ -40,20 +43,23 @@ class SamplingConfig(Truncation):
     """The settings of the sampler. Temperature, truncation, seed and the stop ids are arguments of the compiled
     programs, so that a change recompiles nothing.
 
-    temperature: 0 is greedy. slots: the most samples in flight. cache_gib: the most memory for keys and values, on all
-    devices together; None is four fifths of what is free on a GPU or TPU, and no bound on a CPU. These two decide speed
-    and memory; they change no token.
-
     Raises:
         InputError: a value is out of its range.
     """
 
     n: PositiveInt = 1
+    """Samples of each prompt (R)."""
     max_new_tokens: PositiveInt = 256
+    """Maximum length of a sample."""
     temperature: NonNegativeFloat = 1.0
+    """Sampling temperature. 0 is greedy."""
     seed: int = 0
+    """Seed of the sampling."""
     slots: PositiveInt = 256
+    """Most samples in flight. It decides speed and memory, and changes no token."""
     cache_gib: PositiveFloat | None = None
+    """Most memory for keys and values, on all devices together. null: four fifths of what is free on a GPU or TPU, and
+    no bound on a CPU. It changes no token."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -29,63 +29,80 @@ def _known_structure(name: str) -> str:
 
 @config_dataclass
 class BestConfig:
-    """The checkpoint that is kept beside the newest ones: the one with the best value of a metric at its step."""
+    """The checkpoint that is kept beside the newest ones."""
 
     metric: str = "reward"
+    """Metric of metrics.jsonl by whose value at its step the checkpoint is chosen."""
     mode: Literal["max", "min"] = "max"
+    """Whether the largest or the smallest value is the best."""
 
 
 @config_dataclass
 class ProfileConfig:
-    """Which steps a profile in `out/profile` records: `steps` of them, after the first `skip` steps of this process, in
-    which programs are compiled."""
+    """The steps that a profile in `out/profile` records."""
 
     skip: NonNegativeInt = 3
+    """Number of this process's first steps, in which programs are compiled, that are left out."""
     steps: PositiveInt = 2
+    """Number of steps to record."""
 
 
 @config_dataclass
 class RunConfig:
-    """The settings that both stages have. Lengths are in tokens.
-
-    model: the policy to start from, a Hugging Face directory or hub id. chat_template_kwargs: arguments of its chat
-    template, such as enable_thinking of Qwen3. data: a prepared set (`rmr1 data prepare`), or
-    published rows, JSONL or parquet. out: the run directory. row_length, micro_rows: the shape of a packed micro-batch,
-    the rows that are on the devices at once. on_nonfinite: what to do if the loss or gradient of an update is not
-    finite: stop the run, or skip and count the update. save_every, save_minutes: a checkpoint after so many steps, and
-    so many minutes after the last one. keep: how many of the newest are kept; best: one more. profile: some steps to
-    record for XProf or TensorBoard.
-    """
+    """The settings that both stages have. Lengths are in tokens."""
 
     model: str = ""
+    """The policy to start from: a Hugging Face directory or hub id."""
     chat_template_kwargs: Mapping[str, JsonValue] = dataclasses.field(default_factory=dict)
+    """Arguments of the model's chat template, such as {enable_thinking: false} for Qwen3."""
     data: str = ""
+    """Training rows: a set made by `rmr1 data prepare`, or published rows (context_messages, winner) in JSONL or
+    Parquet."""
     out: str
+    """Directory of the run: checkpoints, metrics.jsonl and, at the end, the model."""
     seed: NonNegativeInt = 0
+    """Seed of the order of the rows and of the sampling."""
     row_length: PositiveInt = 12288
+    """Length of a packed row."""
     micro_rows: PositiveInt = 8
+    """Number of packed rows that are on the devices at once; a multiple of mesh.replica x mesh.fsdp."""
     optimizer: OptimConfig = OptimConfig()
+    """Settings of the optimizer."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Data type of the matrix products."""
     remat: Remat = "full"
+    """What the backward pass computes again to save memory: nothing, all but matrix products, everything, or
+    everything, with the layers' inputs in host memory."""
     attention: Implementation = "auto"
+    """Implementation of attention. auto takes the fastest one for the devices and lengths."""
     mesh: MeshConfig = MeshConfig()
+    """Layout of the devices."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
+    """If the loss or the gradient of an update is not finite: stop the run, or skip and count the update."""
     save_every: PositiveInt = 100
+    """Steps from one checkpoint to the next."""
     save_minutes: PositiveFloat | None = None
+    """Also save a checkpoint when this many minutes have passed since the last one."""
     keep: PositiveInt = 2
+    """Number of newest checkpoints that are kept."""
     best: BestConfig | None = None
+    """One more checkpoint to keep: the one with the best value of a metric."""
     profile: ProfileConfig | None = None
+    """Steps to record for XProf or TensorBoard."""
 
 
 @config_dataclass
 class SftConfig(RunConfig):
-    """A distillation run. The winner of its rows is the trace. A step accumulates rows_per_step / micro_rows
-    micro-batches of packed rows."""
+    """A distillation run. The winner of its rows is the trace."""
 
     epochs: PositiveInt = 1
+    """Number of passes over the data."""
     max_steps: PositiveInt | None = None
+    """Stop after this many steps."""
     rows_per_step: PositiveInt = 8
+    """Packed rows of a step, which accumulates rows_per_step / micro_rows micro-batches."""
     on_too_long: Literal["error", "drop"] = "error"
+    """If an example is longer than row_length: an error, or drop it."""
 
     def __post_init__(self):
         if self.rows_per_step % self.micro_rows:
@@ -95,35 +112,44 @@ class SftConfig(RunConfig):
 @config_dataclass
 class GrpoConfig(RunConfig):
     """A GRPO run; the defaults are RM-R1's recipe for its 7B Instruct model. The model is also, frozen, the reference.
-    The winner of the rows is model_a or model_b.
-
-    prompts_per_step: P, prompts in a rollout batch; sampling.n: R, samples of each. generation_config: take the
-    temperature, top_p, top_k and min_p of `sampling` from the model's generation_config.json. mini_batch_prompts:
-    prompts of an update; a step has prompts_per_step / mini_batch_prompts updates. dynamic_sampling: the most rounds
-    of sampling to fill a batch with groups of mixed rewards (DAPO); 1 is off. reward: verdict, or cold_start, which
-    also rewards the form. structure: what a complete trace is, for that reward and for the metric `valid`
-    (`Prompt.structure`). max_segments: the most sequences in a packed row. reference_memory: where the reference's
-    weights are between their uses. sampling_tensor: the tensor axis of sampling, which stays within a process; default
-    the mesh's. sampling.slots and sampling.cache_gib count all processes together.
-    """
+    The winner of the rows is model_a or model_b."""
 
     optimizer: OptimConfig = OptimConfig(lr=1e-6, schedule="constant", warmup_ratio=0.0, b2=0.999, weight_decay=0.01)
+    """Settings of the optimizer."""
     save_every: PositiveInt = 10
+    """Steps from one checkpoint to the next."""
     steps: PositiveInt | None = None
+    """Number of steps. null: one pass over the prompts."""
     prompts_per_step: PositiveInt = 1024
+    """Prompts in a rollout batch (P)."""
     mini_batch_prompts: PositiveInt = 128
+    """Prompts of an update; a step has prompts_per_step / mini_batch_prompts updates."""
     max_prompt_length: PositiveInt = 4096
+    """Longer prompts are dropped, and their number is printed."""
     sampling: SamplingConfig = SamplingConfig(n=7, max_new_tokens=8192)
+    """Sampling of the rollouts. Its slots and cache_gib count all processes together."""
     generation_config: bool = False
+    """Take temperature, top_p, top_k and min_p of `sampling` from the model's generation_config.json."""
     loss: PolicyLossConfig = PolicyLossConfig()
+    """Settings of the policy loss."""
     aggregation: AggregationKind = "sequence"
+    """How tokens are averaged: over sequences (the paper), over a micro-batch (its released trainer), over all tokens
+    (DAPO), or by a constant (Dr.GRPO)."""
     normalize_std: bool = True
+    """Divide the advantages of a group by the standard deviation of its rewards."""
     dynamic_sampling: PositiveInt = 1
+    """Most rounds of sampling to fill a batch with groups of mixed rewards (DAPO). 1 turns it off."""
     max_segments: PositiveInt = 64
+    """Most sequences in a packed row."""
     reward: RewardKind = "verdict"
+    """verdict, or cold_start, which also rewards the form."""
     structure: Annotated[str, AfterValidator(_known_structure)] = "cor"
+    """Parts of a complete trace, for the reward cold_start and the metric `valid`: cor, rubric, compare or verdict, as
+    the prompt of the rows asks for."""
     reference_memory: Memory = "device"
+    """Memory of the reference's weights between their uses."""
     sampling_tensor: PositiveInt | None = None
+    """Devices that share one copy of the weights while sampling, all in one process. null: mesh.tensor."""
 
     def __post_init__(self):
         prompts, size = self.prompts_per_step, self.mini_batch_prompts

@@ -132,14 +132,23 @@ class PolicyLossConfig:
     - Truncated importance sampling: importance_cap=2.0, against a sampler whose numbers differ from the trainer's.
     """
 
-    clip_low: NonNegative = 0.2  # the ratio is clipped to [1 - clip_low, 1 + clip_high]
+    clip_low: NonNegative = 0.2
+    """The ratio of probabilities is clipped to [1 - clip_low, 1 + clip_high]."""
     clip_high: NonNegative = 0.2
+    """See clip_low."""
     ratio: Literal["token", "sequence"] = "token"
+    """Whether a ratio is that of a token, or the geometric mean over its sequence (GSPO)."""
     surrogate: Literal["clip", "cispo"] = "clip"
+    """Clipped surrogate of PPO, or CISPO's."""
     kl_coef: NonNegative = 1e-3
+    """Weight of the KL divergence from the reference. 0 needs no reference."""
     kl_kind: KLKind = "k3"
+    """Estimator of the KL divergence."""
     entropy_coef: FiniteFloat = 0.0
-    importance_cap: PositiveFloat | None = None  # None: no correction
+    """Weight of the policy's entropy, which is maximised."""
+    importance_cap: PositiveFloat | None = None
+    """Largest weight of truncated importance sampling, which corrects for a sampler whose numbers differ from the
+    trainer's. null: no correction."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -26,21 +26,31 @@ MEMORY_KINDS = {"device": "device", "host": "pinned_host"}
 
 @config_dataclass
 class OptimConfig:
-    """AdamW. The defaults are RM-R1's SFT stage (arXiv 2505.02387, its released scripts); weight decay, where set,
-    applies to every weight, as in the reference trainer."""
+    """AdamW. The defaults are RM-R1's SFT stage (arXiv 2505.02387, its released scripts)."""
 
     lr: PositiveFloat = 5e-6
+    """Learning rate after the warm-up."""
     schedule: Literal["cosine", "constant"] = "cosine"
-    final_ratio: float = 0.1  # the cosine ends at final_ratio x lr
-    warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.03  # of all updates
+    """Learning rate after the warm-up: a cosine that falls to final_ratio x lr, or constant."""
+    final_ratio: float = 0.1
+    """Last learning rate of the cosine, as a share of lr."""
+    warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.03
+    """Share of all updates in which the learning rate rises linearly."""
     b1: float = 0.9
+    """Decay of the first moment."""
     b2: float = 0.95
+    """Decay of the second moment."""
     eps: float = 1e-8
+    """Added to the root of the second moment."""
     weight_decay: float = 0.0
-    clip: PositiveFloat = 1.0  # the largest global norm of a gradient; a large number turns clipping off
-    # Of the first moment. The second is float32: with b2 = 0.999 a step changes it by less than bfloat16 can hold.
+    """Weight decay of every weight, as in the reference trainer."""
+    clip: PositiveFloat = 1.0
+    """Largest global norm of a gradient; a large number turns clipping off."""
     mu_dtype: Literal["float32", "bfloat16"] = "float32"
-    memory: Memory = "device"  # where the moments are between updates
+    """Data type of the first moment. The second is float32: with b2 = 0.999 a step changes it by less than bfloat16 can
+    hold."""
+    memory: Memory = "device"
+    """Memory of the moments between updates."""
 
 
 def in_memory(tree: Any, memory: Memory) -> Any:

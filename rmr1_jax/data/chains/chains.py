@@ -45,50 +45,59 @@ from rmr1_jax.reply import Answer
 
 @config_dataclass
 class PolicyConfig:
-    """A model of this package as the teacher. model: a directory or a hub id. temperature: 0 is greedy. max_new_tokens:
-    of one text; None: 8192, or half of the model's positions if that is less. batch_size: the pairs that are handed to
-    the samplers of all processes at a time. slots: the most texts that each process samples at the same time; None: 64
-    for each copy of the weights. tensor: the number of devices that share one copy of the weights; None: the smallest
-    with which the weights take at most half of each device's memory."""
+    """A model of this package as the teacher."""
 
     model: str
+    """Directory or hub id of the model."""
     dtype: str = "bfloat16"
+    """Data type of the matrix products."""
     temperature: NonNegativeFloat = 1.0
+    """Sampling temperature. 0 is greedy."""
     max_new_tokens: PositiveInt | None = None
+    """Maximum length of a text in tokens. null: 8192, or half of the model's positions if that is less."""
     seed: NonNegativeInt = 0
+    """Seed of the sampling."""
     batch_size: PositiveInt = 256
+    """Pairs that are handed to the samplers of all processes at a time."""
     slots: PositiveInt | None = None
+    """Most texts that each process samples at the same time. null: 64 for each copy of the weights."""
     tensor: PositiveInt | None = None
+    """Devices that share one copy of the weights. null: the smallest number with which the weights take at most half of
+    each device's memory."""
 
 
 @config_dataclass
 class ChainsConfig:
-    """One run of `rmr1 data chains`.
-
-    pairs: a file or folder of pairs whose better answer is known, such as a mixture's pairs.jsonl. prompt: by name or
-    file. escape_untrusted: whether the texts of the pairs are escaped (`prompts/escape.py`). teacher or policy: the
-    model of the first pass. second: the model of the second pass; None: no second pass. A request that one of them
-    refuses is no attempt, and the next run sends it again, unless its config has accept_refusals: then the pair gets
-    its next attempt. tries: attempts of the first pass at a pair. keep_thinking: whether the thought, before
-    `</think>` or in a field of its own, belongs to the chain. budget_requests,
-    budget_tokens: no request begins when `out` has used that many, over all runs; tokens of prompts and answers count,
-    retries after an error do not; several processes divide what is left. on_bad_row: "error", or "quarantine" bad rows
-    into OUT/rejects.jsonl. seed: decides the order of chosen and rejected answers, where the rows fix none.
-    """
+    """The settings of `rmr1 data chains`."""
 
     pairs: str
+    """A file or folder of pairs whose better answer is known, such as a mixture's pairs.jsonl."""
     out: str
+    """Directory to write."""
     prompt: str = "cor"
+    """Prompt of the teacher: cor, reasoning, compare, rubric, or a prompt file."""
     escape_untrusted: bool = False
+    """Escape imitated delimiters, verdicts and control tokens in the texts of the pairs."""
     teacher: EndpointConfig | None = None
+    """Endpoint of the teacher; give this or policy. A request that it refuses is no attempt, and the next run sends it
+    again, unless accept_refusals is set."""
     policy: PolicyConfig | None = None
+    """Model of this package as the teacher; give this or teacher."""
     second: EndpointConfig | None = None
+    """Endpoint that corrects the wrong chains, given the right verdict. null: no second pass."""
     tries: PositiveInt = 1
+    """Attempts of the teacher at a pair."""
     keep_thinking: bool = False
+    """Keep the thought, before </think> or in a field of its own, as part of the chain."""
     budget_requests: PositiveInt | None = None
+    """No request begins when `out` has used this many, over all runs. Retries after an error do not count."""
     budget_tokens: PositiveInt | None = None
+    """No request begins when `out` has used this many tokens of prompts and answers, over all runs. Several processes
+    divide what is left."""
     on_bad_row: Literal["error", "quarantine"] = "error"
+    """If a row cannot be read: an error, or move it to OUT/rejects.jsonl."""
     seed: NonNegativeInt = 0
+    """Seed of the order of chosen and rejected answers, where the rows give none."""
 
     def __post_init__(self):
         if (self.teacher is None) == (self.policy is None):

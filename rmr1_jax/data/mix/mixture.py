@@ -39,14 +39,18 @@ Entry = tuple[PreferencePair, SourceReport]  # a pair, and the report of its sou
 
 @config_dataclass
 class MixtureConfig:
-    """The settings of `rmr1 data mix`. out: the directory to write. seed: decides the order. on_bad_row: "error", or
-    "quarantine" bad rows into OUT/rejects-NAME.jsonl."""
+    """The settings of `rmr1 data mix`."""
 
     sources: tuple[SourceConfig, ...]
+    """Data sets to combine."""
     out: str
+    """Directory to write."""
     seed: NonNegativeInt = 0
+    """Seed of the order."""
     on_bad_row: Literal["error", "quarantine"] = "error"
+    """If a row cannot be read: an error, or move it to OUT/rejects-NAME.jsonl."""
     overlap: OverlapConfig = OverlapConfig()
+    """Search for rows that overlap with evaluation sets."""
 
     def __post_init__(self):
         if not self.sources:

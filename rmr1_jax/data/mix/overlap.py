@@ -30,12 +30,14 @@ _MULTIPLIER = 0x9E3779B97F4A7C15  # odd, so that multiplying by it modulo 2**64 
 
 @config_dataclass
 class OverlapConfig:
-    """benchmarks: paths or hub ids of evaluation sets, in any format that `read_pairs` reads. ngram: the number of
-    consecutive words that make a near overlap. action: "report" rows that overlap and keep them, or "remove" them."""
+    """How overlaps with evaluation sets are found and treated."""
 
     benchmarks: tuple[str, ...] = ()
+    """Paths or hub ids of evaluation sets, in any format that `rmr1 judge` reads."""
     ngram: PositiveInt = 13
+    """Number of consecutive words that make a near overlap."""
     action: Literal["report", "remove"] = "report"
+    """Report rows that overlap and keep them, or remove them."""
 
     def __post_init__(self):
         if len(set(self.benchmarks)) < len(self.benchmarks):

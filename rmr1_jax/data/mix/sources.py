@@ -29,19 +29,24 @@ Filters = dict[str, tuple[Value, ...]]
 
 @config_dataclass
 class SourceConfig:
-    """path: a file, a folder or a hub id; revision: pins a hub id. format: see `read_pairs`; benchmarks are refused.
-    name: by default the last part of the path. count: the rows to draw (None: all): the first ones, or with `shuffle`,
-    a seed, the first of NumPy's `default_rng(shuffle).permutation(rows)`, the order of `datasets.Dataset.shuffle`.
-    where, exclude: fields, each with the values of which a row must have one, or must have none."""
+    """A data set of a mixture. Benchmarks are refused."""
 
     path: str
+    """A file, a folder or a hub id."""
     name: str = ""
+    """Name in the counts. Defaults to the last part of the path."""
     format: str = "auto"
+    """Format of the rows; auto finds it from the names of the fields."""
     revision: str | None = None
+    """Branch, tag or commit of a hub id. null: the newest."""
     count: PositiveInt | None = None
+    """Number of rows to draw: the first ones, unless shuffle is given. null: all."""
     shuffle: NonNegativeInt | None = None
+    """Seed that draws the rows, in the order of `datasets.Dataset.shuffle`. null: no shuffling."""
     where: Filters = field(default_factory=dict)
+    """Fields, each with the values of which a row must have one."""
     exclude: Filters = field(default_factory=dict)
+    """Fields, each with the values of which a row must have none."""
 
     def __post_init__(self):
         name = self.name or re.sub(r"\.(jsonl|json|parquet|csv)(\.gz)?$", "", Path(re.sub("@.*", "", self.path)).name)
