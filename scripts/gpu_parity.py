@@ -63,7 +63,7 @@ def versions(case: str, *, out: Path, tiny: bool) -> Rows:
             except Exception as e:
                 failed[name] = repr(e)[:100]
     needed = not {name for name in failed if name.split(".")[1] in ("model", "sampler", "train", "quickstart")}
-    yield {"name": "imports", "modules": len(modules), "failed": failed, "ok": needed}
+    yield {"name": "imports", "modules": len(modules), "not_imported": failed, "ok": needed}
     yield {"name": "cudnn", "obstacle": cudnn.obstacle(device, jnp.bfloat16, 128)}
     size, columns = (64, 256) if tiny else (2**15, 2**16)
     x = jax.random.normal(jax.random.key(0), (size, columns), jnp.bfloat16)
