@@ -60,7 +60,10 @@ class Policy:
     dtype: str = "float32"
 
     def logits(self, tokens, positions=None, segment_ids=None) -> jax.Array:
-        """[B, T] int32 -> [B, T, V] float32. positions and segment_ids: [B, T] int32, see `Qwen.hidden_states`."""
+        """[B, T] int32 -> [B, T, V] float32. positions and segment_ids: [B, T] int32, see `Qwen.hidden_states`.
+
+        The weights are read into the layout of training, beside the sampler's copy if there is one.
+        """
         arrays = [None if x is None else jnp.asarray(x) for x in (tokens, positions, segment_ids)]
         with jax.set_mesh(self.mesh):
             return _logits(*split(self.model), *arrays, dtype=DTYPES[self.dtype])

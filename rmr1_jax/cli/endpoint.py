@@ -25,7 +25,7 @@ class EndpointOptions:
     key_variable: str = "OPENAI_API_KEY"
     """Environment variable that holds the endpoint's key; "" for an endpoint without a key."""
     concurrency: int = 8
-    """Maximum number of requests to the endpoint at once."""
+    """Maximum number of requests to the endpoint at once, in each process."""
     extra: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="KEY=VALUE", help_behavior_hint="(repeatable)")] = ()
     """Another field of each request to the endpoint, such as top_p=0.9 or reasoning_effort=low; or a JSON object with
     several. A value is read as JSON where it is JSON. KEY=null leaves a field out, such as temperature=null."""

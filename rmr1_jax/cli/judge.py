@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from rmr1_jax.judge.judgement import JudgeSampling, Voting
 
 
-# The options that have no effect on a kind of judge, and that it refuses therefore, with the reason.
+# The options that are refused for each kind of judge, because they have no effect on it, and the reason.
 _ENDPOINT_ONLY = tuple(field.name for field in dataclasses.fields(EndpointOptions))
 _WITHOUT_EFFECT = {
     "policy": (_ENDPOINT_ONLY, "is for --judge endpoint, and the judge is a policy"),
@@ -45,7 +45,7 @@ class JudgeOptions:
     """How a policy judges."""
 
     model: str
-    """The model: a Hugging Face directory (such as RUN/model) or a hub id."""
+    """The model: a Hugging Face directory (such as RUN/model), a hub id, or the model's name at the endpoint."""
     prompt: str = "cor"
     """The prompt: cor, reasoning, compare, rubric, or a prompt file. `rmr1 data prompt` makes the file for a published
     checkpoint."""
@@ -149,11 +149,9 @@ class JudgeOptions:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AnyJudgeOptions(EndpointOptions, JudgeOptions):
-    """How a policy judges, or a model behind an endpoint."""
+    """How a policy or a model behind an endpoint judges."""
 
     judge: str = "policy"
-    model: str
-    """The model: a Hugging Face directory (such as RUN/model), a hub id, or the model's name at the endpoint."""
 
     def check_options(self) -> None:
         """Raise InputError for the first option that has no effect on the kind of judge that was asked for."""
