@@ -34,7 +34,7 @@ from tqdm import tqdm
 from rmr1_jax.config import config_dataclass
 from rmr1_jax.errors import InputError, RunError
 from rmr1_jax.prompts.prompt import Messages
-from rmr1_jax.reply import Answer, ReplyError, read_reply
+from rmr1_jax.reply import ACCEPT_REFUSALS, Answer, ReplyError, read_reply
 
 SENT = ("model", "temperature", "max_tokens", "seed")  # sent with each request, unless None or not taken
 IN_A_ROW = 10  # consecutive failures after which the endpoint is at fault, and not the requests
@@ -148,7 +148,7 @@ class Endpoint:
                 if failures == IN_A_ROW:
                     advice = "run the same command again when the endpoint answers"
                     if answer.failure == "refused":
-                        advice += "; --accept-refusals (accept_refusals) counts refused requests as answered"
+                        advice += f"; {ACCEPT_REFUSALS}"
                     raise RunError(f"{self.name}: {IN_A_ROW} failures in a row, the last one: {answer.error}; {advice}")
                 if (request := next(requests, None)) is not None:
                     jobs.put(request)

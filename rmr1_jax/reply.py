@@ -7,13 +7,15 @@ fields of a request that they take. This file knows the variants; `endpoint.py` 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, Literal
 
 from rmr1_jax.config import config_dataclass
+from rmr1_jax.errors import RunError
 
 Failure = Literal["refused", "too_long", "gave_up"]
 
+ACCEPT_REFUSALS = "--accept-refusals (accept_refusals: true in a config) counts refused requests as answered"
 TRANSIENT = (408, 409, 425, 429)  # HTTP status: worth another try, like all from 500 on
 SAMPLING = ("temperature", "seed", "top_p", "top_k", "min_p")  # fields that a request can do without
 FILTERED = ("content_filter", "sensitive")  # finish reasons of an answer that the endpoint's filter stopped
@@ -65,6 +67,30 @@ class Answer:
         if not self.thought or self.text.lstrip().startswith(("<think>", self.thought)):
             return self.text
         return f"<think>\n{self.thought}\n</think>\n\n{self.text}"
+
+
+class Unanswered(RunError):
+    """Some pairs have no answer, after all others have theirs. asked: what was asked. answers: the failure for each, by
+    the pair's id."""
+
+    def __init__(self, asked: str, answers: Mapping[str, Answer]):
+        self.asked, self.answers = asked, answers
+        name, answer = next(iter(answers.items()))
+        refused = sum(answer.failure == "refused" for answer in answers.values())
+        count = f"{len(answers)} pair{'s' * (len(answers) > 1)}{f' ({refused} refused)' if refused else ''}"
+        advice = "run the same command again to ask for these alone"
+        if refused:
+            advice += f"; {ACCEPT_REFUSALS}"
+        super().__init__(f"{asked}: no answer for {count}, for one of them ({name!r}): {answer.error}; {advice}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Unanswered, (self.asked, self.answers)  # processes exchange it
+
+    @staticmethod
+    def check(errors: Iterable[Unanswered]) -> None:
+        """Raise the errors of all processes and their batches as one, if there are any."""
+        if errors := list(errors):
+            raise Unanswered(errors[0].asked, {name: why for e in errors for name, why in e.answers.items()})
 
 
 class ReplyError(Exception):

@@ -28,14 +28,14 @@ if TYPE_CHECKING:
 # The options that are refused for each kind of judge, because they have no effect on it, and the reason.
 _ENDPOINT_ONLY = tuple(field.name for field in dataclasses.fields(EndpointOptions))
 _WITHOUT_EFFECT = {
-    "policy": (_ENDPOINT_ONLY, "is for --judge endpoint, and the judge is a policy"),
+    "policy": (_ENDPOINT_ONLY, "is for a model behind an endpoint; give --judge endpoint, or leave it out"),
     "scalar": (
         (*_ENDPOINT_ONLY, "top_p", "top_k", "min_p", "generation_config", "slots"),
-        "has no effect, because --judge scalar samples no text",
+        "has no effect, because --judge scalar samples no text; leave it out",
     ),
     "endpoint": (
         ("tensor", "slots", "max_prompt_tokens", "generation_config", "profile"),
-        "has no effect, because --judge endpoint loads no model here",
+        "has no effect, because --judge endpoint loads no model here; leave it out",
     ),
 }
 
@@ -158,7 +158,7 @@ class AnyJudgeOptions(EndpointOptions, JudgeOptions):
         names, reason = _WITHOUT_EFFECT[self.judge]
         for field in dataclasses.fields(self):
             if field.name in names and getattr(self, field.name) != field.default:
-                raise InputError(f"--{field.name.replace('_', '-')} {reason}; leave it out")
+                raise InputError(f"--{field.name.replace('_', '-')} {reason}")
 
     def load_endpoint_judge(self, **options: Any) -> EndpointJudge:
         """The judge behind the endpoint; `options` are more arguments of `EndpointJudge`."""

@@ -21,7 +21,6 @@ from rmr1_jax.judge.judgement import (
     Pending,
     Text,
     TextJudge,
-    Unanswered,
     Voting,
     judgement_of,
     known_tie,
@@ -29,7 +28,7 @@ from rmr1_jax.judge.judgement import (
 )
 from rmr1_jax.pairs.pair import PreferencePair, render_pair
 from rmr1_jax.prompts.prompt import Prompt
-from rmr1_jax.reply import Answer
+from rmr1_jax.reply import Answer, Unanswered
 from rmr1_jax.sampler.sample import Truncation
 
 

@@ -25,7 +25,7 @@ import operator
 import time
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +35,9 @@ from rmr1_jax.distributed.exchange import from_first, gather, this_process
 from rmr1_jax.distributed.rows import SharedRows
 from rmr1_jax.errors import InputError
 from rmr1_jax.files.write import write_whole
-from rmr1_jax.judge.judgement import STATUSES, AnyJudge, Judgement, Unanswered, Voting
+from rmr1_jax.judge.judgement import STATUSES, AnyJudge, Judgement, Voting, no_right_side
 from rmr1_jax.pairs.pair import PreferencePair
+from rmr1_jax.reply import Unanswered
 
 SYNC_SECONDS = 1.0  # rows survive the process as soon as they are written, and the machine after at most this time
 Outcome = tuple[str, bool | None]  # (status, whether the winner is right; None if that is not known)
@@ -75,10 +76,10 @@ class Summary:
 
 
 def verdict_row(pair: PreferencePair, judgement: Judgement) -> dict[str, Any]:
-    """A row of `rmr1 judge`: `id`, `winner`, `status`, `votes`, `text`; `correct` if the better answer is known, and
-    `note` if there is one."""
+    """A row of `rmr1 judge`: `id`, `winner`, `status`, `votes`, `text`; `correct` if the better answer is known and is
+    not the same as the other one; and `note` if there is one."""
     row = {"id": pair.id} | {k: getattr(judgement, k) for k in ("winner", "status", "votes", "text")}
-    if pair.better is not None:
+    if pair.better is not None and not no_right_side(pair):
         row["correct"] = judgement.winner == pair.better
     return row | ({"note": judgement.note} if judgement.note else {})
 
@@ -176,7 +177,8 @@ def judge_file(
 
         bar.set_postfix_str("waiting for the other processes" * (count > 1))
         summary = rows.finish(functools.partial(_finish, output.path, done, seen))
-    from_first(functools.partial(_check_answered, gather(unanswered)))
+    all_unanswered = itertools.chain.from_iterable(gather(unanswered))
+    from_first(functools.partial(Unanswered.check, all_unanswered))
     return summary
 
 
@@ -185,12 +187,6 @@ def _finish(path: Path, done: Mapping[str, Outcome], seen: Mapping[str, int]) ->
     if done.keys() == seen.keys():
         put_in_order(path, lambda row: seen[row["id"]])
     return Summary.of(done.values())
-
-
-def _check_answered(unanswered: Sequence[Sequence[Unanswered]]) -> None:
-    """Raise the errors of all processes and their batches as one, if there are any."""
-    if errors := list(itertools.chain.from_iterable(unanswered)):
-        raise Unanswered(errors[0].judge, {name: why for e in errors for name, why in e.answers.items()})
 
 
 def put_in_order(path: Path, number: Callable[[dict[str, Any]], int]) -> None:

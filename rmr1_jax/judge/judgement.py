@@ -19,12 +19,11 @@ from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar, get_arg
 from pydantic import NonNegativeFloat, PositiveInt
 
 from rmr1_jax.config import config_dataclass
-from rmr1_jax.errors import InputError, RunError
+from rmr1_jax.errors import InputError
 from rmr1_jax.pairs.pair import PreferencePair
 from rmr1_jax.prompts.prompt import Prompt, get_prompt
 from rmr1_jax.prompts.trace import Trace, parse_trace
 from rmr1_jax.prompts.verdict import Side, Verdict, eval_verdict, other_side, strict_verdict
-from rmr1_jax.reply import Answer
 from rmr1_jax.sampler.sample import Truncation
 
 Item = TypeVar("Item")
@@ -122,23 +121,6 @@ class Text(NamedTuple):
     answer: str | None = None
 
 
-class Unanswered(RunError):
-    """Some pairs have no judgement, after all others have theirs. answers: the failure for each, by the pair's id."""
-
-    def __init__(self, judge: str, answers: Mapping[str, Answer]):
-        self.judge, self.answers = judge, answers
-        name, answer = next(iter(answers.items()))
-        refused = sum(answer.failure == "refused" for answer in answers.values())
-        count = f"{len(answers)} pair{'s' * (len(answers) > 1)}{f' ({refused} refused)' if refused else ''}"
-        advice = "run the same command again to ask for these alone"
-        if refused:
-            advice += "; --accept-refusals (accept_refusals) gives refused pairs a row, with the status invalid"
-        super().__init__(f"{judge}: no answer for {count}, for one of them ({name!r}): {answer.error}; {advice}")
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Unanswered, (self.judge, self.answers)  # processes exchange it
-
-
 class AnyJudge(Protocol):
     """The interface of a judge: a subclass defines `stream` and `settings`.
 
@@ -149,8 +131,8 @@ class AnyJudge(Protocol):
     whole_batches: bool
 
     def stream(self, pairs: Sequence[PreferencePair], voting: Voting) -> Iterator[tuple[int, Judgement]]:
-        """Yield (index of the pair, its judgement), each as soon as it is made. Raises `Unanswered` at the end if some
-        pairs have none."""
+        """Yield (index of the pair, its judgement), each as soon as it is made. Raises `reply.Unanswered` at the end if
+        some pairs have none."""
 
     def settings(self, voting: Voting) -> dict[str, Any]:
         """Everything that decides a verdict besides the weights and the pairs, as plain values."""
@@ -265,12 +247,15 @@ def both_empty(pair: PreferencePair) -> Judgement | None:
     return not_asked("tie", "both answers are empty") if pair.meta.get("both_empty") else None
 
 
+def no_right_side(pair: PreferencePair) -> bool:
+    """Whether both answers are the same, so that neither is better. Pairs of a benchmark do not count: its published
+    evaluation asks about each one, and has a right side for it."""
+    return pair.identical and "benchmark" not in pair.meta
+
+
 def known_tie(pair: PreferencePair) -> Judgement | None:
-    """The judgement of a pair whose answers are both empty or the same; None for any other pair, and for a pair of a
-    benchmark with the same answers: its published evaluation asks about each one."""
-    if pair.identical and "benchmark" not in pair.meta:
-        return both_empty(pair) or not_asked("tie", "the two answers are the same")
-    return both_empty(pair)
+    """The judgement of a pair whose answers are both empty, or that has no right side; None for any other pair."""
+    return both_empty(pair) or (not_asked("tie", "the two answers are the same") if no_right_side(pair) else None)
 
 
 def too_long(name: str, rows: Sequence[Sequence[int]], limit: int) -> Judgement | None:

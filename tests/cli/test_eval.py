@@ -3,10 +3,10 @@
 import json
 
 import pytest
+from chat_models import with_template
 from chat_server import KEY, ChatServer
 from policies import prefers, tiny_policy
 from scalar_models import their_model, written
-from templates import with_template
 
 from rmr1_jax.cli.main import main
 from rmr1_jax.prompts.prompt import Prompt, save_prompt
@@ -117,9 +117,9 @@ def test_incompatible_options_are_refused(folder, capsys):
 @pytest.mark.parametrize(
     ("judge", "options", "reason"),
     [
-        ("policy", ["--base-url", "http://127.0.0.1:8000/v1"], "is for --judge endpoint"),
-        ("policy", ["--extra", "top_p=0.9"], "is for --judge endpoint"),
-        ("policy", ["--accept-refusals"], "is for --judge endpoint"),
+        ("policy", ["--base-url", "http://127.0.0.1:8000/v1"], "give --judge endpoint, or leave it out"),
+        ("policy", ["--extra", "top_p=0.9"], "give --judge endpoint, or leave it out"),
+        ("policy", ["--accept-refusals"], "give --judge endpoint, or leave it out"),
         ("scalar", ["--top-k", "3"], "--judge scalar samples no text"),
         ("scalar", ["--concurrency", "2"], "--judge scalar samples no text"),
         ("endpoint", ["--generation-config"], "--judge endpoint loads no model here"),

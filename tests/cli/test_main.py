@@ -11,8 +11,8 @@ from pathlib import Path
 import jax
 import pytest
 import yaml
+from chat_models import with_template
 from policies import tiny_policy
-from templates import with_template
 
 from rmr1_jax.cli import main as cli
 from rmr1_jax.cli.train import Sft

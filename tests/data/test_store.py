@@ -7,9 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from chat_models import TAGS, chat_model, deepseek_distill
+from chat_models import NO_THOUGHT, TAGS, chat_model, deepseek_distill, with_template
 from prepared import assert_same, config_of, rows, write_rows
-from templates import NO_THOUGHT, with_template
 from training import metrics_but_timings, small_sft
 
 from rmr1_jax.data.packing import lengths_of, trained_lengths_of

@@ -7,6 +7,7 @@ from jax.errors import JaxRuntimeError
 from policies import ScriptedPolicy, answer, prefers, says, tiny_policy
 
 from rmr1_jax.errors import InputError, RunError
+from rmr1_jax.judge.file import verdict_row
 from rmr1_jax.judge.judge import Judge
 from rmr1_jax.judge.judgement import Voting, settle
 from rmr1_jax.pairs.pair import PreferencePair
@@ -54,6 +55,9 @@ def test_identical_answers_are_a_tie_at_once():
     pair = PreferencePair.from_answers("1", "2 + 3?", "five", "five", meta={"benchmark": "rewardbench"})
     [asked] = Judge(policy).compare_many([pair])  # as the published evaluations ask
     assert asked.texts and asked.note is None
+    known = dataclasses.replace(pair, better="A", meta={})
+    assert "correct" not in verdict_row(known, judgement)  # neither is better, whichever was called the chosen one
+    assert verdict_row(dataclasses.replace(known, meta=pair.meta), asked)["correct"] is False
 
 
 def test_votes_show_a_text_of_the_majority():

@@ -1,7 +1,7 @@
 """Arguments of the chat template: they reach what is rendered and the fingerprint, and wrong names are refused."""
 
 import pytest
-from templates import NO_THOUGHT, THINKING_TEMPLATE, with_template
+from chat_models import NO_THOUGHT, QWEN3, with_template
 
 from rmr1_jax.errors import InputError
 from rmr1_jax.model.tokenizer import Tokenizer
@@ -59,6 +59,6 @@ def test_a_template_without_arguments_takes_none(world_tokenizer, tmp_path):
     tagged = with_template(world_tokenizer, tmp_path / "tagged", f"{own}{{% endfor %}}{CHAT_TEMPLATE}")
     with pytest.raises(InputError, match="it takes no such argument"):
         Tokenizer(tagged, OFF)
-    broken = with_template(world_tokenizer, tmp_path / "broken", f"{THINKING_TEMPLATE}{{% endif %}}")
+    broken = with_template(world_tokenizer, tmp_path / "broken", f"{QWEN3}{{% endif %}}")
     with pytest.raises(InputError, match=r"the chat template cannot be read \(.*endif"):
         Tokenizer(broken, OFF)

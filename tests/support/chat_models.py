@@ -30,6 +30,8 @@ QWEN3 = """{%- for message in messages -%}
     {%- if enable_thinking is defined and enable_thinking is false %}{{ '<think>\\n\\n</think>\\n\\n' }}{% endif -%}
 {%- endif -%}"""
 
+NO_THOUGHT = "<think>\n\n</think>\n\n"  # the end of a prompt with enable_thinking=false
+
 # The answer begins within a thought that the template opens.
 DEEPSEEK_R1 = f"""{{{{- bos_token -}}}}
 {{%- for message in messages -%}}
@@ -58,6 +60,17 @@ def chat_model(
     path = directory / "tokenizer_config.json"
     entries = json.loads(path.read_text()) | {"chat_template": template} | config
     path.write_text(json.dumps({k: v for k, v in entries.items() if v is not None}))
+    if generation is not None:
+        (directory / "generation_config.json").write_text(json.dumps(generation))
+    return directory
+
+
+def with_template(source: Path, directory: Path, template: str = QWEN3, generation: dict | None = None) -> Path:
+    """Copy a model or tokenizer directory, with another chat template, and a generation_config.json if there is one to
+    write."""
+    shutil.copytree(source, directory)
+    path = directory / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": template}))
     if generation is not None:
         (directory / "generation_config.json").write_text(json.dumps(generation))
     return directory

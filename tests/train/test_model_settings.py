@@ -5,8 +5,8 @@ import functools
 import numpy as np
 import pytest
 import yaml
+from chat_models import NO_THOUGHT, with_template
 from prepared import config_of, rows, write_rows
-from templates import NO_THOUGHT, with_template
 from training import small_grpo, small_sft
 
 from rmr1_jax.data.prepare import prepare

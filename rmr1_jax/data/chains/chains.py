@@ -16,7 +16,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import itertools
 import json
 import math
 import sys
@@ -40,7 +39,7 @@ from rmr1_jax.pairs.containers import source_files
 from rmr1_jax.pairs.pair import PreferencePair, render_pair
 from rmr1_jax.pairs.read import read_pairs
 from rmr1_jax.prompts.prompt import Prompt, get_prompt
-from rmr1_jax.reply import Answer
+from rmr1_jax.reply import Answer, Unanswered
 
 
 @config_dataclass
@@ -178,7 +177,8 @@ def make_chains(
                 _write_results(out, by_id.values(), prompt)
             raise
         ledger = rows.finish(lambda: _write_results(out, by_id.values(), prompt))
-    from_first(functools.partial(_check_answered, gather(unanswered)))
+    failures = [Unanswered("rmr1 data chains", own) for own in gather(unanswered) if own]
+    from_first(functools.partial(Unanswered.check, failures))
     return ledger
 
 
@@ -212,20 +212,6 @@ def _record(
         rows.append(attempt_row(name, Attempt(turn, answer)))
         budget.spend(answer)
     return unanswered
-
-
-def _check_answered(unanswered: Sequence[Mapping[str, Answer]]) -> None:
-    """Raise RunError if there are pairs without an answer; {id: failure} of each process."""
-    failures = dict(itertools.chain.from_iterable(each.items() for each in unanswered))
-    if not failures:
-        return
-    name, answer = next(iter(failures.items()))
-    refused = sum(failure.failure == "refused" for failure in failures.values())
-    count = f"{len(failures)} pairs got no answer{f' ({refused} were refused)' if refused else ''}"
-    advice = "run the same command again"
-    if refused:
-        advice += "; with accept_refusals=true in the teacher's section a refused pair gets its next attempt"
-    raise RunError(f"{count}, for example {name!r}: {answer.error}; the other answers are on the disk, {advice}")
 
 
 def _write_results(out: Path, attempts: Collection[PairAttempts], prompt: Prompt) -> Ledger:
