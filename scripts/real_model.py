@@ -14,8 +14,8 @@ import numpy as np
 import tyro
 
 from rmr1_jax.eval.evaluate import load as load_pairs
+from rmr1_jax.eval.intervals import share_interval
 from rmr1_jax.eval.logs import read_judgements
-from rmr1_jax.eval.scores import wilson_interval
 from rmr1_jax.pairs.pair import render_pair
 from rmr1_jax.prompts.prompt import get_prompt
 from rmr1_jax.prompts.trace import parse_trace
@@ -78,7 +78,7 @@ def table(out: Path, trained: Path) -> None:
     """Print the shares of valid traces and of right verdicts before and after training, and the seconds of each stage.
 
     A valid trace is complete and ends with a verdict that the strict rule reads. A verdict is right by the published
-    rule, as in the benchmark. Intervals are 95% Wilson intervals.
+    rule, as in the benchmark. Intervals are 95% intervals (`eval/intervals.py`).
 
     Args:
         out: The directory that scripts/real_model wrote.
@@ -102,7 +102,7 @@ def table(out: Path, trained: Path) -> None:
 
 
 def share(count: int, total: int) -> str:
-    low, high = wilson_interval(count, total)
+    low, high = share_interval(count, total)
     return f"{count} of {total} ({low:.0%} to {high:.0%})"
 
 

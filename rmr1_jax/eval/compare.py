@@ -5,7 +5,7 @@
 Pairs are matched by id. If the two runs showed a pair in different orders, verdicts are matched by the answer that they
 name and not by its letter.
 
-Next: `scores.py` for the tests and for the score, whose difference is resampled item by item.
+Next: `scores.py` for the tests and for the score, whose difference is taken item by item; `intervals.py`.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rmr1_jax.errors import InputError
+from rmr1_jax.eval.intervals import score_interval
 from rmr1_jax.eval.logs import JUDGEMENTS, Judged, read_judgements
 from rmr1_jax.eval.registry import scoring_of
-from rmr1_jax.eval.scores import Scoring, bootstrap_interval, cohen_kappa, mcnemar, score
+from rmr1_jax.eval.scores import Scoring, cohen_kappa, mcnemar, score
 from rmr1_jax.eval.summary import percent, percents
 from rmr1_jax.prompts.verdict import other_side
 
@@ -40,7 +41,7 @@ def compare(a: str | Path, b: str | Path) -> dict[str, Any]:
         a, b: the judges' names. n: pairs that both judged; only_in_a, only_in_b: pairs of one run alone.
         both, only_a, only_b, neither: how many of the n pairs each judge got right.
         accuracy_a, accuracy_b: of the pairs. score_a, score_b: the benchmark's score over the n pairs.
-        difference, interval: of the scores, with its 95% bootstrap interval over paired items.
+        difference, interval: of the scores, with its 95% interval over paired items. items: what the score counts.
         p, test: McNemar's test over the pairs. It treats pairs as independent, which those of one item are not.
         agreement, kappa: the share of equal verdicts (A, B or none), and Cohen's kappa of them.
 
@@ -72,9 +73,12 @@ def compare(a: str | Path, b: str | Path) -> dict[str, Any]:
     n = sum(map(sum, right))
     headline, kappa = scoring.statistics(items_b)[0], cohen_kappa(table)
     score_a, score_b = (score(items.strata_of(headline)) for items in (items_a, items_b))
+    differences = items_a.strata_of(headline, minus=items_b)
+    items = sum(sum(stratum.counts.values()) for stratum in differences)
     return {
         **_names(a, b),
         "n": n,
+        "items": items,
         "only_in_a": len(verdicts) - n,
         "only_in_b": only_in_b,
         "both": right[1][1],
@@ -86,7 +90,7 @@ def compare(a: str | Path, b: str | Path) -> dict[str, Any]:
         "score_a": percent(score_a),
         "score_b": percent(score_b),
         "difference": percent(score_a - score_b),
-        "interval": percents(bootstrap_interval(items_a.strata_of(headline, minus=items_b))),
+        "interval": percents(score_interval(differences, difference=True)),
         "p": mcnemar(right[1][0], right[0][1]),
         "test": "McNemar, exact",
         "agreement": 100 * sum(table[k][k] for k in range(len(_CLASSES))) / n,
@@ -97,13 +101,14 @@ def compare(a: str | Path, b: str | Path) -> dict[str, Any]:
 def comparison_text(found: Mapping[str, Any]) -> str:
     """The result of `compare` as a table for a person to read."""
     low, high = found["interval"]
+    interval = f"95% interval {low:+.2f} to {high:+.2f}"
     width = max(len(found["a"]), len(found["b"]), 8)
     kappa = "not defined" if found["kappa"] is None else f"{found['kappa']:.3f}"
     lines = [
         f"     {'judge':{width}}   score  accuracy of pairs",
         f"A    {found['a']:{width}}  {found['score_a']:6.2f}  {found['accuracy_a']:6.2f}",
         f"B    {found['b']:{width}}  {found['score_b']:6.2f}  {found['accuracy_b']:6.2f}",
-        f"A-B  {'':{width}}  {found['difference']:+6.2f}  (95% interval {low:+.2f} to {high:+.2f})",
+        f"A-B  {'':{width}}  {found['difference']:+6.2f}  ({interval}, n = {found['items']})",
         "",
         f"pairs in both: {found['n']}, only in A: {found['only_in_a']}, only in B: {found['only_in_b']}",
         f"right: both {found['both']}, only A {found['only_a']}, only B {found['only_b']}, neither {found['neither']}",

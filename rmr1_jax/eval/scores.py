@@ -1,11 +1,11 @@
-"""Scores: judgements grouped into the items that a benchmark counts, weighs and resamples.
+"""Scores: judgements grouped into the items that a benchmark counts and weighs.
 
 RewardBench counts pairs, RM-Bench items of nine pairs, RMB pairs and best-of-N items, which are right only if all their
 pairs are. An item is kept as two integers with a bit for each pair, so that memory does not hold texts. A published
-score is a weighted mean of item values over strata. Here it is data (`Statistic`), so that a score, its bootstrap
-interval and the interval of a difference come from the same place.
+score is a weighted mean of item values over strata. Here it is data (`Statistic`), so that a score, its interval
+and the interval of a difference come from the same place.
 
-Next: `benchmark.py`, the interface of a benchmark; `summary.py` and `compare.py`, which use both.
+Next: `intervals.py`; `benchmark.py`, the interface of a benchmark; `summary.py` and `compare.py`, which use both.
 """
 
 from __future__ import annotations
@@ -19,11 +19,9 @@ import numpy as np
 
 from rmr1_jax.errors import InputError
 
-RESAMPLES = 10_000
-
 
 class Stratum(NamedTuple):
-    """Items that are resampled among themselves: the count of each value, and the stratum's weight in the score."""
+    """Items that are averaged among themselves: the count of each value, and the stratum's weight in the score."""
 
     weight: float
     counts: Mapping[float, int]
@@ -36,38 +34,6 @@ def score(strata: Sequence[Stratum]) -> float:
         return math.nan
     means = [sum(v * n for v, n in s.counts.items()) / sum(s.counts.values()) for s in strata]
     return sum(s.weight * mean for s, mean in zip(strata, means, strict=True)) / sum(s.weight for s in strata)
-
-
-def bootstrap_interval(
-    strata: Sequence[Stratum], *, level: float = 0.95, resamples: int = RESAMPLES, seed: int = 0
-) -> tuple[float, float]:
-    """The percentile bootstrap interval of `score`: items are drawn with replacement within each stratum.
-
-    Equal to `scipy.stats.bootstrap(samples, score, method="percentile")` with the strata as samples. (NaN, NaN) if no
-    stratum holds an item. Efron and Tibshirani, An Introduction to the Bootstrap, chapter 13.
-    """
-    strata = [s for s in strata if s.weight and s.counts]
-    if not strata:
-        return math.nan, math.nan
-    random = np.random.default_rng(seed)
-    scores = np.zeros(resamples)
-    for stratum in strata:
-        values, counts = (np.array(x, float) for x in zip(*sorted(stratum.counts.items()), strict=True))
-        drawn = random.multinomial(int(counts.sum()), counts / counts.sum(), size=resamples)  # [resamples, values]
-        scores += stratum.weight * (drawn @ values) / counts.sum()
-    tail = (1 - level) / 2
-    low, high = np.quantile(scores / sum(s.weight for s in strata), [tail, 1 - tail])
-    return float(low), float(high)
-
-
-def wilson_interval(right: int, n: int) -> tuple[float, float]:
-    """Wilson's 95% score interval of the share right / n; (NaN, NaN) for n = 0."""
-    from scipy.stats import binomtest  # takes half a second to import
-
-    if not n:
-        return math.nan, math.nan
-    interval = binomtest(right, n).proportion_ci(method="wilson")
-    return float(interval.low), float(interval.high)
 
 
 def mcnemar(only_a: int, only_b: int) -> float:
@@ -159,7 +125,7 @@ class Items:
         return dict(sorted(counts.items()))
 
     def strata_of(self, statistic: Statistic, minus: Items | None = None) -> list[Stratum]:
-        """The strata of a score, for `score` and `bootstrap_interval`; with `minus`, which must hold the same items,
+        """The strata of a score, for `score` and `score_interval`; with `minus`, which must hold the same items,
         those of the difference item by item."""
         found = []
         for name, weight in statistic.weights.items():

@@ -1,10 +1,11 @@
 """The summary of a run's judgements: scores with intervals, and accuracy by length, token budget, order and votes.
 
 `write_summary` reads judgements.jsonl once, row by row, and keeps numbers only, so that memory does not grow with the
-texts. Shares are percentages. `by_*` and `subsets` count pairs (Wilson's interval); the headline and the sections are
-the benchmark's score (bootstrap over its items).
+texts. Shares are percentages. `by_*` and `subsets` count pairs; the headline and the sections are the benchmark's
+score over its items. `n` counts what the number beside it is a mean of, except the summary's own `n`, which counts
+the pairs (`items`: those of the headline).
 
-Next: `scores.py` for items and intervals, `lenses.py` for budgets, orders and votes.
+Next: `scores.py` for items, `intervals.py`, `lenses.py` for budgets, orders and votes.
 """
 
 from __future__ import annotations
@@ -21,10 +22,11 @@ from typing import Any
 import numpy as np
 
 from rmr1_jax.errors import InputError
+from rmr1_jax.eval.intervals import score_interval, share_interval
 from rmr1_jax.eval.lenses import Budgets, Cut, Forced, Orders, Votes, read_forced
 from rmr1_jax.eval.logs import JUDGEMENTS, read_judgements
 from rmr1_jax.eval.registry import scoring_of
-from rmr1_jax.eval.scores import Items, Scoring, Statistic, bootstrap_interval, score, wilson_interval
+from rmr1_jax.eval.scores import Items, Scoring, Statistic, score
 from rmr1_jax.files.untrusted import read_object
 from rmr1_jax.files.write import write_whole
 from rmr1_jax.judge.judgement import RULES
@@ -47,7 +49,7 @@ class Groups:
     def listed(self) -> list[dict[str, Any]]:
         """{name, n, accuracy, interval} of each group that is not empty."""
         return [
-            {"name": name, "n": n, "accuracy": percent(right / n), "interval": percents(wilson_interval(right, n))}
+            {"name": name, "n": n, "accuracy": percent(right / n), "interval": percents(share_interval(right, n))}
             for name, (right, n) in self.counts.items()
             if n
         ]
@@ -123,11 +125,12 @@ def summarize(
         "settings": dict(settings),
         "n": counts.n,
         "scores": dict(scores),
+        "items": sum(sum(stratum.counts.values()) for stratum in headline),
         "headline": percent(score(headline)),
-        "interval": percents(bootstrap_interval(headline)),
+        "interval": percents(score_interval(headline)),
         "sections": [_section(counts.items, statistic) for statistic in found[1:]],
         "accuracy": percent(counts.right / counts.n),
-        "accuracy_interval": percents(wilson_interval(counts.right, counts.n)),
+        "accuracy_interval": percents(share_interval(counts.right, counts.n)),
         "subsets": counts.subsets.listed(),
         "invalid": counts.statuses["invalid"],
         "too_long": counts.statuses["too_long"],
@@ -188,7 +191,7 @@ def _section(items: Items, statistic: Statistic) -> dict[str, Any]:
         "name": statistic.name,
         "n": n,
         "accuracy": percent(score(strata)),
-        "interval": percents(bootstrap_interval(strata)),
+        "interval": percents(score_interval(strata)),
     }
 
 

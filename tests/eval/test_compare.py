@@ -43,9 +43,10 @@ def test_counts_agreement_and_mcnemar_by_hand(tmp_path):
 
 
 def test_the_interval_of_the_difference_equals_scipy_s(tmp_path):
-    """RM-Bench items of nine pairs in two domains: SciPy resamples the items' own differences."""
+    """RM-Bench items of nine pairs in two domains: SciPy resamples the items' own differences. Of 800
+    items, the interval differs from a bootstrap's by little."""
     rng = np.random.default_rng(0)
-    sizes = {"chat": 30, "code": 50}
+    sizes = {"chat": 300, "code": 500}
     outcomes = [{d: (rng.random((n, 9)) < share).astype(int) for d, n in sizes.items()} for share in (0.7, 0.6)]
 
     def meta(id):
@@ -84,7 +85,8 @@ def test_a_pair_shown_in_the_other_order_is_compared_by_its_answers(tmp_path):
     a, b = write(tmp_path / "a", outcomes, better="A"), write(tmp_path / "b", outcomes, better="B")
     found = compare(a, b)
     assert found["agreement"] == 100 and found["kappa"] == pytest.approx(1) and found["p"] == 1
-    assert found["interval"] == [0, 0]
+    low, high = found["interval"]  # three pairs without a difference say little: at most 1 - 0.05^(1/3) differ
+    assert (low, high) == pytest.approx((-63.16, 63.16), abs=0.01)
 
 
 def test_runs_that_cannot_be_compared(tmp_path):
@@ -117,5 +119,14 @@ def test_the_printed_table(tmp_path):
     text = comparison_text(compare(write(tmp_path / "a", same), write(tmp_path / "b", same | {"2": 0, "3": 1})))
     assert "pairs in both: 2, only in A: 0, only in B: 1" in text
     assert "right: both 1, only A 1, only B 0, neither 0" in text
-    assert "A-B            +50.00  (95% interval +0.00 to +100.00)" in text
+    assert "A-B            +50.00  (95% interval -50.51 to +88.63, n = 2)" in text
     assert "McNemar, exact: p = 1" in text and "kappa 0.000" in text
+
+
+def test_few_pairs_have_an_interval_with_a_width(tmp_path):
+    """One pair in each subset, as of `rmr1 eval --limit`: a bootstrap has no variance there."""
+    meta = lambda id: {"benchmark": "rewardbench", "subset": {"1": "hep-go", "2": "donotanswer"}[id]}  # noqa: E731
+    a, b = write(tmp_path / "a", {"1": 0, "2": 0}, subset=meta), write(tmp_path / "b", {"1": 1, "2": 0}, subset=meta)
+    found = compare(a, b)
+    assert found["difference"] == -50 and found["items"] == found["n"] == 2
+    assert found["interval"] == pytest.approx([-88.6, 50.5], abs=0.1)

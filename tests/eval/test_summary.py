@@ -71,7 +71,8 @@ def test_rewardbench_weighs_subsets_by_the_published_table():
 
 
 def test_the_score_and_interval_of_a_released_run(shared_data):
-    """All 2,985 published outcomes: score and sections as released; the interval as SciPy's normal approximation."""
+    """All 2,985 published outcomes: score and sections as released; the interval as SciPy's
+    Jeffreys interval of as many independent pairs as have a mean of this variance."""
     table = json.loads((shared_data / "rewardbench/outcomes_RM-R1-DeepSeek-Distilled-Qwen-32B.json").read_text())
     outcomes = [dict(zip(table["columns"], values, strict=True)) for values in table["rows"]]
     meta = [{"benchmark": "rewardbench", "subset": outcome["subset"]} for outcome in outcomes]
@@ -90,8 +91,10 @@ def test_the_score_and_interval_of_a_released_run(shared_data):
         for subset, weight in weights.items():
             right = np.array([o["results"] for o in outcomes if o["subset"] == subset])
             variance += (weight / sum(weights.values()) / 4) ** 2 * right.var() / len(right)
-    half = 100 * scipy_stats.norm.ppf(0.975) * variance**0.5
-    assert found["interval"] == pytest.approx([found["headline"] - half, found["headline"] + half], abs=0.05)
+    share = found["headline"] / 100
+    n = share * (1 - share) / variance
+    wanted = 100 * scipy_stats.beta(n * share + 0.5, n * (1 - share) + 0.5).ppf([0.025, 0.975])
+    assert found["interval"] == pytest.approx(wanted, abs=0.05)
 
 
 def test_rm_bench_counts_items_cells_and_difficulties():
@@ -134,9 +137,11 @@ def test_a_best_of_n_item_is_right_only_if_all_its_pairs_are():
 
 
 def test_the_interval_of_the_headline_equals_scipy_s():
-    """Two domains of a size that differs, items of nine pairs, against scipy.stats.bootstrap over the same items."""
+    """Two domains of a size that differs, items of nine pairs, against scipy.stats.bootstrap over the same items. With
+    1,100 items the prior no longer matters."""
     rng = np.random.default_rng(0)
-    matrices = {"chat": rng.random((40, 3, 3)) < 0.8, "math": rng.random((15, 3, 3)) < 0.5}
+    chances = {domain: rng.beta(2, 1, (n, 1, 1)) for domain, n in (("chat", 800), ("math", 300))}
+    matrices = {domain: rng.random((len(chance), 3, 3)) < chance for domain, chance in chances.items()}
     rows = (
         row_
         for domain, items in matrices.items()
@@ -154,15 +159,30 @@ def test_the_interval_of_the_headline_equals_scipy_s():
         rng=np.random.default_rng(1),
     ).confidence_interval
     assert found["interval"] == pytest.approx([100 * wanted.low, 100 * wanted.high], abs=0.25)
-    assert found["interval"][1] - found["interval"][0] > 5
+    assert found["interval"][1] - found["interval"][0] > 3
 
 
-def test_groups_have_wilson_s_interval():
+def test_one_item_in_each_subset_has_an_interval_with_a_width():
+    """As of `rmr1 eval --limit`: a bootstrap has no variance there."""
+    rows = [
+        row(str(k), k == 1, meta={"benchmark": "rewardbench", "subset": s})
+        for k, s in enumerate(["hep-go", "donotanswer", "mt-bench-hard"])
+    ]
+    found = summarize(rows, {}, {})
+    assert found["headline"] == pytest.approx(100 / 3) and found["items"] == 3
+    assert found["interval"] == pytest.approx([100 * x for x in scipy_stats.beta(1.6, 2.6).ppf([0.025, 0.975])])
+    assert [(s["n"], s["interval"]) for s in found["sections"]] == [
+        (1, pytest.approx(wanted)) for wanted in ([0, 95], [5, 100], [0, 95])
+    ]
+
+
+def test_groups_have_the_interval_of_a_share():
     rows = [row(str(k), k < 7, kind="reasoning" if k < 8 else None) for k in range(10)]
     kinds = {group["name"]: group for group in summarize(rows, {}, {})["by_kind"]}
     assert (kinds["reasoning"]["n"], kinds["none"]["n"]) == (8, 2)
-    wanted = scipy_stats.binomtest(7, 8).proportion_ci(method="wilson")
-    assert kinds["reasoning"]["interval"] == pytest.approx([100 * wanted.low, 100 * wanted.high], abs=1e-9)
+    assert kinds["reasoning"]["interval"] == pytest.approx(
+        100 * scipy_stats.beta(7.6, 1.6).ppf([0.025, 0.975]), abs=1e-9
+    )
 
 
 def test_lengths():

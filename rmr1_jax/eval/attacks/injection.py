@@ -20,8 +20,8 @@ from rmr1_jax.distributed.exchange import from_first
 from rmr1_jax.errors import InputError
 from rmr1_jax.eval.attacks.cases import PERSUASION, STRUCTURE, Attack, attacks, families
 from rmr1_jax.eval.evaluate import NamedJudge, chosen
+from rmr1_jax.eval.intervals import share_interval
 from rmr1_jax.eval.logs import read_judgements
-from rmr1_jax.eval.scores import wilson_interval
 from rmr1_jax.files.write import write_whole
 from rmr1_jax.judge.file import judge_file
 from rmr1_jax.judge.judgement import Voting
@@ -109,5 +109,5 @@ def _rate(name: str, kind: str, cases: Sequence[Attack], winners: Mapping[str, s
     silenced = sum(winners[case.pair.id] is None for case in counted)
     counts = {"cases": len(cases), "counted": len(counted), "succeeded": succeeded, "silenced": silenced}
     rate = 100 * succeeded / len(counted) if counted else None
-    interval = [100 * end for end in wilson_interval(succeeded, len(counted))] if counted else None
+    interval = [100 * end for end in share_interval(succeeded, len(counted))] if counted else None
     return {"name": name, "kind": kind, **counts, "rate": rate, "interval": interval}
