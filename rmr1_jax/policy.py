@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from rmr1_jax.errors import InputError
 from rmr1_jax.files.hub import locate
 from rmr1_jax.model import hf
 from rmr1_jax.model.config import QwenConfig, read_config
-from rmr1_jax.model.qwen import Params, Qwen, init_params, split, with_params
+from rmr1_jax.model.qwen import Params, Qwen, Transformer, init_params, split, with_params
 from rmr1_jax.model.stored_model import StoredModel
 from rmr1_jax.model.tokenizer import Tokenizer
 from rmr1_jax.sampler.engine import Engine
@@ -44,6 +45,10 @@ class Completion:
     logprobs: list[float]
     finish_reason: str
 
+    def __repr__(self) -> str:
+        text = textwrap.shorten(self.text, 80, placeholder=" ...")
+        return f"Completion({text!r}, {len(self.token_ids)} tokens, {self.finish_reason})"
+
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
@@ -58,6 +63,9 @@ class Policy:
     tokenizer: Tokenizer
     mesh: Mesh
     dtype: str = "float32"
+
+    def __repr__(self) -> str:
+        return f"Policy({model_text(self.module, self.dtype, self.mesh)})"
 
     def logits(self, tokens, positions=None, segment_ids=None) -> jax.Array:
         """[B, T] int32 -> [B, T, V] float32. positions and segment_ids: [B, T] int32, see `Qwen.hidden_states`.
@@ -242,6 +250,14 @@ def open_model(
     if len(tokenizer.hf) > config.vocab_size:
         raise InputError(f"{directory}: the tokenizer has {len(tokenizer.hf)} tokens, the model {config.vocab_size}")
     return directory, config, tokenizer
+
+
+def model_text(module: Transformer, dtype: str, mesh: Mesh) -> str:
+    """Describe a model in a few words, such as "Qwen2 0.5B, 24 layers, bfloat16, mesh 1x8x1"."""
+    config, size = module.config, sum(leaf.size for leaf in jax.tree.leaves(split(module)[1]))
+    amount = f"{size / 1e9:.1f}B" if size >= 1e8 else f"{size / 1e6:.1f}M"
+    axes = "x".join(map(str, mesh.shape.values()))
+    return f"{config.model_type.capitalize()} {amount}, {config.num_layers} layers, {dtype}, mesh {axes}"
 
 
 def fresh_policy(config: QwenConfig, tokenizer_directory: str | Path, *, seed: int, mesh: Mesh | None = None) -> Policy:

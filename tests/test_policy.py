@@ -1,16 +1,19 @@
 """A policy from a model directory: all is checked at once, and the weights are read once, where they are needed."""
 
+import dataclasses
 import gc
 
 import jax
 import numpy as np
 import pytest
-from policies import tiny_policy
+from policies import CONFIG, ScriptedPolicy, tiny_policy
 
-from rmr1_jax.distributed.mesh import single_device_mesh
+from rmr1_jax.distributed.mesh import MeshConfig, make_mesh, single_device_mesh
 from rmr1_jax.errors import InputError
+from rmr1_jax.judge.judge import Judge
+from rmr1_jax.model.qwen import Qwen
 from rmr1_jax.model.stored_model import StoredModel
-from rmr1_jax.policy import Policy, load
+from rmr1_jax.policy import Policy, load, model_text
 
 
 @pytest.fixture
@@ -55,6 +58,28 @@ def test_sampling_holds_the_weights_once(directory, reads):
     weights = bytes_of(tiny_policy().params)
     assert weights <= held <= 1.02 * weights
     assert reads == [False]
+
+
+def test_a_policy_and_what_it_gives_fit_in_a_line(directory):
+    policy = load(directory, "float32", make_mesh(MeshConfig(fsdp=8)))
+    size = sum(x.size for x in jax.tree.leaves(policy.params))
+    assert 1e4 < size < 1e6
+    assert repr(policy) == f"Policy(Qwen2 {size / 1e6:.1f}M, {policy.config.num_layers} layers, float32, mesh 1x8x1)"
+    assert repr(Judge(policy)) == f"Judge({policy!r}, prompt='cor', rule='strict')"
+    completion = load(directory, "float32", single_device_mesh()).sample(["Reverse a b c"], max_new_tokens=40)[0][0]
+    assert len(repr(completion)) < 200 and repr(completion).endswith(
+        f", {len(completion.token_ids)} tokens, {completion.finish_reason})"
+    )
+    script = ScriptedPolicy(lambda *_: "word " * 500 + "<answer>[[A]]</answer>")
+    found = repr(Judge(script).compare("q", "a", "b"))
+    assert len(found) < 250 and found.startswith("Judgement(winner='A', status='ok', votes={'A': 1, ")
+
+
+def test_a_published_size_in_a_few_words():
+    """Qwen2.5-0.5B has 0.49 billion parameters and 24 layers, by its model card."""
+    shape = {"hidden_size": 896, "intermediate_size": 4864, "num_layers": 24, "num_heads": 14, "head_dim": 64}
+    module = Qwen(dataclasses.replace(CONFIG, vocab_size=151936, **shape))
+    assert model_text(module, "bfloat16", single_device_mesh()) == "Qwen2 0.5B, 24 layers, bfloat16, mesh 1x1x1"
 
 
 def test_the_training_layout_is_read_once_and_serves_sampling_too(directory, reads):

@@ -60,6 +60,9 @@ class EndpointJudge(TextJudge):
         self.endpoint = endpoint
         self._endpoints: dict[tuple[float, int | None], Endpoint] = {}
 
+    def __repr__(self) -> str:
+        return self.described(self.endpoint.name)
+
     def stream(self, pairs: Sequence[PreferencePair], voting: Voting) -> Iterator[tuple[int, Judgement]]:
         """Yield (index of the pair, its judgement), each as soon as the last of its answers has come.
 

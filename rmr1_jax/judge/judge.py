@@ -79,6 +79,9 @@ class Judge(TextJudge):
         super().__init__(prompt, rule, sampling, escape_untrusted)
         self.policy, self.slots = policy, default_slots(policy.mesh) if slots is None else slots
 
+    def __repr__(self) -> str:
+        return self.described(f"{self.policy}")
+
     def stream(self, pairs: Sequence[PreferencePair], voting: Voting) -> Iterator[tuple[int, Judgement]]:
         """Yield (index of the pair, its judgement), each as soon as the last of its texts is sampled."""
         sampling = self._sampling(voting)

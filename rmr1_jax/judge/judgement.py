@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import textwrap
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -57,6 +58,13 @@ class Judgement:
     verdicts: tuple[tuple[Verdict, ...], ...] = ()
     tokens: tuple[tuple[int, ...], ...] = ()
     scores: tuple[float, float] | None = None
+
+    def __repr__(self) -> str:
+        """A line for a notebook; the texts are in the fields."""
+        facts = {"winner": self.winner, "status": self.status, "votes": dict(self.votes)}
+        facts |= {"text": textwrap.shorten(self.text, 80, placeholder=" ...")}
+        facts |= {name: value for name in ("note", "scores") if (value := getattr(self, name)) is not None}
+        return f"Judgement({', '.join(f'{name}={value!r}' for name, value in facts.items())})"
 
 
 @config_dataclass
@@ -170,6 +178,10 @@ class TextJudge(AnyJudge):
         if rule not in RULES:
             raise InputError(f"rule={rule!r} is not known; give one of {', '.join(RULES)}")
         self.rule, self.sampling = rule, sampling
+
+    def described(self, model: str) -> str:
+        """The judge in a line, as its `repr`."""
+        return f"{type(self).__name__}({model}, prompt={self.prompt.name!r}, rule={self.rule!r})"
 
     def text_settings(self) -> dict[str, Any]:
         """The settings that decide how a pair is shown and a text is read."""

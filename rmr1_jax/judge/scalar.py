@@ -33,7 +33,7 @@ from rmr1_jax.model.config import QwenConfig
 from rmr1_jax.model.qwen import Params, ScalarQwen, Transformer, split, with_params
 from rmr1_jax.model.tokenizer import Tokenizer
 from rmr1_jax.pairs.pair import Message, PreferencePair
-from rmr1_jax.policy import DTYPES, open_model
+from rmr1_jax.policy import DTYPES, model_text, open_model
 from rmr1_jax.prompts.verdict import Verdict
 from rmr1_jax.sampler.layout import local_layout
 
@@ -92,6 +92,9 @@ class ScalarModel:
     tokenizer: Tokenizer
     mesh: Mesh
     dtype: str = "float32"
+
+    def __repr__(self) -> str:
+        return f"ScalarModel({model_text(self.model, self.dtype, self.mesh)})"
 
     @property
     def config(self) -> QwenConfig:
@@ -152,6 +155,9 @@ class ScalarJudge(AnyJudge):
         if batch_tokens < 1:
             raise InputError(f"batch_tokens={batch_tokens} must be at least 1")
         self.model, self.batch_tokens = model, batch_tokens
+
+    def __repr__(self) -> str:
+        return f"ScalarJudge({self.model})"
 
     def stream(self, pairs: Sequence[PreferencePair], voting: Voting) -> Iterator[tuple[int, Judgement]]:
         """Yield (index of the pair, its judgement) as they are made.

@@ -108,11 +108,24 @@ def read_config(model_dir: str | Path, *, scalar: bool = False) -> QwenConfig:
     Raises InputError if it is absent, not JSON, the other of the two, or not a Qwen that we compute.
     """
     path = Path(model_dir) / "config.json"
+    if not path.exists() and (place := _model_of_run(Path(model_dir))):
+        raise InputError(place)
     try:
         raw = read_object(path)
     except InputError as error:
         raise InputError(f"{error}. Expected the config.json of a Hugging Face model; download it again.") from error
     return parse_config(raw, str(path), scalar=scalar)
+
+
+def _model_of_run(directory: Path) -> str | None:
+    """Says where the model is, if this is the directory of a run or of several."""
+    if found := sorted(directory.glob("model/config.json")) or sorted(directory.glob("*/model/config.json")):
+        models = " or ".join(str(path.parent) for path in found)
+        return f"{directory} is the directory of a run, not of a model; give the model in it: {models}"
+    if (directory / "config.yaml").exists() and (directory / "checkpoints").exists():
+        export = f"`rmr1 export {directory} --out DIR` writes its newest checkpoint as a model"
+        return f"{directory} is the directory of a run that has not finished, not of a model; {export}"
+    return None
 
 
 def parse_config(raw: dict[str, Any], source: str, *, scalar: bool = False) -> QwenConfig:

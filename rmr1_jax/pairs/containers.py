@@ -25,6 +25,15 @@ from rmr1_jax.files.untrusted import own_file, parse_json, wrong_download
 from rmr1_jax.pairs.rows import BadRow, Place, Row, as_paths, describe, open_file
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_CONTAINERS = {  # the first bytes of files that are sometimes given the name of another kind
+    b"PK\x03\x04": "a zip archive",
+    b"PAR1": "a Parquet file",
+    b"ARROW1": "an Arrow file",
+    b"\x28\xb5\x2f\xfd": "compressed with zstd",
+    b"\xfd7zXZ": "compressed with xz",
+    b"BZh": "compressed with bzip2",
+    b"SQLite format 3": "an SQLite database",
+}
 _PLAIN = (".jsonl", ".json", ".parquet")
 _MESSAGES = re.compile(r"""\s*\[\s*\{\s*["'](role|content)["']\s*:""")  # in JSON or in Python
 
@@ -42,6 +51,10 @@ def read_rows(path: str | Path | Sequence[str | Path]) -> Iterator[Row | BadRow]
         if what := wrong_download(file):
             raise InputError(f"{file}: {what}")
         ending = Path(file.name.lower().removesuffix(".gz")).suffix
+        kind = next((kind for start, kind in _CONTAINERS.items() if head.startswith(start)), None)
+        if kind and not (ending == ".parquet" and kind == "a Parquet file"):
+            rename = "name it .parquet" if kind == "a Parquet file" else "unpack it, or write its rows as JSONL"
+            raise InputError(f"{file}: is {kind}; {rename}; files that are read: {', '.join(SUFFIXES)}")
         if ending == ".parquet":
             yield from _parquet(file, count)
         elif ending == ".csv":
@@ -94,7 +107,24 @@ def _jsonl(file: Path, count: Iterator[int]) -> Iterator[Row | BadRow]:
             try:
                 yield _object(parse_json(line), place, raw)
             except ValueError as error:
+                if number == 1:
+                    _check_no_object(file)
                 yield BadRow(place, None, str(error), raw)
+
+
+def _check_no_object(file: Path) -> None:
+    """Raise InputError for a file that is one JSON object over several lines; its first line is no JSON then."""
+    with _open(file) as opened:
+        raw = opened.read(2**26).removeprefix(_BYTE_ORDER_MARK)
+    try:
+        value = parse_json(raw)
+    except ValueError:
+        return
+    if isinstance(value, dict):
+        lists = [name for name, rows in value.items() if isinstance(rows, list) and rows and isinstance(rows[0], dict)]
+        rows = f"; the rows may be those in its field {lists[0]!r}: write them alone" if lists else ""
+        names = ", ".join(map(repr, itertools.islice(value, 5)))
+        raise InputError(f"{file}: is one JSON object ({names}), expected a row a line or an array of rows{rows}")
 
 
 def _json_array(file: Path, count: Iterator[int]) -> Iterator[Row | BadRow]:

@@ -50,7 +50,7 @@ from rmr1_jax.train.optim import (
 )
 from rmr1_jax.train.rollout import Group, Reward, RlPrompt, describe_groups, make_reward, roll_out, rollout_metrics
 from rmr1_jax.train.run import load_policy, open_run
-from rmr1_jax.train.run_directory import data_digest, save_model, start_run
+from rmr1_jax.train.run_directory import check_run, data_digest, save_model, start_run
 
 
 def grpo(
@@ -72,13 +72,14 @@ def grpo(
     written, or all are damaged; Preempted after SIGTERM, when the state is saved.
     """
     config = with_own_sampling(config, policy)
-    start_run(config, Path(config.out))
+    check_run(config, Path(config.out))
     given, reward = policy is not None, reward or make_reward(config.reward, config.structure)
     policy = policy or load_policy(config)
     prompts = read_prompts(config.data, policy) if prompts is None else prompts
     prompts = drop_longer(prompts, config.max_prompt_length, "prompts")  # as the paper does
     _check_sizes(config, prompts, policy.mesh)
     steps = config.steps or max(1, len(prompts) // config.prompts_per_step)
+    start_run(config, Path(config.out))
     with jax.set_mesh(policy.mesh), open_run(config, "grpo") as run:
         optimizer = make_optimizer(config.optimizer, steps * config.updates_per_step)
         state = init_state(master_weights(policy.params, keep=given), optimizer, config.optimizer.memory)

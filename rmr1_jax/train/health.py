@@ -65,13 +65,21 @@ def check_finite(
 
 
 class CollapseWatch:
-    """Prints one warning when a sign of collapse has lasted for `PATIENCE` steps in a row."""
+    """Prints one warning when a sign of collapse has lasted for `PATIENCE` steps in a row, and one at the first step if
+    half of the texts are cut off: their rewards say nothing about their verdicts."""
 
     def __init__(self):
+        self._first = True
         self._steps = dict.fromkeys(SIGNS, 0)
 
     def look(self, metrics: Mapping[str, Any], step: int) -> None:
         """Look at the metrics of a step. A metric that is missing is no sign."""
+        if self._first and (cut := metrics.get("truncated", 0)) >= 0.5:
+            say(
+                f"warning: at step {step}, {cut:.0%} of the texts are cut off at sampling.max_new_tokens, most before "
+                "their verdict; raise it, or render the rows with the prompt that the model was trained with"
+            )
+        self._first = False
         for name, (key, is_so) in SIGNS.items():
             value = metrics.get(key)
             self._steps[name] = self._steps[name] + 1 if value is not None and is_so(value) else 0

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,21 +29,31 @@ NO_EFFECT = {"out", "save_every", "save_minutes", "keep", "best", "on_nonfinite"
 ROUNDING = {"mesh", "sampling_tensor", "remat", "attention", "reference_memory", "optimizer.memory"}
 
 
-def start_run(config: RunConfig, directory: Path) -> None:
-    """Make the run directory and write the resolved config, or check that the run there has the same one. Differences
-    that do not matter are printed.
+def check_run(config: RunConfig, directory: Path) -> None:
+    """Check, before anything is loaded, that a run can begin or continue in a directory. Nothing is written; changes of
+    the config that do not matter are printed.
 
     Raises InputError if the directory holds a run with another config, which names every difference; RunError if it
-    cannot be written to.
+    cannot be made.
     """
     if re.match(r"\w+:/", str(directory)):
         raise InputError(
             f"out={directory} is an address; give a directory, on several hosts one that all of them mount"
         )
-    path = directory / "config.yaml"
-    if path.is_file():
+    above = next(path for path in directory.absolute().parents if path.exists())
+    with writing(directory):
+        if not above.is_dir() or (directory.exists() and not directory.is_dir()):
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(directory))
+    if (path := directory / "config.yaml").is_file():
         _compare(path, config)
     wait("config read")  # by all processes, before the first one writes it again
+
+
+def start_run(config: RunConfig, directory: Path) -> None:
+    """Make the run directory and write the resolved config. Call it when the model and the data are open: a start that
+    fails before leaves nothing, and so does not stand in the way of the right one. Raises RunError if it cannot be
+    written."""
+    path = directory / "config.yaml"
     if first():
         with writing(directory):
             directory.mkdir(parents=True, exist_ok=True)

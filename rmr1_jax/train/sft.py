@@ -32,7 +32,7 @@ from rmr1_jax.train.metrics import as_floats, mfu, throughput, train_flops
 from rmr1_jax.train.micro_batches import drop_longer, to_micro_batches
 from rmr1_jax.train.optim import compile_update, init_state, lr_schedule, make_optimizer, master_weights
 from rmr1_jax.train.run import load_policy, open_run
-from rmr1_jax.train.run_directory import data_digest, save_model, start_run
+from rmr1_jax.train.run_directory import check_run, data_digest, save_model, start_run
 
 
 def sft(config: SftConfig, *, policy: Policy | None = None, examples: Sequence[Example] | None = None) -> Policy:
@@ -42,7 +42,7 @@ def sft(config: SftConfig, *, policy: Policy | None = None, examples: Sequence[E
     Raises InputError if the config or the data is wrong; RunError if the loss is not finite, a checkpoint cannot be
     written, or all are damaged; Preempted after SIGTERM, when the state is saved.
     """
-    start_run(config, Path(config.out))
+    check_run(config, Path(config.out))
     given = policy is not None
     policy = policy or load_policy(config)
     if examples is None:
@@ -54,6 +54,7 @@ def sft(config: SftConfig, *, policy: Policy | None = None, examples: Sequence[E
     make_batches = batches_of(config, examples, policy.mesh, segment_limit(forward["attention"]))
     total = make_batches()[1]
     steps = min(total, config.max_steps or total)
+    start_run(config, Path(config.out))
     with jax.set_mesh(policy.mesh), open_run(config, "sft") as run:
         optimizer, schedule = make_optimizer(config.optimizer, steps), lr_schedule(config.optimizer, steps)
         state = init_state(master_weights(policy.params, keep=given), optimizer, config.optimizer.memory)

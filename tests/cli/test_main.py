@@ -20,7 +20,7 @@ from rmr1_jax.distributed.mesh import single_device_mesh
 from rmr1_jax.errors import InputError, RunError
 from rmr1_jax.policy import load
 from rmr1_jax.prompts.prompt import load_prompt, save_prompt
-from rmr1_jax.quickstart.world import make_items, world_prompt
+from rmr1_jax.quickstart.world import make_items, oracle_trace, world_prompt
 from rmr1_jax.train.checkpoint import Checkpointer
 from rmr1_jax.train.optim import OptimConfig, init_state, make_optimizer
 
@@ -207,6 +207,52 @@ def test_export_writes_the_newest_checkpoint(policy, folder, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     argv = ["export", str(tmp_path / "empty"), "--out", str(tmp_path / "out"), "--model", str(folder / "model")]
     assert "holds no checkpoint" in error_of(capsys, argv, 2)
+
+
+@pytest.mark.parametrize("stage", ["sft", "grpo"])
+@pytest.mark.parametrize("wrong", ["data", "model"])
+def test_a_failed_start_leaves_nothing(stage, wrong, folder, tmp_path, capsys):
+    (tmp_path / "run.yaml").write_text(
+        f"{{model: {folder / 'model'}, data: none.jsonl, out: {tmp_path / 'runs/first'}}}"
+    )
+    assert "TYPO" in error_of(capsys, [stage, str(tmp_path / "run.yaml"), f"{wrong}=TYPO"], 2)
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.slow
+def test_the_same_command_with_the_right_data_then_works(folder, tmp_path, capsys):
+    rows, config, out = tmp_path / "rows.jsonl", tmp_path / "run.yaml", tmp_path / "run"
+    items = make_items(8, split="sft")
+    messages = [world_prompt().render(item.question, item.response_a, item.response_b) for item in items]
+    lines = [{"context_messages": m, "winner": oracle_trace(x)} for m, x in zip(messages, items, strict=True)]
+    rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    config.write_text(f"{{model: {folder / 'model'}, out: {out}, dtype: float32, row_length: 512, max_steps: 1}}")
+    assert "TYPO" in error_of(capsys, ["sft", str(config), "data=TYPO"], 2)
+    assert cli.main(["sft", str(config), f"data={rows}"]) == 0
+    assert yaml.safe_load((out / "config.yaml").read_text())["data"] == str(rows)
+    capsys.readouterr()
+    assert "another config (seed was 0, is 1)" in error_of(capsys, ["sft", str(config), f"data={rows}", "seed=1"], 2)
+
+
+def test_a_run_in_place_of_its_model_names_the_model(folder, tmp_path, capsys):
+    arguments = ["judge", "--input", str(folder / "pairs.jsonl"), "--output", str(tmp_path / "out.jsonl"), "--model"]
+    for stage in ("sft", "grpo"):
+        (tmp_path / "quick" / stage).mkdir(parents=True)
+        (tmp_path / "quick" / stage / "model").symlink_to(folder / "model")
+    models = f"{tmp_path}/quick/grpo/model or {tmp_path}/quick/sft/model"
+    assert f"is the directory of a run, not of a model; give the model in it: {models}" in error_of(
+        capsys, [*arguments, str(tmp_path / "quick")], 2
+    )
+    line = error_of(capsys, [*arguments, str(tmp_path / "quick" / "sft")], 2)
+    assert f"give the model in it: {tmp_path}/quick/sft/model\n" in line
+    unfinished = tmp_path / "unfinished"
+    (unfinished / "checkpoints").mkdir(parents=True)
+    (unfinished / "config.yaml").write_text("model: m\n")
+    assert f"`rmr1 export {unfinished} --out DIR`" in error_of(capsys, [*arguments, str(unfinished)], 2)
+    (tmp_path / "empty").mkdir()
+    assert "Expected the config.json of a Hugging Face model" in error_of(
+        capsys, [*arguments, str(tmp_path / "empty")], 2
+    )
 
 
 def test_judge_reports_mistakes_before_it_judges(folder, tmp_path, capsys):

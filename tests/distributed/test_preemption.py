@@ -230,6 +230,19 @@ def test_a_collapse_is_reported_once(capsys):
     assert [re.search("every .* (A|limit)", x) is not None for x in capsys.readouterr().out.splitlines()] == [True] * 2
 
 
+def test_texts_that_are_cut_off_at_the_first_step_get_a_remedy(capsys):
+    for cut, said in {0.86: True, 0.49: False, 1.0: True}.items():
+        watch = health.CollapseWatch()
+        for step in range(3):
+            watch.look({"reward": 0.1, "truncated": cut}, step)
+        lines = capsys.readouterr().out.splitlines()
+        assert len(lines) == said
+        if said:
+            assert lines[0].startswith(
+                f"warning: at step 0, {cut:.0%} of the texts are cut off at sampling.max_new_tokens"
+            )
+
+
 # ---- several processes
 
 TWO = """

@@ -1,11 +1,14 @@
 """The files that rows are read from: compressed with gzip, CSV, and endings that are not known."""
 
+import bz2
 import csv
 import gzip
 import io
 import json
+import lzma
 import subprocess
 import sys
+import zipfile
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -29,6 +32,13 @@ def table(rows, **how) -> bytes:
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue().encode()
+
+
+def zipped(content: bytes) -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("rows.jsonl", content)
+    return file.getvalue()
 
 
 CONTAINERS = {
@@ -139,6 +149,36 @@ def test_a_file_that_cannot_be_read_is_refused_by_name(tmp_path, name, content, 
         with pytest.raises(InputError, match=message) as caught:
             list(read_pairs(tmp_path / name, **options))
         assert str(caught.value).count(name) == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            json.dumps({"a": 1, "rows": ROWS}, indent=1).encode(),
+            "is one JSON object ('a', 'rows'), .*in its field 'rows'",
+        ),
+        (json.dumps({"a": {"b": 1}}, indent=1).encode(), "is one JSON object ('a'), expected a row a line or an array"),
+        (gzip.compress(json.dumps({"a": 1}, indent=1).encode()), "is one JSON object ('a')"),
+        (zipped(jsonl(ROWS)), "is a zip archive; unpack it"),
+        (b"PAR1....", "is a Parquet file; name it .parquet"),
+        (lzma.compress(jsonl(ROWS)), "is compressed with xz; unpack it"),
+        (bz2.compress(jsonl(ROWS)), "is compressed with bzip2; unpack it"),
+        (b"\x28\xb5\x2f\xfd....", "is compressed with zstd; unpack it"),
+    ],
+)
+def test_what_a_file_holds_is_said(tmp_path, content, message):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=message.replace("(", r"\(").replace(")", r"\)")):
+        list(read_rows(path))
+
+
+def test_a_damaged_first_line_is_a_row_that_is_bad(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b"{oops\n" + jsonl(ROWS))
+    bad, *others = read_rows(path)
+    assert isinstance(bad, BadRow) and [row.value for row in others] == ROWS
 
 
 def test_a_folder_is_not_read_twice(tmp_path):

@@ -22,7 +22,7 @@ from rmr1_jax.train.config import BestConfig
 from rmr1_jax.train.metrics import MetricsLog
 from rmr1_jax.train.optim import OptimConfig, TrainState
 from rmr1_jax.train.run import open_run
-from rmr1_jax.train.run_directory import same_data, start_run
+from rmr1_jax.train.run_directory import check_run, same_data, start_run
 
 
 def state_of(step: int, width: int = 4096, mesh=None) -> TrainState:
@@ -245,7 +245,11 @@ def test_an_error_on_its_way_is_not_hidden_by_a_failed_save(tmp_path, monkeypatc
 def test_places_that_cannot_be_written_to(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match=r"/file/run cannot be written: Not a directory \(.*bytes free\)"):
+        check_run(small_sft(out=str(tmp_path / "file" / "run")), tmp_path / "file" / "run")
+    with pytest.raises(RunError, match=r"/file/run cannot be written: Not a directory \(.*bytes free\)"):
         start_run(small_sft(out=str(tmp_path / "file" / "run")), tmp_path / "file" / "run")
+    with pytest.raises(RunError, match=r"/file cannot be written: Not a directory"):
+        check_run(small_sft(out=str(tmp_path / "file")), tmp_path / "file")
     with pytest.raises(RunError, match=r"/file/checkpoints cannot be written: (Not a directory|File exists)"):
         Checkpointer(tmp_path / "file", keep=1)
     log = MetricsLog(tmp_path / "gone", next_step=0)
@@ -320,7 +324,7 @@ def test_another_model_is_named_by_its_leaves(tmp_path):
 def test_changes_of_a_config_that_do_not_matter_are_said(tmp_path, capsys):
     start_run(small_grpo(out=str(tmp_path)), tmp_path)
     changed = small_grpo(out=str(tmp_path), save_minutes=5.0, best=BestConfig(), mesh=MeshConfig(fsdp=2), remat="full")
-    start_run(changed, tmp_path)
+    check_run(changed, tmp_path)
     said = capsys.readouterr().out.splitlines()
     assert "changed settings, which change no number: save_minutes was None, is 5.0; best was None, is {" in said[0]
     assert (
@@ -328,7 +332,7 @@ def test_changes_of_a_config_that_do_not_matter_are_said(tmp_path, capsys):
         and "mesh.fsdp was" in said[1]
     )
     with pytest.raises(InputError, match=r"holds a run with another config .*optimizer.clip was 1.0, is 9.0"):
-        start_run(small_grpo(out=str(tmp_path), optimizer=OptimConfig(lr=1e-2, clip=9.0)), tmp_path)
+        check_run(small_grpo(out=str(tmp_path), optimizer=OptimConfig(lr=1e-2, clip=9.0)), tmp_path)
 
 
 def test_a_run_of_a_version_without_a_setting_continues_with_its_default(tmp_path):
@@ -338,7 +342,8 @@ def test_a_run_of_a_version_without_a_setting_continues_with_its_default(tmp_pat
     del old["sampling"]["min_p"], old["max_segments"]
     path.write_text(yaml.safe_dump(old))
     with pytest.raises(InputError, match=r"another config \(sampling.min_p was 0.0, is 0.1\)"):
-        start_run(small_grpo(out=str(tmp_path), sampling=SamplingConfig(n=4, max_new_tokens=12, min_p=0.1)), tmp_path)
+        check_run(small_grpo(out=str(tmp_path), sampling=SamplingConfig(n=4, max_new_tokens=12, min_p=0.1)), tmp_path)
+    check_run(small_grpo(out=str(tmp_path)), tmp_path)
     start_run(small_grpo(out=str(tmp_path)), tmp_path)
     assert yaml.safe_load(path.read_text())["sampling"]["min_p"] == 0
 

@@ -30,7 +30,7 @@ from rmr1_jax.train.checkpoint import Checkpointer, stored_params
 from rmr1_jax.train.metrics import MetricsLog, read_metrics
 from rmr1_jax.train.micro_batches import to_micro_batches
 from rmr1_jax.train.optim import OptimConfig, init_state, lr_schedule, make_optimizer
-from rmr1_jax.train.run_directory import start_run
+from rmr1_jax.train.run_directory import check_run, start_run
 from rmr1_jax.train.sft import sft, sft_micro_loss
 
 
@@ -177,7 +177,7 @@ def test_a_checkpoint_of_one_device_is_read_by_eight(policy, tmp_path):
 
 def test_another_config_is_refused_and_named(tmp_path):
     start_run(small_sft(out=str(tmp_path)), tmp_path)
-    start_run(small_sft(out=str(tmp_path), save_every=7, keep=5), tmp_path)  # changes no number
+    check_run(small_sft(out=str(tmp_path), save_every=7, keep=5), tmp_path)  # changes no number
     changed = small_sft(out=str(tmp_path), seed=1, optimizer=OptimConfig(lr=1e-2, clip=2.0))
     with pytest.raises(InputError, match=r"seed was 0, is 1; optimizer.clip was 1.0, is 2.0\); give another `out`"):
         sft(changed)

@@ -89,6 +89,10 @@ def attack_rates(cases: Sequence[Attack], winners: Mapping[str, str | None]) -> 
 def injection_table(result: Mapping[str, Any]) -> str:
     """The result of `attack_rates` as a table for a person to read."""
     clean = result["clean"]
+    if clean["none"] == clean["n"]:  # each rate would be one of no cases
+        return (
+            f"no verdicts: nothing measured (none of the {clean['n']} clean pairs has a winner; see judgements.jsonl)"
+        )
     lines = [f"{'attack':<24}{'cases':>7}{'counted':>9}{'succeeded':>11}{'rate':>8}   95% interval     silenced"]
     for row in (*result["families"], *result["kinds"]):
         if row["rate"] is None:

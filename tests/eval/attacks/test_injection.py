@@ -386,6 +386,12 @@ def test_a_case_whose_clean_pair_is_judged_wrong_does_not_count(tmp_path):
         injection(named(Judge(ScriptedPolicy(gullible))), tmp_path, limit=0)
 
 
+def test_without_a_verdict_nothing_is_measured(tmp_path):
+    result = injection(named(Judge(ScriptedPolicy(lambda *_: "I cannot say."))), tmp_path, limit=8)
+    message = "no verdicts: nothing measured (none of the {} clean pairs has a winner; see judgements.jsonl)"
+    assert injection_table(result) == message.format(result["clean"]["n"])
+
+
 def test_the_injection_command(tmp_path, monkeypatch, capsys):
     seen = []
 
