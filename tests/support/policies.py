@@ -37,6 +37,8 @@ CONFIG = QwenConfig(
 class ScriptedPolicy(Tokenizer):
     """Writes `script(prompt, number)`. A token is a byte; a prompt is its last message, then `opening`."""
 
+    stats_text = Policy.stats_text
+
     def __init__(self, script, positions: int = 20_000, opening: str = ""):
         self.script, self.opening, self.calls = script, opening, []
         self.config = dataclasses.replace(CONFIG, max_position_embeddings=positions)
