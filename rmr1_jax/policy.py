@@ -27,12 +27,13 @@ from rmr1_jax.model.config import QwenConfig, read_config
 from rmr1_jax.model.qwen import Params, Qwen, Transformer, init_params, split, with_params
 from rmr1_jax.model.stored_model import StoredModel
 from rmr1_jax.model.tokenizer import Tokenizer
+from rmr1_jax.prompts.prompt import PROMPT_FILE
 from rmr1_jax.sampler.engine import Engine
 from rmr1_jax.sampler.layout import local_layout
 from rmr1_jax.sampler.sample import Sample, SampleStats, SamplingConfig
 from rmr1_jax.sampler.weights import Weights, sampling_weights, stored_weights
 
-MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.jinja")  # of a hub repository
+MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.jinja", PROMPT_FILE)  # of a hub repository
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
@@ -205,7 +206,7 @@ def write_model(directory: str | Path, module: Qwen, params: Params, tokenizer: 
 
 def load(
     model: str | Path,
-    dtype: str = "bfloat16",
+    dtype: str = "auto",
     mesh: Mesh | None = None,
     *,
     tensor: int | None = None,
@@ -217,20 +218,30 @@ def load(
     they are first needed.
 
     Args:
-        dtype: of the matrix products, "bfloat16" or "float32". master_dtype: of the weights that are kept (training
-            wants "float32"); default `dtype`. mesh: default all devices of this process, laid out by the model's size
-            (`sampler/layout.py`). tensor: the number of devices that share a copy of the weights, instead of that
-            rule's; the devices hold as many copies as fit. module: a subclass of `Qwen` to put the weights into.
+        dtype: of the matrix products, "bfloat16", "float32" or "auto" (see `settled_dtype`). master_dtype: of the
+            weights that are kept (training wants "float32"); default `dtype`. mesh: default all devices of this
+            process, laid out by the model's size (`sampler/layout.py`). tensor: the number of devices that share a copy
+            of the weights, instead of that rule's; the devices hold as many copies as fit. module: a subclass of `Qwen`
+            to put the weights into.
             chat_template_kwargs: arguments of the model's chat template, such as `{"enable_thinking": False}`.
 
     Raises:
         InputError: not a directory or a reachable hub id, or anything wrong in it (all differences at once); or
             `tensor` does not divide the number of devices, or the devices are too small for the weights.
     """
+    dtype = settled_dtype(dtype, mesh)
     dtypes = (dtype, master_dtype or dtype)
     directory, config, tokenizer = open_model(model, *dtypes, chat_template_kwargs=chat_template_kwargs)
     stored = StoredModel.open(directory, module(config), DTYPES[master_dtype or dtype])
     return Policy(stored, tokenizer, local_layout(stored.module, DTYPES[dtype], mesh, tensor), dtype)
+
+
+def settled_dtype(dtype: str, mesh: Mesh | None = None) -> str:
+    """Return `dtype`; for "auto", "float32" on CPUs, which multiply it faster, and "bfloat16" on other devices."""
+    if dtype != "auto":
+        return dtype
+    device = jax.local_devices()[0] if mesh is None else mesh.devices.flat[0]
+    return "float32" if device.platform == "cpu" else "bfloat16"
 
 
 def open_model(

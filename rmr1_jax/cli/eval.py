@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
-from rmr1_jax.cli.judge import AnyJudgeOptions
+from rmr1_jax.cli.judge_options import AnyJudgeOptions, earlier_settings, print_summary
 from rmr1_jax.cli.options import MaybeInt, MaybeText, all_processes, template_arguments
 from rmr1_jax.errors import InputError
 
@@ -91,7 +91,8 @@ class Eval(AnyJudgeOptions):
                     write_summary(self.out, main, judge=judge.name, cut=judge.cut)
             self.print_stats(judge.judge)
             if first:
-                print(f"{counts}\n{_scores(self.out)}")
+                print_summary(counts, judge.judge.settings(voting))
+                print(f"{_lines(self.benchmark, scores)}\nwritten: {self.out}\nnext:    rmr1 report {self.out}")
 
     def _run_injection(self) -> None:
         from rmr1_jax.eval.attacks.injection import injection, injection_table
@@ -110,19 +111,23 @@ class Eval(AnyJudgeOptions):
 def make_judge(command: Eval) -> NamedJudge:
     """Load the judge that the options name."""
     from rmr1_jax.eval.evaluate import NamedJudge
+    from rmr1_jax.eval.logs import JUDGEMENTS
 
+    output = command.out / JUDGEMENTS
     if command.judge == "endpoint":
         return NamedJudge(judge=command.load_endpoint_judge(**command.reading()), name=command.model_name())
     if command.judge == "scalar":
         from rmr1_jax.judge.scalar import ScalarJudge, load_scalar
 
         arguments = template_arguments(command.chat_template_kwargs)
-        model = load_scalar(command.model, command.dtype, tensor=command.tensor, chat_template_kwargs=arguments)
-        judge, directory = ScalarJudge(model), model.tokenizer.directory
+        dtype = command.settled_dtype(earlier_settings(output))
+        model = load_scalar(command.model, dtype, tensor=command.tensor, chat_template_kwargs=arguments)
+        judge = ScalarJudge(model)
     else:
-        judge = command.load_judge(**command.reading())
-        directory = judge.policy.tokenizer.directory
-    return NamedJudge(judge=judge, name=command.model_name(), identity=command.identity(directory))
+        judge = command.load_judge(output, **command.reading())
+        model = judge.policy
+    identity = command.identity(model.tokenizer.directory, model.dtype)
+    return NamedJudge(judge=judge, name=command.model_name(), identity=identity)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -167,16 +172,15 @@ class Score:
         rule, released = None if self.rule == "as-logged" else self.rule, self.compat == "released"
         scores, failures = score_logs(self.benchmark, self.logs, self.out, released=released, rule=rule)
         if scores:
-            print(_scores(self.out))
+            print(f"{_lines(self.benchmark, scores)}\nwritten: {self.out}\nnext:    rmr1 report {self.out}")
         if failures:
             for failure in failures[1:]:
                 print("error:", " ".join(str(failure).split()), file=sys.stderr)
             raise InputError(f"{failures[0]} (not counted in the scores)")
 
 
-def _scores(out: Path) -> str:
-    """The scores in a run's summary, where the run is, and what shows it."""
-    from rmr1_jax.eval.summary import SUMMARY, scores_text
-    from rmr1_jax.files.untrusted import read_object
+def _lines(benchmark: str, scores: dict[str, Any]) -> str:
+    """The main scores of the benchmark, one a line."""
+    from rmr1_jax.eval.registry import BENCHMARKS
 
-    return f"{scores_text(read_object(out / SUMMARY))}\nwritten: {out}\nnext:    rmr1 report {out}"
+    return "\n".join(f"{value:8.2%}  {name}" for name, value in scores[BENCHMARKS[benchmark].main_scores].items())

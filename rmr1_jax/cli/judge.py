@@ -1,191 +1,61 @@
-"""The command that judges pairs, `rmr1 judge`, and the options that it shares with `rmr1 eval`."""
+"""The command that judges pairs, `rmr1 judge`. Next: `judge_options.py`, whose options `rmr1 eval` has too."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from rmr1_jax.cli.endpoint import EndpointOptions
+from tyro.conf import Positional, arg
+
+from rmr1_jax.cli.judge_options import AnyJudgeOptions, print_summary
 from rmr1_jax.cli.options import (
-    Dtype,
-    MaybeFloat,
     MaybeInt,
     MaybePath,
-    TemplateArguments,
+    MaybeText,
     all_processes,
-    template_arguments,
 )
 from rmr1_jax.errors import InputError
 
 if TYPE_CHECKING:
-    from rmr1_jax.judge.endpoint import EndpointJudge
-    from rmr1_jax.judge.judge import Judge as PolicyJudge
-    from rmr1_jax.judge.judgement import JudgeSampling, Voting
-
-
-# The options that are refused for each kind of judge, because they have no effect on it, and the reason.
-_ENDPOINT_ONLY = tuple(field.name for field in dataclasses.fields(EndpointOptions))
-_WITHOUT_EFFECT = {
-    "policy": (_ENDPOINT_ONLY, "is for a model behind an endpoint; give --judge endpoint, or leave it out"),
-    "scalar": (
-        (*_ENDPOINT_ONLY, "top_p", "top_k", "min_p", "generation_config", "slots"),
-        "has no effect, because --judge scalar samples no text; leave it out",
-    ),
-    "endpoint": (
-        ("tensor", "slots", "max_prompt_tokens", "generation_config", "profile"),
-        "has no effect, because --judge endpoint loads no model here; leave it out",
-    ),
-}
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class JudgeOptions:
-    """How a policy judges."""
-
-    model: str
-    """The model: a Hugging Face directory (such as RUN/model), a hub id, or the model's name at the endpoint."""
-    prompt: str = "cor"
-    """The prompt: cor, reasoning, compare, rubric, or a prompt file. `rmr1 data prompt` makes the file for a published
-    checkpoint."""
-    votes: int = 1
-    """Number of texts for each pair and order. The majority of the valid verdicts wins."""
-    both_orders: bool = False
-    """Compare (A, B) and (B, A). If the two orders disagree, the pair is a tie."""
-    temperature: MaybeFloat = None
-    """Sampling temperature. Defaults to 0 (greedy) for one vote and to 1 for several."""
-    top_p: MaybeFloat = None
-    """Draw only from the smallest set of tokens whose probability reaches this. Defaults to 1 (all tokens)."""
-    top_k: MaybeInt = None
-    """Draw only from this many of the most probable tokens. Defaults to 0 (all tokens)."""
-    min_p: MaybeFloat = None
-    """Draw only tokens with at least this share of the most probable token's probability. Defaults to 0 (all
-    tokens)."""
-    generation_config: bool = False
-    """Take the temperature, top-p, top-k and min-p that are not given from the model's generation_config.json."""
-    chat_template_kwargs: TemplateArguments = None
-    """Arguments for the model's chat template, as JSON, such as '{"enable_thinking": false}' for Qwen3. Give those that
-    the model was trained with."""
-    max_new_tokens: MaybeInt = None
-    """Maximum length of a text in tokens. Defaults to 8192, or to half of the model's positions if that is less."""
-    max_prompt_tokens: MaybeInt = None
-    """Maximum length of a prompt in tokens. Pairs with a longer one are not judged and get the status too_long.
-    Defaults to the positions that --max-new-tokens leaves."""
-    seed: int = 0
-    """Random seed of the sampling."""
-    batch_size: int = 1024
-    """Number of pairs that are judged at a time, by all processes together. A run that was killed judges its last batch
-    again."""
-    dtype: Dtype = "bfloat16"
-    """Data type of the model's matrix products; a model behind an endpoint has its own."""
-    tensor: MaybeInt = None
-    """Number of devices that share one copy of the weights; the devices of a process hold as many copies as fit.
-    Defaults to the smallest number with which the weights take at most half of each device's memory."""
-    slots: MaybeInt = None
-    """Maximum number of texts that are sampled at once, in each process. Lower it if memory runs out. Defaults to 64
-    for each copy of the weights."""
-
-    def voting(self) -> Voting:
-        from rmr1_jax.judge.judgement import Voting
-
-        return Voting(votes=self.votes, both_orders=self.both_orders, seed=self.seed)
-
-    def sampling(self) -> JudgeSampling:
-        """How texts are sampled, checked against the voting. Needs the model's directory only where the options ask for
-        its recommendation."""
-        from rmr1_jax.config import build_config
-        from rmr1_jax.judge.judgement import JudgeSampling
-
-        options = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k, "min_p": self.min_p}
-        given = {name: value for name, value in options.items() if value is not None}
-        if given.get("top_k") == 0:
-            given["top_k"] = None
-        # At a temperature of 0 nothing is drawn, and the model's other values would be refused.
-        if self.generation_config and given.get("temperature") != 0:
-            from rmr1_jax.files.hub import locate
-            from rmr1_jax.policy import MODEL_FILES
-            from rmr1_jax.sampler.generation_config import recommended_sampling
-
-            given = recommended_sampling(locate(self.model, kind="model", patterns=MODEL_FILES)) | given
-        found = build_config(JudgeSampling, given, source="sampling options")
-        found.settled(self.voting())
-        return found
-
-    def model_name(self) -> str:
-        """The name of the model's directory, or of its repository on the hub."""
-        path = Path(self.model)
-        return path.resolve().name if path.is_dir() else self.model.rsplit("/", 1)[-1]
-
-    def load_judge(self, **options: Any) -> PolicyJudge:
-        """Load the policy; `options` are more arguments of `Judge`."""
-        from rmr1_jax.judge.judge import Judge
-        from rmr1_jax.policy import load
-        from rmr1_jax.prompts.prompt import get_prompt
-
-        # Before the weights, so that a mistake in these shows at once.
-        prompt, sampling = get_prompt(self.prompt), dataclasses.asdict(self.sampling())
-        lengths = {"max_new_tokens": self.max_new_tokens, "max_prompt_tokens": self.max_prompt_tokens}
-        arguments = template_arguments(self.chat_template_kwargs)
-        policy = load(self.model, self.dtype, tensor=self.tensor, chat_template_kwargs=arguments)
-        return Judge(policy, prompt, slots=self.slots, **sampling, **lengths, **options)
-
-    @staticmethod
-    def print_stats(judge: Any) -> None:
-        """Print how many texts all processes sampled and how fast, if the judge samples (a collective)."""
-        from rmr1_jax.distributed.exchange import first
-
-        policy = getattr(judge, "policy", None)
-        text = "" if policy is None else policy.stats_text()
-        if text and first():
-            print(text, file=sys.stderr)
-
-    def identity(self, directory: Path) -> dict[str, Any]:
-        """A digest that identifies the model in a directory."""
-        from rmr1_jax.files.append import model_digest
-
-        return {"model": f"{self.model_name()} (sha256 {model_digest(directory)})", "dtype": self.dtype}
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class AnyJudgeOptions(EndpointOptions, JudgeOptions):
-    """How a policy or a model behind an endpoint judges."""
-
-    judge: str = "policy"
-
-    def check_options(self) -> None:
-        """Raise InputError for the first option that has no effect on the kind of judge that was asked for."""
-        names, reason = _WITHOUT_EFFECT[self.judge]
-        for field in dataclasses.fields(self):
-            if field.name in names and getattr(self, field.name) != field.default:
-                raise InputError(f"--{field.name.replace('_', '-')} {reason}")
-
-    def load_endpoint_judge(self, **options: Any) -> EndpointJudge:
-        """The judge behind the endpoint; `options` are more arguments of `EndpointJudge`."""
-        from rmr1_jax.judge.endpoint import EndpointJudge
-        from rmr1_jax.sampler.sample import LONGEST
-
-        arguments, sampling = template_arguments(self.chat_template_kwargs), self.sampling()
-        extra = {"chat_template_kwargs": arguments} if arguments else {}
-        endpoint = self.endpoint(self.model, self.max_new_tokens or LONGEST, extra)
-        options |= {"temperature": sampling.temperature, "truncation": sampling}
-        return EndpointJudge(endpoint, self.prompt, **options)
+    from rmr1_jax.judge.file import Output
+    from rmr1_jax.judge.judgement import AnyJudge
+    from rmr1_jax.pairs.pair import PreferencePair
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Judge(AnyJudgeOptions):
-    """Judge a file of preference pairs. To continue a run that was killed, run the same command again."""
+    """Judge a file of preference pairs, or one question with two answers. To continue a run that was killed, run the
+    same command again."""
 
+    texts: Annotated[
+        Positional[tuple[str, ...]], arg(metavar="[QUESTION ANSWER_A ANSWER_B]", help_behavior_hint="")
+    ] = ()
+    """One question and its two answers, instead of --input; the trace and the verdict are printed. A single - reads one
+    of the three from the standard input."""
+    model: MaybeText = None
+    """The model: a Hugging Face directory (such as RUN/model), a hub id, or the model's name at the endpoint."""
     judge: Literal["policy", "endpoint"] = "policy"
     """Kind of the model: a policy that writes traces, or a model behind an OpenAI-style endpoint."""
-    input: Path
+    input: MaybePath = None
     """File of pairs: JSONL, JSON, Parquet or CSV, perhaps compressed with gzip, in our own format, in that of TRL,
     OpenRLHF, UltraFeedback, HelpSteer or OpenRubrics, or in that of a benchmark."""
-    output: Path
-    """JSONL file to write, with one row for each pair: id, winner, status, votes, text, and correct if the better
-    answer is known."""
+    output: MaybePath = None
+    """JSONL file to write, with one row for each pair: id, winner, status, votes, text, the question and the answers,
+    tokens, why texts end and why there is no verdict, and correct if the better answer is known. One question needs
+    none."""
+    no_texts: bool = False
+    """Leave the question and the answers out of the rows."""
     rule: Literal["strict", "eval"] = "strict"
     """Rule that reads the verdict from a text. eval is the rule of the published evaluations."""
+    reread: MaybePath = None
+    """File of `rmr1 judge` or `rmr1 eval` whose texts are read again by --rule, without the model. The counts are
+    printed, and with --output the rows are written."""
+    limit: MaybeInt = None
+    """Judge only this many pairs, spread evenly over the file. A later run without the limit judges the rest."""
     seed: int = 0
     """Random seed of the sampling, and of the order in which chosen and rejected answers are shown."""
     rejects: MaybePath = None
@@ -195,31 +65,118 @@ class Judge(AnyJudgeOptions):
     give it a file of a few pairs."""
 
     def run(self) -> None:
+        given = [name for name in ("texts", "input", "reread") if getattr(self, name)]
+        if len(given) != 1:
+            raise InputError(
+                "give a question and two answers, or --input FILE, or --reread FILE"
+                + (f"; not {' and '.join(given)} together" if given else "")
+            )
+        if not self.reread and self.model is None:
+            raise InputError("--model is missing: a Hugging Face directory, such as RUN/model, or a hub id")
+        self.check_options()
+        {"texts": self._run_texts, "input": self._run_input, "reread": self._run_reread}[given[0]]()
+
+    def _run_input(self) -> None:
         from rmr1_jax.distributed.profile import profiling
         from rmr1_jax.files.append import files_digest
-        from rmr1_jax.judge.file import Output, judge_file
+        from rmr1_jax.judge.file import judge_file
         from rmr1_jax.pairs.containers import source_files
-        from rmr1_jax.pairs.read import read_pairs
-        from rmr1_jax.pairs.rows import ReadReport
 
-        self.check_options()
-        reading = {"seed": self.seed, "rejects": self.rejects}
-        report, voting = ReadReport(), self.voting()
+        if self.output is None:
+            raise InputError("--output is missing: the JSONL file to write")
         # All rows are read before the model is loaded, so that a bad row shows now and not after hours.
-        total = sum(1 for _ in read_pairs(self.input, report=report, **reading))
+        report, total = self._check_input()
         with all_processes(loads_model=self.judge != "endpoint") as first:
             if report.rejected and first:
                 print(f"{report}: see {self.rejects}", file=sys.stderr)
-            if self.judge == "endpoint":
-                judge, identity = self.load_endpoint_judge(rule=self.rule), {}
-            else:
-                judge = self.load_judge(rule=self.rule)
-                identity = self.identity(judge.policy.tokenizer.directory)
+            judge, identity = self._load(self.output)
             data = f"{self.input.name} (sha256 {files_digest(source_files(self.input))})"
-            output = Output(path=self.output, identity={**identity, "input": data})
-            pairs = read_pairs(self.input, **reading)
+            output, voting = self._output({**identity, "input": data}), self.voting()
             with profiling(self.profile):
-                summary = judge_file(judge, pairs, output, voting, batch_size=self.batch_size, total=total)
+                sizes = {"batch_size": self.batch_size, "total": min(total, self.limit or total)}
+                summary = judge_file(judge, self._pairs(total), output, voting, **sizes)
             self.print_stats(judge)
             if first:
-                print(f"{summary}\nwritten: {self.output}")
+                print_summary(summary, judge.settings(voting))
+                print(f"written: {self.output}\nnext:    rmr1 report {self.output}")
+
+    def _run_texts(self) -> None:
+        """Judge one question, print the trace and the verdict, and write a row if there is an output."""
+        import hashlib
+        import json
+
+        from rmr1_jax.cli.trace import trace_text, verdict_text, wants_colour
+        from rmr1_jax.judge.file import judge_file
+        from rmr1_jax.judge.rows import verdict_row
+        from rmr1_jax.judge.summary import Outcome, Summary
+        from rmr1_jax.pairs.pair import PreferencePair
+
+        pair, voting = PreferencePair.from_answers("1", *self._read_texts()), self.voting()
+        with all_processes(loads_model=self.judge != "endpoint") as first:
+            judge, identity = self._load(self.output)
+            if self.output is None:
+                judgement = judge.compare_many([pair], **dataclasses.asdict(voting))[0]
+                row = verdict_row(pair, judgement)
+            else:
+                digest = hashlib.sha256(repr(pair.conversation_a + pair.conversation_b).encode()).hexdigest()[:16]
+                identity |= {"input": f"one question (sha256 {digest})"}
+                judge_file(judge, [pair], self._output(identity), voting)
+                row = json.loads(self.output.read_text(encoding="utf-8"))
+            self.print_stats(judge)
+            if first:
+                colour, summary = wants_colour(), Summary.of([Outcome.of(row)])
+                trace = trace_text(row["text"], colour=colour)
+                print("\n".join(filter(None, (trace, verdict_text(row, colour=colour)))))
+                for line in summary.remedies(judge.settings(voting)):
+                    print(line)
+
+    def _run_reread(self) -> None:
+        from rmr1_jax.eval.logs import settings_of
+        from rmr1_jax.eval.reread import reread
+
+        print_summary(reread(self.reread, self.rule, self.output), {**settings_of(self.reread), "rule": self.rule})
+        if self.output:
+            print(f"written: {self.output}\nnext:    rmr1 report {self.output}")
+
+    def _load(self, output: Path | None) -> tuple[AnyJudge, dict[str, Any]]:
+        """The judge, and what identifies its model."""
+        if self.judge == "endpoint":
+            return self.load_endpoint_judge(rule=self.rule), {}
+        judge = self.load_judge(output, rule=self.rule)
+        return judge, self.identity(judge.policy.tokenizer.directory, judge.policy.dtype)
+
+    def _output(self, identity: Mapping[str, Any]) -> Output:
+        from rmr1_jax.judge.file import Output
+        from rmr1_jax.judge.rows import verdict_row
+
+        row_of = functools.partial(verdict_row, with_pair=not self.no_texts)
+        return Output(path=self.output, identity=identity, row_of=row_of)
+
+    def _check_input(self) -> tuple[Any, int]:
+        """The report on reading all rows of the input, and the number of pairs."""
+        from rmr1_jax.pairs.read import read_pairs
+        from rmr1_jax.pairs.rows import ReadReport
+
+        if self.limit is not None and self.limit < 1:
+            raise InputError(f"--limit {self.limit}: expected at least 1")
+        report = ReadReport()
+        return report, sum(1 for _ in read_pairs(self.input, report=report, seed=self.seed, rejects=self.rejects))
+
+    def _pairs(self, total: int) -> Iterator[PreferencePair]:
+        """The pairs of the input, or as many of them as the limit says, spread evenly."""
+        from rmr1_jax.eval.evaluate import chosen
+        from rmr1_jax.pairs.read import read_pairs
+
+        pairs = read_pairs(self.input, seed=self.seed, rejects=self.rejects)
+        return (pair for k, pair in enumerate(pairs) if self.limit is None or chosen(k, self.limit, total))
+
+    def _read_texts(self) -> list[str]:
+        """The question and the two answers, one of them perhaps from the standard input."""
+        if len(self.texts) != 3:
+            raise InputError(
+                f"{len(self.texts)} texts are given; expected three, each in quotation marks: rmr1 judge --model M "
+                '"question" "answer A" "answer B"'
+            )
+        if self.texts.count("-") > 1:
+            raise InputError("- stands for several texts; the standard input can give one of them")
+        return [sys.stdin.read() if text == "-" else text for text in self.texts]

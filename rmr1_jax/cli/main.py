@@ -54,16 +54,18 @@ class Report:
     data (lengths and sources)."""
 
     run_dirs: Annotated[Positional[tuple[Path, ...]], arg(metavar="RUN_DIR [RUN_DIR ...]", help_behavior_hint="")]
-    """Directories written by `rmr1`; the page compares them if there are several."""
+    """Directories written by `rmr1`, or files written by `rmr1 judge`; the page compares them if there are several."""
     out: MaybePath = None
-    """File to write. Defaults to report.html in the first directory."""
+    """File to write. Defaults to report.html in the first directory, or to FILE.html beside a file FILE.jsonl."""
 
     def run(self) -> None:
         from rmr1_jax.report.report import write_report
 
         if not self.run_dirs:
             raise InputError("no run directory is given; expected rmr1 report RUN_DIR [RUN_DIR ...]")
-        print(f"written: {write_report(self.run_dirs, self.out or self.run_dirs[0] / 'report.html')}")
+        first = self.run_dirs[0]
+        out = first.with_suffix(".html") if first.is_file() else first / "report.html"
+        print(f"written: {write_report(self.run_dirs, self.out or out)}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

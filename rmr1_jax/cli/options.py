@@ -14,6 +14,7 @@ from tyro.conf import Positional, arg
 from rmr1_jax.cli.recipes import find_config, missing
 
 Dtype = Literal["bfloat16", "float32"]
+AutoDtype = Literal["auto", "bfloat16", "float32"]
 
 # Optional values. tyro would print "(default: None)"; the help text of each says what happens without a value.
 MaybeInt = Annotated[int | None, arg(metavar="INT", help_behavior_hint="")]

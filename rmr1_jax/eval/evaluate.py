@@ -1,6 +1,6 @@
 """Run a benchmark: load its pairs, judge them, write the published logs, compute the scores; or score existing logs.
 
-    OUT/judgements.jsonl      every judgement (`judge/file.judgement_row`), written as it is made; at the end the rows
+    OUT/judgements.jsonl      every judgement (`judge/rows.judgement_row`), written as it is made; at the end the rows
                               are put in the order of the data
     OUT/summary.json          the scores with intervals, and more (`summary.py`)
     OUT/reward_bench, RM-Bench, RMB, JudgeBench     logs and score files with the published names and keys
@@ -22,13 +22,15 @@ from typing import Any
 from rmr1_jax.distributed.exchange import from_first
 from rmr1_jax.errors import InputError
 from rmr1_jax.eval.benchmark import Benchmark
-from rmr1_jax.eval.logs import JUDGEMENTS, ArrayFiles, Judged, is_ours, log_files, read_judgements, settings_of
+from rmr1_jax.eval.logs import JUDGEMENTS, ArrayFiles, is_ours, log_files, read_judgements, settings_of
 from rmr1_jax.eval.registry import BENCHMARKS
 from rmr1_jax.eval.summary import write_summary
 from rmr1_jax.files.append import files_digest
 from rmr1_jax.files.write import to_json, write_whole, writing
-from rmr1_jax.judge.file import Output, Summary, judge_file, judgement_row, put_in_order
-from rmr1_jax.judge.judgement import AnyJudge, Voting, outcome, read_verdicts
+from rmr1_jax.judge.file import Output, judge_file, put_in_order
+from rmr1_jax.judge.judgement import AnyJudge, Voting
+from rmr1_jax.judge.rows import judgement_row, read_again
+from rmr1_jax.judge.summary import Summary
 from rmr1_jax.pairs.pair import PreferencePair
 
 _MADE_BY = "rmr1 score"
@@ -177,7 +179,7 @@ def _convert(benchmark: Benchmark, paths: list[Path], output: Path, rule: str | 
                 start, number = file.tell(), count
                 try:
                     for number, row in enumerate(benchmark.judgements(path), count):
-                        row = row if rule is None else _read_again(row, rule)
+                        row = row if rule is None else read_again(row, rule)
                         row["meta"].setdefault("number", number)
                         file.write(to_json(row).encode() + b"\n")
                 except InputError as e:
@@ -196,15 +198,6 @@ def _convert(benchmark: Benchmark, paths: list[Path], output: Path, rule: str | 
         write_whole(side, json.dumps({"benchmark": benchmark.name, **old, **new}, indent=2) + "\n")
         partial.replace(output)
     return failures
-
-
-def _read_again(row: Judged, rule: str) -> Judged:
-    """The row with the verdicts that another rule reads from its texts; a row without texts stays as it is."""
-    if not row.get("texts"):
-        return row
-    verdicts = read_verdicts(row["texts"], rule)
-    found = outcome(verdicts)
-    return {**row, **found, "correct": found["winner"] == row["better"], "verdicts": verdicts}
 
 
 def _located(path: Path, error: InputError) -> InputError:

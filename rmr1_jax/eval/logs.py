@@ -1,6 +1,6 @@
 """Logs of judgements: our judgements.jsonl and the published formats, each converted to the other row by row.
 
-Our rows are made by `judge/file.judgement_row`. A published entry has the answers as `chosen` and `rejected`, one text,
+Our rows are made by `judge/rows.judgement_row`. A published entry has the answers as `chosen` and `rejected`, one text,
 1 or 0, and whether the chosen answer was shown in B. Our entries have the other fields of a row under the key `rmr1`:
 other tools can read the logs, and nothing is lost when we read them back.
 
@@ -13,21 +13,22 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import pydantic
 
 from rmr1_jax.errors import InputError
 from rmr1_jax.files.untrusted import read_object
 from rmr1_jax.files.write import to_json, writing
-from rmr1_jax.judge.file import judgement_row
-from rmr1_jax.judge.judgement import Judgement, Status, outcome
+from rmr1_jax.judge.judgement import Judgement, Reason, Status, outcome
+from rmr1_jax.judge.rows import judgement_row
 from rmr1_jax.pairs.containers import read_rows, source_files
 from rmr1_jax.pairs.pair import ROLES, PreferencePair
 from rmr1_jax.pairs.rows import BadRow, Row, describe
 from rmr1_jax.prompts.trace import Trace, parse_trace
 from rmr1_jax.prompts.verdict import Side, Verdict, eval_verdict, other_side
 
+Form = TypeVar("Form", bound=pydantic.BaseModel)
 JUDGEMENTS = "judgements.jsonl"
 FLAG = "Is_Chosen_Answer_Shuffled_toPositionB"
 OURS = "rmr1"  # the key of the fields that our entries have beyond the published format
@@ -43,6 +44,10 @@ class _Outcome(pydantic.BaseModel, strict=True):
     texts: list[list[str]] = []  # by order, then by vote; so are verdicts and tokens
     verdicts: list[list[Verdict]] = []
     tokens: list[list[Annotated[int, pydantic.Field(ge=0, lt=2**31)]]] = []
+    finish_reasons: list[list[str]] = []
+    reasons: list[list[Reason | None]] = []
+    reason: Reason | None = None
+    prompt_tokens: int = 0
     scores: Annotated[list[float], pydantic.Field(min_length=2, max_length=2)] | None = None
     note: str = ""
 
@@ -54,6 +59,13 @@ class _VerdictRow(_Outcome):
     correct: bool
     better: Verdict = None
     meta: dict[str, Any] = {}
+
+
+class _AnyRow(_VerdictRow):
+    """A row of `rmr1 judge`, whose better answer need not be known."""
+
+    correct: bool | None = None
+    text: str = ""
 
 
 class _Meta(pydantic.BaseModel, strict=True):
@@ -102,6 +114,30 @@ def read_judgements(path: Path, warnings: list[str] | None = None, *, verdicts: 
         yield dict(row.value)
 
 
+def read_any_rows(path: Path, warnings: list[str] | None = None) -> Iterator[Judged]:
+    """The rows of a file of `rmr1 judge` or `rmr1 eval` with the fields of `judgement_row`: those that a row does not
+    have are None or empty. See `read_judgements` for the warnings and the errors."""
+    for row in whole_rows(path, warnings):
+        found = checked_row(row)
+        pair = {"question": "", "response_a": "", "response_b": ""}
+        if "conversation_a" in row.value:
+            for name in ("conversation_a", "conversation_b"):
+                row.messages(name, ROLES, last="assistant")
+            pair = {}
+        elif "question" in row.value:
+            pair = {name: row.text(name) for name in pair}
+        texts, verdicts = found.texts, found.verdicts
+        if found.text and not texts and sum(found.votes.values()) < 2:
+            texts, verdicts = [[found.text]], [[found.winner]]
+        yield {**pair, "better": None, "meta": {}, **row.value, "texts": texts, "verdicts": verdicts}
+
+
+def checked_row(row: Row) -> _AnyRow:
+    """Check a row of `rmr1 judge` or `rmr1 eval`, but for the pair's texts; raises BadRow for a malformed one."""
+    row.identifier("id")
+    return _check(row, _AnyRow, row.value)
+
+
 def whole_rows(path: Path, warnings: list[str] | None = None) -> Iterator[Row]:
     """The rows of a JSONL file; raises the first BadRow. With `warnings`, a last line that is cut short is left out and
     noted there."""
@@ -115,10 +151,10 @@ def whole_rows(path: Path, warnings: list[str] | None = None) -> Iterator[Row]:
         yield row
 
 
-def _check(row: Row, form: type[pydantic.BaseModel], fields: Mapping[str, Any], prefix: str = "") -> None:
-    """Raises BadRow where `fields` have another form."""
+def _check(row: Row, form: type[Form], fields: Mapping[str, Any], prefix: str = "") -> Form:
+    """Return `fields` as a `form`; raises BadRow where they have another form."""
     try:
-        form.model_validate(fields)
+        return form.model_validate(fields)
     except pydantic.ValidationError as e:
         error = e.errors()[0]
         name = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in error["loc"]).lstrip(".")
@@ -215,9 +251,9 @@ def log_files(path: Path, patterns: Sequence[str]) -> list[Path]:
 
 
 def settings_of(judgements: Path) -> dict[str, Any]:
-    """The settings beside a file of judgements; empty if there are none that can be read."""
+    """The settings beside a file of judgements or verdicts; empty if there are none that can be read."""
     try:
-        return read_object(judgements.with_name(f"{JUDGEMENTS}.run.json"))
+        return read_object(judgements.with_name(f"{judgements.name}.run.json"))
     except InputError:
         return {}
 

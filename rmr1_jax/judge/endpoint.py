@@ -125,7 +125,10 @@ class EndpointJudge(TextJudge):
         if long := [a.error for own in answers for a in own if a.failure == "too_long"]:
             return not_asked("too_long", f"the endpoint refused it: {long[0]}")
         # A thought weighs both verdicts: only the answer after it counts, also by the published rule.
-        texts = [[Text(a.full_text, a.completion_tokens, a.text) for a in own] for own in answers]
+        texts = [
+            [Text(a.full_text, a.completion_tokens, a.failure or a.finish_reason, a.text) for a in own]
+            for own in answers
+        ]
         found = judgement_of(texts, self.rule)
         if not any(itertools.chain(*found.tokens)):
             found = dataclasses.replace(found, tokens=())  # the endpoint does not report token counts

@@ -12,7 +12,7 @@ Of n processes, process i judges the items i, i + n, i + 2n, ..., by itself. An 
 benchmark's item, which share their answers. A run may be continued by another number of processes; then the last bits
 may differ too.
 
-Next: `pairs/read.py`, which reads the pairs; `distributed/rows.py`, which writes the rows.
+Next: `pairs/read.py`, which reads the pairs; `rows.py`, the rows; `distributed/rows.py`, which writes them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ import json
 import operator
 import time
 from array import array
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -35,75 +34,13 @@ from rmr1_jax.distributed.exchange import from_first, gather, this_process
 from rmr1_jax.distributed.rows import SharedRows
 from rmr1_jax.errors import InputError
 from rmr1_jax.files.write import write_whole
-from rmr1_jax.judge.judgement import STATUSES, AnyJudge, Judgement, Voting, no_right_side
+from rmr1_jax.judge.judgement import AnyJudge, Judgement, Voting
+from rmr1_jax.judge.rows import verdict_row
+from rmr1_jax.judge.summary import Outcome, Summary
 from rmr1_jax.pairs.pair import PreferencePair
 from rmr1_jax.reply import Unanswered
 
 SYNC_SECONDS = 1.0  # rows survive the process as soon as they are written, and the machine after at most this time
-Outcome = tuple[str, bool | None]  # (status, whether the winner is right; None if that is not known)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Summary:
-    """Counts over all rows of a file, by status. known: rows whose better answer is known; correct: those of them whose
-    winner is that answer. Pairs without a winner are not correct."""
-
-    ok: int
-    tie: int
-    invalid: int
-    too_long: int
-    known: int
-    correct: int
-
-    @classmethod
-    def of(cls, outcomes: Iterable[Outcome]) -> Summary:
-        """Count outcomes."""
-        counts = Counter(outcomes)
-        by_status = {status: sum(counts[status, correct] for correct in (True, False, None)) for status in STATUSES}
-        correct, wrong = (sum(counts[status, known] for status in STATUSES) for known in (True, False))
-        return cls(**by_status, known=correct + wrong, correct=correct)
-
-    @property
-    def pairs(self) -> int:
-        return self.ok + self.tie + self.invalid + self.too_long
-
-    def __str__(self) -> str:
-        if not self.pairs:
-            return "no pairs"
-        shares = [f"{getattr(self, s) / self.pairs:.1%} {s.replace('_', ' ')}" for s in STATUSES]
-        known = f"{self.correct / self.known:.1%} of {self.known}" if self.known else "not known"
-        return f"{self.pairs} pair{'s' * (self.pairs > 1)}: {', '.join(shares)}; accuracy {known}"
-
-
-def verdict_row(pair: PreferencePair, judgement: Judgement) -> dict[str, Any]:
-    """A row of `rmr1 judge`: `id`, `winner`, `status`, `votes`, `text`; `correct` if the better answer is known and is
-    not the same as the other one; and `note` if there is one."""
-    row = {"id": pair.id} | {k: getattr(judgement, k) for k in ("winner", "status", "votes", "text")}
-    if pair.better is not None and not no_right_side(pair):
-        row["correct"] = judgement.winner == pair.better
-    return row | ({"note": judgement.note} if judgement.note else {})
-
-
-def judgement_row(pair: PreferencePair, judgement: Judgement) -> dict[str, Any]:
-    """A row of `rmr1 eval`: the pair and its judgement in full, for scores, logs and the report.
-
-    id, better, winner, status, correct, votes; question, response_a, response_b, or conversation_a, conversation_b
-    (lists of messages), in the order of the pair; meta: the pair's; kind: the trace's; texts, verdicts, tokens: by
-    order, then by vote; scores: [a, b], from a judge that gives scores; note if there is one.
-    """
-    row: dict[str, Any] = {"id": pair.id, "better": pair.better}
-    row |= {"winner": judgement.winner, "status": judgement.status, "correct": judgement.winner == pair.better}
-    row["votes"] = dict(judgement.votes)
-    if pair.single_turn:
-        row |= {"question": pair.question, "response_a": pair.response_a, "response_b": pair.response_b}
-    else:
-        for side in ("conversation_a", "conversation_b"):
-            row[side] = [message._asdict() for message in getattr(pair, side)]
-    row |= {"meta": dict(pair.meta), "kind": judgement.trace.kind}
-    row |= {name: [list(own) for own in getattr(judgement, name)] for name in ("texts", "verdicts", "tokens")}
-    if judgement.scores is not None:
-        row["scores"] = list(judgement.scores)
-    return row | ({"note": judgement.note} if judgement.note else {})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -230,10 +167,7 @@ def _shared_rows(output: Output, settings: Mapping[str, Any], done: dict[str, Ou
     """The file of rows. The outcome of each row is added to `done` by its id."""
 
     def parse(row: Mapping[str, Any]) -> tuple[str, Outcome]:
-        name, status = row["id"], row["status"]
-        if status not in STATUSES:
-            raise ValueError(f"status {status!r}")
-        return name, (status, row.get("correct"))
+        return row["id"], Outcome.of(row)
 
     def add(found: tuple[str, Outcome]) -> None:
         if found[0] in done:

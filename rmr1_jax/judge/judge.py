@@ -99,7 +99,7 @@ class Judge(TextJudge):
         pending = Pending[Text](voting)
         for index, vote, sample in self._samples(prompts, sampling):
             text = completion_text(self.policy.tokenizer, prompts[index], sample.token_ids)
-            if texts := pending.add(*places[index], vote, Text(text, len(sample.token_ids))):
+            if texts := pending.add(*places[index], vote, Text(text, len(sample.token_ids), sample.finish_reason)):
                 yield places[index][0], judgement_of(texts, self.rule)
 
     def settings(self, voting: Voting) -> dict[str, Any]:

@@ -14,7 +14,6 @@ import textwrap
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar, get_args
 
 from pydantic import NonNegativeFloat, PositiveInt
@@ -24,13 +23,15 @@ from rmr1_jax.errors import InputError
 from rmr1_jax.pairs.pair import PreferencePair
 from rmr1_jax.prompts.prompt import Prompt, get_prompt
 from rmr1_jax.prompts.trace import Trace, parse_trace
-from rmr1_jax.prompts.verdict import Side, Verdict, eval_verdict, other_side, strict_verdict
+from rmr1_jax.prompts.verdict import RULES, Side, Verdict, other_side, why_unread
 from rmr1_jax.sampler.sample import Truncation
 
 Item = TypeVar("Item")
-RULES = MappingProxyType({"strict": strict_verdict, "eval": eval_verdict})
 Status = Literal["ok", "tie", "invalid", "too_long"]
 STATUSES: tuple[Status, ...] = get_args(Status)
+Reason = Literal["cut_off", "other_form", "several_verdicts", "no_verdict", "refused"]
+REASONS: tuple[Reason, ...] = get_args(Reason)
+CUT = ("length", "max_tokens")  # finish reasons of a text that ends at the limit of tokens
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,9 +44,11 @@ class Judgement:
     `text`. votes: the counts of "A", "B" and "invalid" over all texts. note: a remark, such as the reason why the model
     was not asked.
 
-    texts, verdicts, tokens: all texts, their verdicts and their lengths in generated tokens, by order and then by
-    vote; empty where the model was not asked. Verdicts of the second order are given in the letters of the pair.
-    scores: those of answer A and answer B, from a judge that gives scores and writes no texts.
+    texts, verdicts, tokens, finish_reasons: all texts, their verdicts, their lengths in generated tokens and why they
+    end ("stop", or "length" at the limit), by order and then by vote; empty where the model was not asked. Verdicts of
+    the second order are given in the letters of the pair. reasons: why a text has no verdict, None where it has one;
+    see `why_no_verdict`. scores: those of answer A and answer B, from a judge that gives scores and writes no texts.
+    prompt_tokens: the length of a prompt that does not fit.
     """
 
     winner: Verdict
@@ -57,7 +60,15 @@ class Judgement:
     texts: tuple[tuple[str, ...], ...] = ()
     verdicts: tuple[tuple[Verdict, ...], ...] = ()
     tokens: tuple[tuple[int, ...], ...] = ()
+    finish_reasons: tuple[tuple[str, ...], ...] = ()
+    reasons: tuple[tuple[Reason | None, ...], ...] = ()
     scores: tuple[float, float] | None = None
+    prompt_tokens: int | None = None
+
+    @property
+    def reason(self) -> Reason | None:
+        """The most frequent of `reasons` where the status is "invalid", otherwise None."""
+        return main_reason(self.status, self.reasons)
 
     def __repr__(self) -> str:
         """A line for a notebook; the texts are in the fields."""
@@ -121,11 +132,13 @@ class JudgeSampling(Truncation):
 
 
 class Text(NamedTuple):
-    """One text of a judge, and how many tokens were generated for it (0: not known). answer: the part from which the
-    verdict is read, where that is known; None: the rule finds it in the text."""
+    """One text of a judge, and how many tokens were generated for it (0: not known). finish_reason: "stop", "length",
+    another one that an endpoint reports, or "" if it reports none. answer: the part from which the verdict is read,
+    where that is known; None: the rule finds it in the text."""
 
     text: str
     tokens: int
+    finish_reason: str = ""
     answer: str | None = None
 
 
@@ -207,7 +220,9 @@ class Pending(Generic[Item]):
 
 def judgement_of(texts: Sequence[Sequence[Text]], rule: str) -> Judgement:
     """The judgement from a pair's texts by order, first (A, B) and then (B, A), and by vote."""
-    verdicts = read_verdicts([[t.text if t.answer is None else t.answer for t in own] for own in texts], rule)
+    read = [[t.text if t.answer is None else t.answer for t in own] for own in texts]
+    finish_reasons = [[t.finish_reason for t in own] for own in texts]
+    verdicts = read_verdicts(read, rule)
     found = outcome(verdicts)
     winner = found["winner"]
     shown = list(itertools.chain(*verdicts)).index(winner) if winner else 0
@@ -220,6 +235,8 @@ def judgement_of(texts: Sequence[Sequence[Text]], rule: str) -> Judgement:
         texts=tuple(tuple(t.text for t in own) for own in texts),
         verdicts=tuple(map(tuple, verdicts)),
         tokens=tuple(tuple(t.tokens for t in own) for own in texts),
+        finish_reasons=tuple(map(tuple, finish_reasons)),
+        reasons=tuple(map(tuple, why_no_verdict(read, verdicts, finish_reasons, rule))),
     )
 
 
@@ -227,6 +244,33 @@ def read_verdicts(texts: Sequence[Sequence[str]], rule: str) -> list[list[Verdic
     """The verdict of each text, by order and vote, in the letters of the first order. `rule` is a key of `RULES`."""
     read = RULES[rule]
     return [[other_side(read(text)) if order else read(text) for text in own] for order, own in enumerate(texts)]
+
+
+def why_no_verdict(
+    texts: Sequence[Sequence[str]],
+    verdicts: Sequence[Sequence[Verdict]],
+    finish_reasons: Sequence[Sequence[str]],
+    rule: str,
+) -> list[list[Reason | None]]:
+    """The reason why each text has no verdict by `rule`, by order and vote; None for a text with one.
+
+    "cut_off": the text ends at the limit of tokens; "refused": the endpoint refused the request; the others are those
+    of `why_unread`. finish_reasons: may be empty, if they are not known.
+    """
+
+    def reason(text: str, verdict: Verdict, finish: str) -> Reason | None:
+        if verdict:
+            return None
+        return "cut_off" if finish in CUT else "refused" if finish == "refused" else why_unread(text, rule)
+
+    known = finish_reasons or [[""] * len(own) for own in texts]
+    return [[reason(*each) for each in zip(*own, strict=True)] for own in zip(texts, verdicts, known, strict=True)]
+
+
+def main_reason(status: Status, reasons: Sequence[Sequence[Reason | None]]) -> Reason | None:
+    """The most frequent reason of a pair's texts where its status is "invalid", otherwise None."""
+    given = Counter(filter(None, itertools.chain(*reasons))) if status == "invalid" else None
+    return given.most_common(1)[0][0] if given else None
 
 
 def outcome(verdicts: Sequence[Sequence[Verdict]]) -> dict[str, Any]:
@@ -249,9 +293,9 @@ def count_votes(verdicts: Sequence[Verdict]) -> dict[str, int]:
     return {"A": verdicts.count("A"), "B": verdicts.count("B"), "invalid": verdicts.count(None)}
 
 
-def not_asked(status: Status, note: str) -> Judgement:
+def not_asked(status: Status, note: str, prompt_tokens: int | None = None) -> Judgement:
     """The judgement of a pair that the model is not asked about."""
-    return Judgement(winner=None, status=status, votes=count_votes([]), note=note)
+    return Judgement(winner=None, status=status, votes=count_votes([]), note=note, prompt_tokens=prompt_tokens)
 
 
 def both_empty(pair: PreferencePair) -> Judgement | None:
@@ -260,9 +304,9 @@ def both_empty(pair: PreferencePair) -> Judgement | None:
 
 
 def no_right_side(pair: PreferencePair) -> bool:
-    """Whether both answers are the same and not empty, so that neither is better. A pair of a benchmark has a right
-    side all the same: its published evaluation asks about each one."""
-    return pair.identical and not ({"benchmark", "both_empty"} & pair.meta.keys())
+    """Whether both answers are the same, so that neither is better. Pairs of a benchmark do not count: its published
+    evaluation asks about each one, and has a right side for it."""
+    return pair.identical and "benchmark" not in pair.meta
 
 
 def known_tie(pair: PreferencePair) -> Judgement | None:
@@ -274,7 +318,9 @@ def too_long(name: str, rows: Sequence[Sequence[int]], limit: int) -> Judgement 
     """The judgement of a pair one of whose token rows is longer than `limit`; None for any other pair. `name` is what
     a row is called in the note."""
     longest = max(map(len, rows))
-    return None if longest <= limit else not_asked("too_long", f"{name} has {longest} tokens, the limit is {limit}")
+    if longest <= limit:
+        return None
+    return not_asked("too_long", f"{name} has {longest} tokens, the limit is {limit}", longest)
 
 
 def _as_pair(pair: PreferencePair | Sequence[str], number: int) -> PreferencePair:

@@ -33,7 +33,7 @@ from rmr1_jax.model.config import QwenConfig
 from rmr1_jax.model.qwen import Params, ScalarQwen, Transformer, split, with_params
 from rmr1_jax.model.tokenizer import Tokenizer
 from rmr1_jax.pairs.pair import Message, PreferencePair
-from rmr1_jax.policy import DTYPES, model_text, open_model
+from rmr1_jax.policy import DTYPES, model_text, open_model, settled_dtype
 from rmr1_jax.prompts.verdict import Verdict
 from rmr1_jax.sampler.layout import local_layout
 
@@ -122,20 +122,20 @@ def _scores(graphdef: nnx.GraphDef, params: Params, tokens: jax.Array, counts: j
 
 def load_scalar(
     model: str | Path,
-    dtype: str = "bfloat16",
+    dtype: str = "auto",
     mesh: Mesh | None = None,
     *,
     tensor: int | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> ScalarModel:
-    """Load a scalar reward model from a Hugging Face directory or a hub id. For mesh, tensor and chat_template_kwargs
-    see `policy.load`.
+    """Load a scalar reward model from a Hugging Face directory or a hub id. For the arguments see `policy.load`.
 
     Raises:
         InputError: not a directory or a reachable hub id, another architecture, several labels, or weights that are not
             those of the config (all differences at once); or `tensor` does not divide the number of devices, or the
             devices are too small for the weights.
     """
+    dtype = settled_dtype(dtype, mesh)
     directory, config, tokenizer = open_model(model, dtype, scalar=True, chat_template_kwargs=chat_template_kwargs)
     declared = ScalarQwen(config)
     mesh = local_layout(declared, DTYPES[dtype], mesh, tensor)

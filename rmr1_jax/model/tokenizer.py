@@ -29,6 +29,7 @@ from rmr1_jax.errors import InputError
 from rmr1_jax.files.untrusted import own_file, read_object
 from rmr1_jax.files.write import write_whole
 from rmr1_jax.model.template import check_template_arguments
+from rmr1_jax.prompts.prompt import PROMPT_FILE
 from rmr1_jax.prompts.thought import opened_thought
 
 ANSWER = "\ue000\ue001"  # a text that no chat template contains
@@ -46,6 +47,7 @@ SIDE_FILES = (
     "added_tokens.json",
     "chat_template.jinja",
     "generation_config.json",
+    PROMPT_FILE,
 )
 
 
@@ -186,8 +188,8 @@ class Tokenizer:
         return unflagged + [text for text, special in added if special]
 
     def save(self, directory: str | Path) -> None:
-        """Copy the tokenizer's files. Where they do not name the id that ends a turn, generation_config.json names it:
-        other programs stop at the ids in it."""
+        """Copy the tokenizer's files, and the model's prompt if there is one. Where they do not name the id that ends a
+        turn, generation_config.json names it: other programs stop at the ids in it."""
         copy_side_files(self.directory, directory)
         if self.stop_ids[0] not in (self._named_stop_ids() or [self.hf.eos_token_id]):
             path = Path(directory) / "generation_config.json"
@@ -245,7 +247,8 @@ def completion_text(tokenizer: Any, prompt: Sequence[int], token_ids: Sequence[i
 
 
 def copy_side_files(source: str | Path, target: str | Path) -> list[str]:
-    """Copies the tokenizer's files, the chat template and the generation config; returns the names that were there."""
+    """Copies the tokenizer's files, the chat template, the generation config and the model's prompt; returns the names
+    that were there."""
     source, target = Path(source), Path(target)
     names = [name for name in SIDE_FILES if (source / name).is_file()]
     for name in names:

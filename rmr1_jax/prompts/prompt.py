@@ -48,6 +48,7 @@ CONVERSATIONS = (
 SINGLE_PARTS = ("{question}", "{response_a}", "{response_b}")
 MULTI_PARTS = ("{conversation_a}", "{conversation_b}")
 
+PROMPT_FILE = "prompt.yaml"  # in a model's directory: the prompt that it was trained with
 OWN_PROMPTS = ("cor", "reasoning", "compare", "rubric")  # the project's own prompts, files in `named/`
 
 

@@ -15,6 +15,7 @@ Next: `judge/judgement.py` and `train/rollout.py`, which call these functions.
 from __future__ import annotations
 
 import re
+from types import MappingProxyType
 from typing import Literal, get_args
 
 from rmr1_jax.errors import InputError
@@ -34,6 +35,7 @@ _FINAL_ANSWER = re.compile(
     rf"{_NAMED}{_MARKS}{_CLOSING}(?:{_AFTER}|</(?:type|rubric|solution|eval|answer)>)*\Z",
 )
 _ANY_ANSWER = re.compile(_NAMED)
+_ANY_NAME = re.compile(rf"\[\[{_MARKS}([AB]){_MARKS}\]\]")
 _LAST_ANSWER = re.compile(_OPENING)
 _ANSWER_BEFORE = re.compile(rf"{_CLOSING}{_AFTER}*\Z")
 _INVISIBLE = dict.fromkeys(map(ord, "\u200b\u200c\u200d\u2060\ufeff"))
@@ -97,3 +99,17 @@ def strict_verdict(text: str) -> Verdict:
     if set(_ANY_ANSWER.findall(judgement)) != {final[1]}:
         return None
     return "A" if final[1] == "A" else "B"
+
+
+RULES = MappingProxyType({"strict": strict_verdict, "eval": eval_verdict})
+
+
+def why_unread(text: str, rule: str) -> Literal["other_form", "several_verdicts", "no_verdict"]:
+    """Return why `rule` reads no verdict from `text`.
+
+    "other_form": another rule reads one, as `eval` does a bare `[[A]]`; "several_verdicts": the text names both
+    answers; "no_verdict": it names none.
+    """
+    if any(read(text) for name, read in RULES.items() if name != rule):
+        return "other_form"
+    return "several_verdicts" if len(set(_ANY_NAME.findall(text))) == 2 else "no_verdict"

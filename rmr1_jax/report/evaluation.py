@@ -1,8 +1,8 @@
 """Reads evaluations for their page: scores beside the published ones, tables and charts, and every judgement.
 
 An evaluation is a directory with `summary.json`, `judgements.jsonl` or both, as `rmr1 eval` and `rmr1 score` write
-them. A page may show several; every two of the same benchmark are compared judgement by judgement. This module reads
-the summaries and lays out the tables; the published scores are in `paper.yaml`.
+them, or a file of `rmr1 judge`. A page may show several; every two of the same benchmark are compared judgement by
+judgement. This module reads the summaries and lays out the tables; the published scores are in `paper.yaml`.
 
 Read next: `judgements.py`, which reads the judgements; `templates/evaluation.html.j2`.
 """
@@ -18,13 +18,13 @@ from typing import Any
 from rmr1_jax.config import read_yaml
 from rmr1_jax.errors import InputError
 from rmr1_jax.eval.compare import compare
-from rmr1_jax.eval.logs import JUDGEMENTS
-from rmr1_jax.eval.summary import SUMMARY
+from rmr1_jax.eval.logs import JUDGEMENTS, settings_of
 from rmr1_jax.files.untrusted import read_object
 from rmr1_jax.report.curves import make_chart
 from rmr1_jax.report.judgements import FILTERS, STYLES, pack, shown_judgements
 from rmr1_jax.report.reading import find_holders
 
+SUMMARY = "summary.json"
 PAPER = Path(__file__).parent / "paper.yaml"  # the published results
 TITLES = {"rewardbench": "RewardBench", "rm-bench": "RM-Bench", "rmb": "RMB", "judgebench": "JudgeBench"}
 # Table of summary.json -> title, what it counts, what its percentages are.
@@ -46,9 +46,14 @@ EMPTY |= {"votes": None, "styles": None, "notes": []} | {name: [] for name in (*
 
 
 def find_evaluations(root: Path) -> list[Path]:
-    """Returns the directories that hold an evaluation: `root` or, if it holds none itself, those below it."""
-    found = find_holders(root, (JUDGEMENTS, SUMMARY))
-    return found[:1] if root in found else found
+    """Returns the directories that hold an evaluation: `root` or, if it holds none itself, those below it. A file is
+    one itself; where there is no directory, the files of `rmr1 judge` in `root` are those."""
+    if root.is_file():
+        return [root]
+    if found := find_holders(root, (JUDGEMENTS, SUMMARY)):
+        return found[:1] if root in found else found
+    # The settings of `rmr1 judge` name its input; those of other files of rows do not.
+    return [file for file in sorted(root.glob("*.jsonl")) if "input" in settings_of(file)]
 
 
 def evaluation_page(roots: Sequence[tuple[str, Path]], evaluated: Mapping[str, Sequence[Path]]) -> dict[str, Any]:
@@ -64,7 +69,8 @@ def evaluation_page(roots: Sequence[tuple[str, Path]], evaluated: Mapping[str, S
     judges, judged = [], []
     for name, root in roots:
         for path in evaluated[name]:
-            rows = list(shown_judgements(path / JUDGEMENTS, warnings)) if (path / JUDGEMENTS).is_file() else []
+            file = path if path.is_file() else path / JUDGEMENTS
+            rows = list(shown_judgements(file, warnings)) if file.is_file() else []
             judged.append(sorted(rows, key=lambda row: row["meta"].get("number", 0)))  # in the data set's order
             quotes = [found for row in rows for found in row["quotes"]]
             judge = {"name": "/".join((name, *path.relative_to(root).parts)), "path": path}
@@ -79,7 +85,10 @@ def evaluation_page(roots: Sequence[tuple[str, Path]], evaluated: Mapping[str, S
     ]
     for first, second in combinations(range(len(judges)), 2):
         if judged[first] and judged[second] and judges[first]["benchmark"] == judges[second]["benchmark"]:
-            right = [{row["id"]: row["winner"] == row["better"] for row in judged[i]} for i in (first, second)]
+            right = [
+                {row["id"]: row["winner"] == row["better"] for row in judged[i] if row["better"]}
+                for i in (first, second)
+            ]
             group = groups[benchmarks.index(judges[first]["benchmark"])]
             group["comparisons"].append(_comparison(judges[first], judges[second], right, warnings))
     return {
@@ -99,7 +108,7 @@ def evaluation_page(roots: Sequence[tuple[str, Path]], evaluated: Mapping[str, S
 
 def _summary(path: Path, rows: Sequence[Mapping[str, Any]], warnings: list[str]) -> dict[str, Any]:
     """Returns summary.json or, if there is none yet, what the judgements alone say."""
-    file = path / SUMMARY
+    file, settings = path / SUMMARY, {}
     if file.is_file():
         found = read_object(file)
         missing = [name for name in ("benchmark", "n", *EMPTY) if name not in found]
@@ -109,13 +118,18 @@ def _summary(path: Path, rows: Sequence[Mapping[str, Any]], warnings: list[str])
                 "with `rmr1 score`"
             )
         return found
-    warnings.append(f"{path}: no {SUMMARY} yet, so no scores; `rmr1 score` makes them of its logs")
+    if path.is_file():
+        settings = settings_of(path)
+    else:
+        warnings.append(f"{path}: no {SUMMARY} yet, so no scores; `rmr1 score` makes them of its logs")
     status = [row["status"] for row in rows]
-    right = sum(row["winner"] == row["better"] for row in rows)
+    known = [row["winner"] == row["better"] for row in rows if row["better"]]
     return EMPTY | {
-        "benchmark": rows[0]["meta"]["benchmark"] if rows else "judgements",
+        "benchmark": rows[0]["meta"].get("benchmark", "judgements") if rows else "judgements",
+        "judge": settings.get("model", ""),
+        "settings": settings,
         "n": len(rows),
-        "headline": 100 * right / len(rows) if rows else None,
+        "headline": 100 * sum(known) / len(known) if known else None,
         "invalid": status.count("invalid"),
         "too_long": status.count("too_long"),
         "ties": status.count("tie"),
@@ -163,14 +177,14 @@ def _group(benchmark: str, judges: Sequence[dict[str, Any]], published: Mapping[
 
 
 def _score_cells(judge: Mapping[str, Any], columns: Mapping[str, str]) -> list[dict[str, Any]]:
-    """Returns the judge's percentages in the columns of the published table, with the known intervals and counts."""
+    """Returns the judge's percentages in the columns of the published table, with the known intervals."""
     sections = {row["name"].casefold(): row for row in judge["sections"]}
-    cells = [{"value": judge["headline"], "interval": judge["interval"], "n": judge.get("items")}]
+    cells = [{"value": judge["headline"], "interval": judge["interval"]}]
     for title, key in list(columns.items())[1:]:
         section = sections.get(key.casefold()) or sections.get(title.casefold()) or {}
         share = judge["scores"].get(key)
         value = section.get("accuracy") if share is None else 100 * share
-        cells.append({"value": value, "interval": section.get("interval"), "n": section.get("n")})
+        cells.append({"value": value, "interval": section.get("interval")})
     return cells
 
 
@@ -196,10 +210,9 @@ def _facts(found: Mapping[str, Any]) -> dict[str, str]:
         return "\N{EN DASH}" if number is None else format(number, form).replace("-", "\N{MINUS SIGN}")
 
     low, high = (words(end, "+.1f") for end in found["interval"])
-    interval = f"95% interval {low} to {high}, n = {found['items']}"
     return {
         found["test"]: f"p = {words(found['p'], '.3g')}",
-        "score difference": f"{words(found['difference'], '+.1f')} points, {interval}",
+        "score difference": f"{words(found['difference'], '+.1f')} points, 95% interval {low} to {high}",
         "same verdict": f"{words(found['agreement'], '.1f')}%",
         "Cohen's kappa": words(found["kappa"], ".2f"),
     }

@@ -19,7 +19,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from rmr1_jax.eval.logs import Judged, read_judgements
+from rmr1_jax.eval.logs import JUDGEMENTS, Judged, read_any_rows, read_judgements
 from rmr1_jax.files.write import to_json
 from rmr1_jax.prompts.trace import parse_trace
 from rmr1_jax.report.trace import QuoteFinder, blocks_of
@@ -34,17 +34,18 @@ FILTERS = ("outcome", *META, "difficulty", "better_style", "worse_style", "kind"
 
 
 def shown_judgements(file: Path, warnings: list[str]) -> Iterator[dict[str, Any]]:
-    """Reads judgements.jsonl into rows with the texts to show and, as "facets", the values to filter by.
+    """Reads judgements.jsonl, or a file of `rmr1 judge`, into rows with the texts to show and, as "facets", the values
+    to filter by.
 
     An incomplete last line is left out with a warning.
 
     Raises:
         InputError: a row is malformed (the message names file, line and field).
     """
-    for row in read_judgements(file, warnings):
+    for row in (read_judgements if file.name == JUDGEMENTS else read_any_rows)(file, warnings):
         found: dict[str, Any] = {name: row[name] for name in ("better", "winner", "status", "meta")}
         found |= {"id": str(row["id"]), **_texts(row)}
-        found |= {name: row.get(name) for name in ("votes", "tokens", "scores", "note")}
+        found |= {name: row.get(name) for name in ("votes", "tokens", "scores", "note", "reasons")}
         found["verdicts"] = row.get("verdicts", [])
         traces = [[_trace(text, found, order) for text in votes] for order, votes in enumerate(row.get("texts", []))]
         found["traces"] = to_json(traces, separators=(",", ":"))  # takes a tenth of the objects' memory
@@ -107,7 +108,7 @@ def _pieces(judges: Sequence[Sequence[dict[str, Any]]]) -> Iterator[list[tuple[i
 def _packed(row: dict[str, Any], pool: dict[str, int], at: list[int]) -> str:
     """Returns the row as JSON with its texts' indices in the pool. `at`: the judge and the row's number."""
     kept = {name: row[name] for name in ("better", "winner", "status", "verdicts")} | {"at": at}
-    kept |= {name: row[name] for name in ("votes", "tokens", "scores", "note", "meta") if row[name]}
+    kept |= {name: row[name] for name in ("votes", "tokens", "scores", "note", "meta", "reasons") if row[name]}
     kept |= {name: pool.setdefault(row[name], len(pool)) for name in ("question", "a", "b")}
     return f'{to_json(kept, separators=(",", ":"))[:-1]},"traces":{row["traces"]}}}'
 
@@ -164,9 +165,9 @@ def _facets(row: dict[str, Any], kind: str | None) -> dict[str, str | None]:
     if chosen in range(len(STYLES)) and rejected in range(len(STYLES)):
         facets["difficulty"] = "normal" if chosen == rejected else "hard" if chosen < rejected else "easy"
         facets |= {"better_style": STYLES[chosen], "worse_style": STYLES[rejected]}
-    right = "right" if row["winner"] == row["better"] else "wrong"
+    right = "right" if row["winner"] == row["better"] else "wrong" if row["better"] else "not known"
     facets["outcome"] = right if row["winner"] else UNDECIDED.get(row["status"], "no verdict")
-    facets |= {"better": f"shown as {row['better']}", "kind": kind}
+    facets |= {"better": row["better"] and f"shown as {row['better']}", "kind": kind}
     if len(verdicts) == 2:
         first, second = (max(votes, key=votes.count, default=None) for votes in verdicts)
         facets["orders"] = "agree" if first == second else "disagree"

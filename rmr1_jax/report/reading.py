@@ -15,18 +15,18 @@ from rmr1_jax.pairs.rows import Row
 DEPTH = 2  # levels of sub-directories that are searched for parts of a run
 
 
-def named_roots(directories: Sequence[Path]) -> list[tuple[str, Path]]:
-    """Returns each directory once, with the shortest end of its path that tells it from the others.
+def named_roots(paths: Sequence[Path]) -> list[tuple[str, Path]]:
+    """Returns each directory or file once, with the shortest end of its path that tells it from the others.
 
     Raises:
-        InputError: no directory is given, or one does not exist.
+        InputError: none is given, or one does not exist.
     """
-    roots = list(dict.fromkeys(Path(directory).resolve() for directory in directories))
+    roots = list(dict.fromkeys(Path(path).resolve() for path in paths))
     if not roots:
         raise InputError("no run directory given; expected at least one")
     for root in roots:
-        if not root.is_dir():
-            raise InputError(f"{root}: {'not a directory' if root.exists() else 'no such directory'}; give a run's")
+        if not root.exists():
+            raise InputError(f"{root}: no such directory or file; give that of a run, or a file of judgements")
     length = 1
     while len({root.parts[-length:] for root in roots}) < len(roots):
         length += 1
@@ -46,7 +46,7 @@ def find_holders(root: Path, names: Sequence[str]) -> list[Path]:
             if child.is_dir() and not child.is_symlink() and not child.name.startswith("."):
                 yield from walk(child, depth - 1)
 
-    return list(walk(root, DEPTH))
+    return list(walk(root, DEPTH)) if root.is_dir() else []
 
 
 def text_of(row: Row, name: str) -> str:

@@ -85,7 +85,7 @@ def test_the_package_runs_as_a_module():
         assert f"• {command} " in out.stdout
 
 
-@pytest.mark.parametrize("argv", [[], ["judge"], ["data"], ["sft"]])  # of names: test_words.py
+@pytest.mark.parametrize("argv", [[], ["eval"], ["data"], ["sft"]])  # of names: test_words.py
 def test_a_wrong_command_line_exits_with_2(argv, capsys):
     with pytest.raises(SystemExit) as caught:
         cli.main(argv)

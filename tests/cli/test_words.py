@@ -42,7 +42,7 @@ def test_a_mistake_is_one_line_that_names_what_was_meant(words, line, capsys):
 
 def test_a_known_option_is_no_mistake(capsys):
     with pytest.raises(SystemExit) as left:
-        cli.main(["judge", "--max_new_tokens=5"])  # tyro takes both spellings, and misses the required options
+        cli.main(["eval", "--max_new_tokens=5"])  # tyro takes both spellings, and misses the required options
     assert left.value.code == 2 and "--model" in capsys.readouterr().err
 
 

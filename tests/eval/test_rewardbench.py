@@ -11,8 +11,8 @@ from eval_worker import ScriptedJudge
 from rmr1_jax.errors import InputError
 from rmr1_jax.eval.logs import FLAG, OURS, ArrayFiles
 from rmr1_jax.eval.rewardbench import LOG, SECTIONS, SUBSETS, RewardBench
-from rmr1_jax.judge.file import judgement_row
 from rmr1_jax.judge.judgement import Voting
+from rmr1_jax.judge.rows import judgement_row
 from rmr1_jax.pairs.containers import read_rows
 from rmr1_jax.pairs.order import LegacyFlags
 from rmr1_jax.prompts.verdict import eval_verdict

@@ -101,7 +101,7 @@ def test_the_command_says_what_it_used(tmp_path, capsys):
     assert cli.main([*command, "--tensor", "3"]) == 2
     assert "tensor=3 does not divide the 8 devices" in capsys.readouterr().err
     assert cli.main([*command, "--tensor", "4", "--slots", "2"]) == 0
-    line = capsys.readouterr().err.splitlines()[-1]
-    assert line.startswith("sampled 6 texts, ") and "on 8 devices (data 2 x tensor 4), occupancy " in line
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("sampled 6 texts, "))
+    assert "on 8 devices (data 2 x tensor 4), occupancy " in line
     assert cli.main(command) == 0  # nothing is left to sample
     assert "sampled" not in capsys.readouterr().err

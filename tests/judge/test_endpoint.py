@@ -9,9 +9,10 @@ from policies import answer, prefers, says
 from rmr1_jax.endpoint import Endpoint, EndpointConfig
 from rmr1_jax.errors import InputError, RunError
 from rmr1_jax.judge.endpoint import EndpointJudge
-from rmr1_jax.judge.file import Output, judge_file, judgement_row
+from rmr1_jax.judge.file import Output, judge_file
 from rmr1_jax.judge.judge import Judge
 from rmr1_jax.judge.judgement import Voting
+from rmr1_jax.judge.rows import judgement_row
 from rmr1_jax.pairs.pair import PreferencePair
 from rmr1_jax.reply import Unanswered
 from rmr1_jax.sampler.sample import Truncation

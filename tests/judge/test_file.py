@@ -12,9 +12,11 @@ from rmr1_jax.distributed import rows as rows_module
 from rmr1_jax.errors import InputError, RunError
 from rmr1_jax.files.append import files_digest
 from rmr1_jax.judge import file as file_module
-from rmr1_jax.judge.file import Output, Summary, judge_file, judgement_row, put_in_order
+from rmr1_jax.judge.file import Output, judge_file, put_in_order
 from rmr1_jax.judge.judge import Judge
 from rmr1_jax.judge.judgement import Judgement, Voting
+from rmr1_jax.judge.rows import judgement_row
+from rmr1_jax.judge.summary import Summary
 from rmr1_jax.pairs.pair import PreferencePair
 
 PAIRS = [
@@ -51,6 +53,12 @@ def test_every_pair_gets_its_row(tmp_path):
         "votes": {"A": 0, "B": 1, "invalid": 0},
         "text": "<eval>because</eval>\n<answer>[[B]]</answer>",
         "correct": True,
+        "better": "B",
+        "question": "2 + 3?",
+        "response_a": "six",
+        "response_b": "five",
+        "tokens": [[len(answer("B"))]],
+        "finish_reasons": [["stop"]],
     }
     assert found[2] == {
         "id": "none",
@@ -58,13 +66,16 @@ def test_every_pair_gets_its_row(tmp_path):
         "status": "tie",
         "votes": {"A": 0, "B": 0, "invalid": 0},
         "text": "",
-        "correct": False,
+        "question": "2 + 3?",
+        "response_a": "",
+        "response_b": " ",
         "note": "both answers are empty",
     }
-    assert [row.get("correct") for row in found] == [True, True, False, False, None, False, True]
+    assert {"note", "prompt_tokens"} < found[5].keys() and found[5]["prompt_tokens"] > 30_000
+    assert [row.get("correct") for row in found] == [True, True, None, False, None, False, True]
     assert [row["status"] for row in found] == ["ok", "ok", "tie", "ok", "ok", "too_long", "ok"]
-    assert summary == Summary(ok=5, tie=1, invalid=0, too_long=1, known=6, correct=3)
-    assert str(summary) == "7 pairs: 71.4% ok, 14.3% tie, 0.0% invalid, 14.3% too long; accuracy 50.0% of 6"
+    assert summary == Summary(ok=5, tie=1, invalid=0, too_long=1, known=5, correct=3, longest=found[5]["prompt_tokens"])
+    assert str(summary) == "7 pairs: 71.4% ok, 14.3% tie, 0.0% invalid, 14.3% too long; accuracy 60.0% of 5"
 
 
 def test_the_summary_without_pairs_or_known_answers(tmp_path):
@@ -280,6 +291,7 @@ def test_a_judgement_row_holds_the_pair_and_the_judgement(tmp_path):
         "texts": [[answer("B")] * 2, [answer("A")] * 2],
         "verdicts": [["B", "B"], ["B", "B"]],
         "tokens": [[len(answer("A"))] * 2] * 2,
+        "finish_reasons": [["stop"] * 2] * 2,
     }
     assert several["conversation_a"][-1] == {"role": "assistant", "content": "five"}
     assert several["conversation_b"][0] == {"role": "user", "content": "hi"} and "question" not in several

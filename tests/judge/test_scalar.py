@@ -12,7 +12,8 @@ from transformers import AutoModelForSequenceClassification
 
 from rmr1_jax.distributed.mesh import MeshConfig, make_mesh
 from rmr1_jax.errors import InputError, RunError
-from rmr1_jax.judge.file import Output, judge_file, judgement_row
+from rmr1_jax.judge.file import Output, judge_file
+from rmr1_jax.judge.rows import judgement_row
 from rmr1_jax.judge.scalar import ScalarJudge, load_scalar, padded_length
 from rmr1_jax.model.config import config_to_hf, parse_config, read_config
 from rmr1_jax.model.hf import save_params

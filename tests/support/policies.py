@@ -35,7 +35,8 @@ CONFIG = QwenConfig(
 
 
 class ScriptedPolicy(Tokenizer):
-    """Writes `script(prompt, number)`. A token is a byte; a prompt is its last message, then `opening`."""
+    """Writes `script(prompt, number)`, cut at the limit. A token is a byte; a prompt is its last message, then
+    `opening`."""
 
     stats_text = Policy.stats_text
 
@@ -55,7 +56,9 @@ class ScriptedPolicy(Tokenizer):
         for k, prompt in enumerate(prompts):
             for number in range(sampling.n):
                 text = self.script(self.decode(prompt), number).encode()
-                yield k, number, Sample(list(text), np.zeros(len(text)), np.zeros(len(text)), "stop")
+                end = "stop" if len(text) <= sampling.max_new_tokens else "length"
+                text = text[: sampling.max_new_tokens]
+                yield k, number, Sample(list(text), np.zeros(len(text)), np.zeros(len(text)), end)
 
 
 def answer(verdict: str) -> str:
