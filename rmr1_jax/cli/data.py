@@ -74,8 +74,9 @@ class Chains(ConfigCommand):
                 from rmr1_jax.data.chains.policy_teacher import PolicyTeacher
                 from rmr1_jax.policy import load
 
-                policy = load(config.policy.model, config.policy.dtype, tensor=config.policy.tensor)
-                teacher = PolicyTeacher(config.policy, policy)
+                asked = config.policy
+                arguments = {"tensor": asked.tensor, "chat_template_kwargs": asked.chat_template_kwargs}
+                teacher = PolicyTeacher(asked, load(asked.model, asked.dtype, **arguments))
             else:
                 teacher = Endpoint(config.teacher)
             ledger = make_chains(config, pairs, teacher, second)

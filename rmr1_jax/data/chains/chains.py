@@ -23,7 +23,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
+from pydantic import JsonValue, NonNegativeFloat, NonNegativeInt, PositiveInt
 from tqdm import tqdm
 
 from rmr1_jax.config import config_dataclass
@@ -48,6 +48,8 @@ class PolicyConfig:
 
     model: str
     """Directory or hub id of the model."""
+    chat_template_kwargs: Mapping[str, JsonValue] = dataclasses.field(default_factory=dict)
+    """Arguments for the model's chat template, such as {enable_thinking: false} for Qwen3."""
     dtype: str = "bfloat16"
     """Data type of the matrix products."""
     temperature: NonNegativeFloat = 1.0

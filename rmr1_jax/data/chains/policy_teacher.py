@@ -32,7 +32,9 @@ class PolicyTeacher:
         directory = self.policy.tokenizer.directory
         sampling = {name: getattr(self.config, name) for name in ("dtype", "temperature", "seed")}
         model = f"{directory.name} (sha256 {model_digest(directory)})"
-        return {"model": model, "max_new_tokens": self._max_new_tokens, **sampling}
+        arguments = dict(self.policy.tokenizer.chat_template_kwargs)
+        more = {"chat_template_kwargs": arguments} if arguments else {}
+        return {"model": model, "max_new_tokens": self._max_new_tokens, **sampling, **more}
 
     def ask(self, requests: Iterable[Request]) -> Iterator[tuple[Any, Answer]]:
         """Yield (key, answer) for each request, batch by batch, as they finish. A request whose prompt leaves no room

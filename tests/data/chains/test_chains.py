@@ -9,10 +9,12 @@ import threading
 
 import policies
 import pytest
+from chat_models import NO_THOUGHT, with_template
 from chat_server import KEY, ChatServer, Reply
 from teachers import better, chain, rows, write_pairs
 from threads import Threads
 
+from rmr1_jax.cli.main import main
 from rmr1_jax.config import build_config
 from rmr1_jax.data.chains import chains as chains_module
 from rmr1_jax.data.chains import policy_teacher as policy_teacher_module
@@ -459,6 +461,23 @@ def test_the_sampler_as_the_teacher(pairs_file, tiny_policy, tmp_path):
     texts = {(row["id"], row["try"]): row["text"] for row in answers}
     assert len(texts) == 24 and texts["p0", 0] != texts["p0", 1]  # each try is another draw
     assert all(0 < row["completion_tokens"] <= 8 and row["prompt_tokens"] > 20 for row in answers)
+
+
+def test_template_arguments_reach_the_policy_teacher(pairs_file, tiny_policy, tmp_path):
+    tiny_policy.save(tmp_path / "plain")
+    model = with_template(tmp_path / "plain", tmp_path / "model")
+    policy = {"model": str(model), "max_new_tokens": 4, "dtype": "float32"}
+    config = {"pairs": str(pairs_file), "prompt": str(short_prompt(tmp_path / "short.yaml"))}
+    lengths, settings = [], []
+    for name, arguments in (("with", {"chat_template_kwargs": {"enable_thinking": False}}), ("without", {})):
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(json.dumps(config | {"out": str(tmp_path / name), "policy": policy | arguments}))
+        assert main(["data", "chains", str(path)]) == 0
+        lengths.append({row["id"]: row["prompt_tokens"] for row in rows(tmp_path / name / "answers.jsonl")})
+        settings.append((tmp_path / name / "answers.jsonl.run.json").read_text())
+    ended = len(tiny_policy.tokenizer.hf.encode(NO_THOUGHT, add_special_tokens=False))
+    assert {lengths[0][k] - lengths[1][k] for k in lengths[1]} == {ended} and len(lengths[0]) == 12
+    assert ["enable_thinking" in text for text in settings] == [True, False]
 
 
 def test_a_saved_policy_behind_an_endpoint(pairs_file, tiny_policy, tmp_path, monkeypatch):
