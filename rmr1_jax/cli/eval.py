@@ -92,7 +92,7 @@ class Eval(AnyJudgeOptions):
             self.print_stats(judge.judge)
             if first:
                 print_summary(counts, judge.judge.settings(voting))
-                print(f"{_lines(self.benchmark, scores)}\nwritten: {self.out}\nnext:    rmr1 report {self.out}")
+                print(_scores(self.out))
 
     def _run_injection(self) -> None:
         from rmr1_jax.eval.attacks.injection import injection, injection_table
@@ -172,15 +172,16 @@ class Score:
         rule, released = None if self.rule == "as-logged" else self.rule, self.compat == "released"
         scores, failures = score_logs(self.benchmark, self.logs, self.out, released=released, rule=rule)
         if scores:
-            print(f"{_lines(self.benchmark, scores)}\nwritten: {self.out}\nnext:    rmr1 report {self.out}")
+            print(_scores(self.out))
         if failures:
             for failure in failures[1:]:
                 print("error:", " ".join(str(failure).split()), file=sys.stderr)
             raise InputError(f"{failures[0]} (not counted in the scores)")
 
 
-def _lines(benchmark: str, scores: dict[str, Any]) -> str:
-    """The main scores of the benchmark, one a line."""
-    from rmr1_jax.eval.registry import BENCHMARKS
+def _scores(out: Path) -> str:
+    """The scores in a run's summary, where the run is, and what shows it."""
+    from rmr1_jax.eval.summary import SUMMARY, scores_text
+    from rmr1_jax.files.untrusted import read_object
 
-    return "\n".join(f"{value:8.2%}  {name}" for name, value in scores[BENCHMARKS[benchmark].main_scores].items())
+    return f"{scores_text(read_object(out / SUMMARY))}\nwritten: {out}\nnext:    rmr1 report {out}"

@@ -77,10 +77,10 @@ def read_training_rows(
         return
     for pair in read_pairs(paths[0], seed=seed, **reading):
         both_empty = "both_empty" in pair.meta  # an error, and not one of the pairs that are dropped
-        untaught = "ties" if pair.tie else "identical_answers" if pair.identical and not both_empty else ""
+        kind = "ties" if pair.tie else "identical_answers" if pair.identical and not both_empty else ""
         facts = {"better": pair.better, "both_empty": both_empty}
         source, messages = str(pair.meta.get("source") or ""), render_pair(prompt, pair)
-        yield PublishedRow(id=pair.id, messages=messages, winner="", source=source, untaught=untaught, meta=facts)
+        yield PublishedRow(id=pair.id, messages=messages, winner="", source=source, no_right_side=kind, meta=facts)
 
 
 def sft_example(tokenizer: Tokenizer, id: str, messages: Messages, trace: str | None) -> Example:

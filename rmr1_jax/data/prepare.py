@@ -45,7 +45,7 @@ from rmr1_jax.pairs.training_sets import PublishedRow
 from rmr1_jax.prompts.prompt import get_prompt
 
 CHUNK = 64  # rows a process takes at a time
-UNTAUGHT = {  # pairs that are dropped and counted, whatever the config says about bad rows
+NO_RIGHT_SIDE = {  # pairs that are dropped and counted, whatever the config says about bad rows
     "ties": "the pair is a tie: no side is right",
     "identical_answers": "the two answers are the same: no side is right",
 }
@@ -172,7 +172,7 @@ def _write_set(config: PrepareConfig, tokenizer: Tokenizer, partial: Path) -> di
         "rejected": report.rejected + drops["rejected"],
         "too_long": drops["too_long"],
         "left_out": total - count,
-        **{kind: drops[kind] for kind in UNTAUGHT if drops[kind]},
+        **{kind: drops[kind] for kind in NO_RIGHT_SIDE if drops[kind]},
     }
     if not counts["kept"]:
         raise InputError(f"{config.data}: no row is left ({_in_words(counts)})")
@@ -193,7 +193,7 @@ def _write_set(config: PrepareConfig, tokenizer: Tokenizer, partial: Path) -> di
 
 
 class Dropped(NamedTuple):
-    """A row that is left out. kind: the count that it belongs to, "rejected", "too_long" or a key of `UNTAUGHT`."""
+    """A row that is left out. kind: the count it belongs to, "rejected", "too_long" or a key of `NO_RIGHT_SIDE`."""
 
     id: str
     kind: str
@@ -224,8 +224,8 @@ def _tokenize(
 
 def _make(config: PrepareConfig, tokenizer: Tokenizer, row: PublishedRow) -> Example | Dropped:
     """Raises InputError for a row that the config does not allow to drop."""
-    if row.untaught:
-        return Dropped(row.id, row.untaught, UNTAUGHT[row.untaught])
+    if row.no_right_side:
+        return Dropped(row.id, row.no_right_side, NO_RIGHT_SIDE[row.no_right_side])
     try:
         example = make_example(tokenizer, row, config.stage, config.target)
     except InputError as e:

@@ -17,7 +17,7 @@ from typing import Any
 from rmr1_jax.eval import logs
 from rmr1_jax.eval.benchmark import Benchmark, section_of
 from rmr1_jax.eval.logs import OURS, ArrayFiles, Judged
-from rmr1_jax.eval.scores import Items, Place
+from rmr1_jax.eval.scores import Items, Place, Statistic
 from rmr1_jax.judge.judgement import Judgement, outcome, settle
 from rmr1_jax.judge.rows import judgement_row
 from rmr1_jax.pairs.containers import read_rows
@@ -74,13 +74,18 @@ class JudgeBench(Benchmark):
             yield logs.with_ours(entry, judgement_row(_pair(entry), judgement), entry.value.get(OURS))
 
     def place(self, row: Mapping[str, Any]) -> Place:
-        return Place("all", row["id"], group=self.section(row["meta"]))
+        return Place(self.section(row["meta"]), row["id"])
+
+    def statistics(self, items: Items) -> list[Statistic]:
+        """The accuracy over all pairs, and by source."""
+        sizes = {name: float(items.pairs(name)[1]) for name in SOURCES if name in items.strata}
+        return [Statistic("headline", sizes), *(Statistic(name, {name: 1.0}) for name in sizes)]
 
     def score_files(self, items: Items) -> dict[str, Any]:
         """The accuracy by source and over all pairs."""
-        groups, (right, n) = items.groups("all"), items.pairs("all")
-        by_source = {name: groups[name][0] / groups[name][1] for name in SOURCES if name in groups}
-        return {self.main_scores: {**by_source, "overall": right / n}}
+        counts = {name: items.pairs(name) for name in SOURCES if name in items.strata}
+        right, n = items.pairs(*counts)
+        return {self.main_scores: {**{name: own / of for name, (own, of) in counts.items()}, "overall": right / n}}
 
 
 def _pair(row: Row) -> PreferencePair:

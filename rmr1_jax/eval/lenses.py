@@ -20,8 +20,14 @@ from rmr1_jax.prompts.verdict import other_side
 
 BUDGETS = (512, 1024, 2048, 4096, 8192)  # tokens, as the paper plots
 FORCED = "forced.jsonl"
+CUT = ("length", "max_tokens")  # finish reasons of a text that ends at the limit of tokens
 Cut = Callable[[str, int], str]  # (text, tokens) -> its first tokens
 Forced = Mapping[str, Mapping[str, list[list[str | None]]]]  # id -> budget -> verdicts by order and vote
+
+
+def budgets_under(limit: int | None) -> tuple[int, ...]:
+    """The budgets of a run whose texts were cut at `limit` tokens: the last is that limit."""
+    return BUDGETS if limit is None else (*(budget for budget in BUDGETS if budget < limit), limit)
 
 
 def longest_text(row: Mapping[str, Any]) -> int:
@@ -46,12 +52,20 @@ class Budgets:
     A text of more tokens than the budget is cut there and read by the run's rule. Without `cut` (a tokenizer) it counts
     as a text without a verdict. This is exact for the strict rule, whose verdict ends the text, and for the published
     rule unless the text names its winner before it ends. A pair without a winner counts as wrong. `forced` verdicts, if
-    they are given, count for the texts that were cut.
+    they are given, count for the texts that were cut. The last budget is the run's own `limit`, where every text counts
+    as it was judged.
     """
 
-    def __init__(self, rule: str, scoring: Scoring, cut: Cut | None = None, forced: Forced | None = None):
-        self.read, self.rule, self.cut, self.forced = RULES[rule], rule, cut, forced
-        self.items = {budget: scoring.items() for budget in BUDGETS}
+    def __init__(
+        self,
+        rule: str,
+        scoring: Scoring,
+        cut: Cut | None = None,
+        forced: Forced | None = None,
+        limit: int | None = None,
+    ):
+        self.read, self.rule, self.cut, self.forced, self.limit = RULES[rule], rule, cut, forced, limit
+        self.items = {budget: scoring.items() for budget in budgets_under(limit)}
         self.right, self.invalid, self.truncated = Counter[int](), Counter[int](), Counter[int]()
         self.n = self.unforced = 0
         self.counted = False  # whether any row has the token counts of its texts
@@ -68,7 +82,7 @@ class Budgets:
             if longest > budget:
                 winner, status = settle(self._verdicts(row, tokens, budget))
                 correct = winner is not None and winner == row["better"]
-                self.truncated[budget] += sum(count > budget for order in tokens for count in order)
+            self.truncated[budget] += _truncated(row, budget, at_limit=budget == self.limit)
             items.add(place, correct)
             self.right[budget] += correct
             self.invalid[budget] += status == "invalid"
@@ -91,12 +105,14 @@ class Budgets:
         ]
 
     def listed(self, headline: Statistic) -> list[dict[str, Any]]:
-        """{tokens, accuracy (of pairs), score (the benchmark's), invalid (pairs), truncated (texts)} of each budget."""
+        """{tokens, n (pairs), accuracy (of pairs), score (the benchmark's), invalid (pairs), truncated (texts)} of each
+        budget."""
         if not self.counted:
             return []
         return [
             {
                 "tokens": budget,
+                "n": self.n,
                 "accuracy": 100 * self.right[budget] / self.n,
                 "score": 100 * score(items.strata_of(headline)),
                 "invalid": self.invalid[budget],
@@ -115,7 +131,8 @@ class Budgets:
             )
             return [f"budget_forced: a text of more tokens is cut there and continued with the likelier verdict{rest}"]
         how = "is cut there and read again" if self.cut else "counts as one without a verdict"
-        return [f"budget: by truncation, a text of more tokens {how} (rule: {self.rule})"]
+        ends = "" if self.limit is None else f"; the last budget is the run's own limit of {self.limit:,} tokens"
+        return [f"budget: by truncation, a text of more tokens {how} (rule: {self.rule}){ends}"]
 
 
 class Orders:
@@ -141,10 +158,11 @@ class Orders:
 
     def numbers(self) -> dict[str, Any] | None:
         """Percentages. consistency: of the pairs with a winner in both orders (`n`); first_position_share: of the valid
-        texts, where 50 is no bias; accuracy_ab, accuracy_ba: of each order by itself."""
+        texts, where 50 is no bias; accuracy_ab, accuracy_ba: of each order of all `pairs` by itself."""
         if not self.asked:
             return None
         return {
+            "pairs": self.asked,
             "n": self.both,
             "consistency": 100 * self.same / self.both if self.both else None,
             "first_position_share": 100 * self.first / self.valid if self.valid else None,
@@ -177,11 +195,12 @@ class Votes:
                 bin_[i] += x
 
     def numbers(self) -> dict[str, Any] | None:
-        """k: votes for each order. by_k: accuracy of the first k. confidence: pairs with a winner, by its share of the
-        valid votes in steps of ten points. Percentages."""
+        """n: pairs. k: votes for each order. by_k: accuracy of the first k. confidence: pairs with a winner, by its
+        share of the valid votes in steps of ten points. Percentages."""
         if self.k < 2:
             return None
         return {
+            "n": self.n,
             "k": self.k,
             "by_k": [{"k": k, "accuracy": 100 * self.right[k] / self.n} for k in _sizes(self.k)],
             "confidence": [
@@ -189,6 +208,16 @@ class Votes:
                 for _, (total, n, right) in sorted(self.shares.items())
             ],
         }
+
+
+def _truncated(row: Mapping[str, Any], budget: int, *, at_limit: bool) -> int:
+    """How many texts of a row a budget cuts; at the run's own limit, how many ended there: by their finish reasons or,
+    if these are not known, those that fill the limit."""
+    counts = [count for order in row.get("tokens") or () for count in order]
+    if not at_limit:
+        return sum(count > budget for count in counts)
+    reasons = [reason for order in row.get("finish_reasons") or () for reason in order] or [""] * len(counts)
+    return sum(r in CUT if r else count >= budget for r, count in zip(reasons, counts, strict=True))
 
 
 def _sizes(k: int) -> list[int]:

@@ -31,6 +31,7 @@ from rmr1_jax.files.untrusted import read_object
 from rmr1_jax.files.write import write_whole
 from rmr1_jax.judge.judgement import RULES
 
+SUMMARY = "summary.json"
 ANSWER_EDGES = (500, 1000, 2000, 4000, 8000)  # characters, both answers together
 TRACE_EDGES = (256, 512, 1024, 2048, 4096)  # tokens of a text
 
@@ -84,9 +85,22 @@ def write_summary(
     settings = read_object(side) if side.is_file() else {}
     rows, forced = read_judgements(judgements), read_forced(out_dir)
     summary = summarize(rows, settings, scores, judge=judge, scoring=scoring, cut=cut, forced=forced)
-    path = out_dir / "summary.json"
+    path = out_dir / SUMMARY
     write_whole(path, json.dumps(summary, indent=2, allow_nan=False) + "\n")
     return path
+
+
+def scores_text(summary: Mapping[str, Any]) -> str:
+    """The scores of a summary for a person to read: the headline, its sections and the accuracy of pairs, a line each,
+    with their 95% intervals and what they count."""
+    rows = [("score", summary["headline"], summary["interval"], f"{summary['items']} items")]
+    rows += [(s["name"], s["accuracy"], s["interval"], f"{s['n']} items") for s in summary["sections"]]
+    rows += [("all pairs", summary["accuracy"], summary["accuracy_interval"], f"{summary['n']} pairs")]
+    width = max(len(name) for name, *_ in rows)
+    return "\n".join(
+        f"{value:8.2f}%  {name:{width}}  95% interval {low:.1f} to {high:.1f}, n = {n}"
+        for name, value, (low, high), n in rows
+    )
 
 
 def summarize(
@@ -112,9 +126,11 @@ def summarize(
     if (rule := settings.get("rule", "eval")) not in RULES:
         raise InputError(f"the judgements' settings name the rule {rule!r}; known are {', '.join(RULES)}")
     scoring = scoring or scoring_of(first)
-    after_forcing = None if forced is None else Budgets(rule, scoring, forced=forced)
+    limit = settings.get("max_new_tokens") or settings.get("max_tokens")  # of a policy, of an endpoint
+    limit = limit if isinstance(limit, int) else None
+    after_forcing = None if forced is None else Budgets(rule, scoring, forced=forced, limit=limit)
     benchmark = (first.get("meta") or {}).get("benchmark")
-    counts = _Counts(benchmark, scoring, Budgets(rule, scoring, cut), after_forcing)
+    counts = _Counts(benchmark, scoring, Budgets(rule, scoring, cut, limit=limit), after_forcing)
     for row in itertools.chain([first], rows):
         counts.add(row)
     found = scoring.statistics(counts.items)

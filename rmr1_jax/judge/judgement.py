@@ -304,9 +304,9 @@ def both_empty(pair: PreferencePair) -> Judgement | None:
 
 
 def no_right_side(pair: PreferencePair) -> bool:
-    """Whether both answers are the same, so that neither is better. Pairs of a benchmark do not count: its published
-    evaluation asks about each one, and has a right side for it."""
-    return pair.identical and "benchmark" not in pair.meta
+    """Whether both answers are the same and not empty, so that neither is better. A pair of a benchmark has a right
+    side all the same: its published evaluation asks about each one."""
+    return pair.identical and not ({"benchmark", "both_empty"} & pair.meta.keys())
 
 
 def known_tie(pair: PreferencePair) -> Judgement | None:

@@ -1,7 +1,7 @@
 """Reads rows from JSONL, JSON, Parquet and CSV files, and from files compressed with gzip.
 
 What a file holds decides how it is read: a JSON array or a row a line, compressed or not. Only Parquet and CSV files
-are told by the ends of their names. All but arrays are read as they are consumed.
+are recognised by the ends of their names. All but arrays are read as they are consumed.
 
 Next: `pairs/read.py`, which makes preference pairs of rows.
 """

@@ -74,7 +74,7 @@ def _preference(
 @dataclass(frozen=True, kw_only=True)
 class PublishedRow:
     """A rendered prompt and its target: `winner` is "model_a" or "model_b" in RLVR rows, the trace in SFT rows, ""
-    in a row made of a pair. `untaught`: why a pair cannot be learned from, "ties" or "identical_answers", or "".
+    in a row made of a pair. `no_right_side`: why a pair cannot be learned from, "ties" or "identical_answers", or "".
 
     `id` is the row's own or, as in the published rows, the file's name and the row's number from 0 in the source.
     `messages` are dicts of role and content, the input of a chat template. `source` is "" where the row names none;
@@ -85,7 +85,7 @@ class PublishedRow:
     messages: Messages
     winner: str
     source: str = ""
-    untaught: str = ""
+    no_right_side: str = ""
     meta: Mapping[str, object] = field(default_factory=dict, hash=False)
 
     @property

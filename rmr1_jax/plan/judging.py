@@ -31,7 +31,7 @@ MEMORY_SETTINGS = ("slots=N, fewer texts at once", "a larger tensor", "a smaller
 
 @config_dataclass
 class JudgingConfig:
-    """What decides the programs of a judge. The names are those of the options of `rmr1 judge`.
+    """The settings that decide the programs of a judge. The names are those of the options of `rmr1 judge`.
 
     model: its name or its directory. max_prompt_tokens, max_new_tokens: the longest prompt and the longest text that
     are expected. slots, tensor: None is the default of `rmr1 judge`. batch_size: pairs that are judged at a time.

@@ -19,12 +19,12 @@ from rmr1_jax.config import read_yaml
 from rmr1_jax.errors import InputError
 from rmr1_jax.eval.compare import compare
 from rmr1_jax.eval.logs import JUDGEMENTS, settings_of
+from rmr1_jax.eval.summary import SUMMARY
 from rmr1_jax.files.untrusted import read_object
 from rmr1_jax.report.curves import make_chart
 from rmr1_jax.report.judgements import FILTERS, STYLES, pack, shown_judgements
 from rmr1_jax.report.reading import find_holders
 
-SUMMARY = "summary.json"
 PAPER = Path(__file__).parent / "paper.yaml"  # the published results
 TITLES = {"rewardbench": "RewardBench", "rm-bench": "RM-Bench", "rmb": "RMB", "judgebench": "JudgeBench"}
 # Table of summary.json -> title, what it counts, what its percentages are.
@@ -177,14 +177,14 @@ def _group(benchmark: str, judges: Sequence[dict[str, Any]], published: Mapping[
 
 
 def _score_cells(judge: Mapping[str, Any], columns: Mapping[str, str]) -> list[dict[str, Any]]:
-    """Returns the judge's percentages in the columns of the published table, with the known intervals."""
+    """Returns the judge's percentages in the columns of the published table, with the known intervals and counts."""
     sections = {row["name"].casefold(): row for row in judge["sections"]}
-    cells = [{"value": judge["headline"], "interval": judge["interval"]}]
+    cells = [{"value": judge["headline"], "interval": judge["interval"], "n": judge.get("items")}]
     for title, key in list(columns.items())[1:]:
         section = sections.get(key.casefold()) or sections.get(title.casefold()) or {}
         share = judge["scores"].get(key)
         value = section.get("accuracy") if share is None else 100 * share
-        cells.append({"value": value, "interval": section.get("interval")})
+        cells.append({"value": value, "interval": section.get("interval"), "n": section.get("n")})
     return cells
 
 
@@ -210,9 +210,10 @@ def _facts(found: Mapping[str, Any]) -> dict[str, str]:
         return "\N{EN DASH}" if number is None else format(number, form).replace("-", "\N{MINUS SIGN}")
 
     low, high = (words(end, "+.1f") for end in found["interval"])
+    interval = f"95% interval {low} to {high}, n = {found['items']}"
     return {
         found["test"]: f"p = {words(found['p'], '.3g')}",
-        "score difference": f"{words(found['difference'], '+.1f')} points, 95% interval {low} to {high}",
+        "score difference": f"{words(found['difference'], '+.1f')} points, {interval}",
         "same verdict": f"{words(found['agreement'], '.1f')}%",
         "Cohen's kappa": words(found["kappa"], ".2f"),
     }

@@ -252,6 +252,22 @@ def test_a_tokenizer_finds_a_verdict_before_the_cut():
     assert summarize([both], {"rule": "eval"}, {})["budget"][1]["accuracy"] == 0
 
 
+@pytest.mark.parametrize("key", ["max_new_tokens", "max_tokens"])
+def test_budgets_end_at_the_run_s_own_limit(key):
+    """A run cut at 600 tokens says nothing about 8,192; two of its texts fill the limit, one of them with a verdict."""
+    rows = [row("1", tokens=[[600]]), row("2", tokens=[[500]])]
+    rows += [row("3", False, winner=None, status="invalid", verdicts=[[None]], tokens=[[600]])]
+    found = summarize(rows, {"rule": "strict", key: 600}, {})
+    assert [line["tokens"] for line in found["budget"]] == [512, 600]
+    assert [line["accuracy"] for line in found["budget"]] == pytest.approx([100 / 3, 200 / 3])
+    assert [(line["n"], line["truncated"], line["invalid"]) for line in found["budget"]] == [(3, 2, 2), (3, 2, 1)]
+    assert found["budget"][-1]["score"] == found["headline"] and "own limit of 600 tokens" in found["notes"][0]
+    rows[0] |= {"finish_reasons": [["stop"]]}  # its verdict was the last token that fitted
+    assert [line["truncated"] for line in summarize(rows, {"rule": "strict", key: 600}, {})["budget"]] == [2, 1]
+    (only,) = summarize(rows, {"rule": "strict", key: 200}, {})["budget"]
+    assert only["tokens"] == 200
+
+
 def test_both_orders():
     rows = [
         row("1", verdicts=[["A"], ["A"]], tokens=[[1], [1]]),  # the same answer: once shown first, once second
@@ -261,6 +277,7 @@ def test_both_orders():
         row("5", verdicts=[["A"], ["A"]], tokens=[[1], [1]]),
     ]
     assert summarize(rows, {}, {})["orders"] == {
+        "pairs": 5,
         "n": 4,
         "consistency": 50.0,
         "first_position_share": pytest.approx(600 / 9),
@@ -278,7 +295,7 @@ def test_votes():
         for k, (votes, winner) in enumerate(zip(verdicts, winners, strict=True))
     ]
     found = summarize(rows, {}, {})["votes"]
-    assert found["k"] == 5
+    assert (found["k"], found["n"]) == (5, 4)
     assert found["by_k"] == [{"k": 1, "accuracy": 75}, {"k": 3, "accuracy": 100}, {"k": 5, "accuracy": 75}]
     assert found["confidence"] == [
         {"share": pytest.approx(60), "n": 1, "accuracy": 0},

@@ -66,16 +66,18 @@ def test_every_pair_gets_its_row(tmp_path):
         "status": "tie",
         "votes": {"A": 0, "B": 0, "invalid": 0},
         "text": "",
+        "correct": False,
+        "better": "A",
         "question": "2 + 3?",
         "response_a": "",
         "response_b": " ",
         "note": "both answers are empty",
     }
     assert {"note", "prompt_tokens"} < found[5].keys() and found[5]["prompt_tokens"] > 30_000
-    assert [row.get("correct") for row in found] == [True, True, None, False, None, False, True]
+    assert [row.get("correct") for row in found] == [True, True, False, False, None, False, True]
     assert [row["status"] for row in found] == ["ok", "ok", "tie", "ok", "ok", "too_long", "ok"]
-    assert summary == Summary(ok=5, tie=1, invalid=0, too_long=1, known=5, correct=3, longest=found[5]["prompt_tokens"])
-    assert str(summary) == "7 pairs: 71.4% ok, 14.3% tie, 0.0% invalid, 14.3% too long; accuracy 60.0% of 5"
+    assert summary == Summary(ok=5, tie=1, invalid=0, too_long=1, known=6, correct=3, longest=found[5]["prompt_tokens"])
+    assert str(summary) == "7 pairs: 71.4% ok, 14.3% tie, 0.0% invalid, 14.3% too long; accuracy 50.0% of 6"
 
 
 def test_the_summary_without_pairs_or_known_answers(tmp_path):

@@ -43,13 +43,20 @@ def test_scores_are_above_the_published_rows_in_the_same_columns(tmp_path):
     scores, counts, orders, *_ = tables_of(page_of(make_evaluation(tmp_path / "mine")))
     assert scores[0] == ["Judge", "Score", "Chat", "Chat Hard", "Safety", "Reasoning"]
     dash = "\N{EN DASH}"
-    assert scores[1] == ["mine some/judge-7B", "70.0 61.5 to 78.2", "90.0 80.0 to 96.0", "50.0", dash, dash]
+    assert scores[1] == [
+        "mine some/judge-7B",
+        "70.0 61.5 to 78.2, n = 36",
+        "90.0 80.0 to 96.0, n = 20",
+        "50.0",
+        dash,
+        dash,
+    ]
     assert scores[2] == ["Published"]
     assert ["RM-R1 Qwen-32B", "91.4", "95.3", "83.1", "91.9", "95.2"] in scores
     assert ["GPT-4o-0806", "86.7", dash, dash, dash, dash] in scores
     found = "50.0%"  # each trace has two quotations, and only that from A is in its answer
     assert counts[1] == ["mine", "40", "3", "2", "1", "626", "580", "1,171", "2,210", found]
-    assert orders[1] == ["mine", "83.5%", "55.5%", "71.0%", "69.0%"]
+    assert orders[1] == ["mine", "41", "83.5%", "55.5%", "71.0%", "69.0%"]
     words = words_of(page_of(tmp_path / "mine"))
     assert "Judged on a part of the benchmark" in words
     assert "2,985 pairs, so not comparable with the published rows: mine." in words
@@ -62,7 +69,11 @@ def test_lenses_notes_and_settings_are_shown(tmp_path):
     titles = re.findall(r"<figcaption><span>([^<]*)", page)
     assert titles == ["Score by token budget"] * 2 + ["Accuracy by number of votes"]
     assert "is cut there and made to name an answer." in words and "2,048 69.5" in words
-    assert "512 41.5 40.0 40.0 50.0" in words and "Budgets: <b>texts</b> are cut." in words
+    assert (
+        "512 41.5 40.0 40.0 50.0" in words
+        and "without a verdict. Pairs: 40." in words
+        and "Budgets: <b>texts</b> are cut." in words
+    )
     assert 'sampling {"temperature": 0.0}' in words and "avg_Result_each_section 0.7" in words
     grid = next(table for table in tables_of(page) if ["", "concise", "detailed", "markdown"] in table)
     assert grid[3] == ["markdown", "90.0", "85.0", "\N{EN DASH}"]
@@ -88,7 +99,7 @@ def test_every_evaluation_below_a_directory_is_shown(tmp_path):
     make_evaluation(tmp_path / "evals/two", benchmark="rmb", scores={"BoN Helpfulness": 0.25})
     page = page_of(tmp_path / "evals")
     assert re.findall(r"<h2>(RewardBench|RMB)</h2>", page) == ["RewardBench", "RMB"]
-    assert "evals/two some/judge-7B 70.0 61.5 to 78.2 25.0" in words_of(page)
+    assert "evals/two some/judge-7B 70.0 61.5 to 78.2, n = 36 25.0" in words_of(page)
 
 
 @pytest.mark.parametrize(
@@ -173,6 +184,7 @@ def test_two_judges_are_compared_pair_by_pair(tmp_path, monkeypatch):
             "p": 0.0312,
             "difference": -1.25,
             "interval": [-3, None],
+            "items": 59,
             "agreement": 75.0,
         } | {"kappa": None}
 
@@ -185,7 +197,7 @@ def test_two_judges_are_compared_pair_by_pair(tmp_path, monkeypatch):
     minus, dash = "\N{MINUS SIGN}", "\N{EN DASH}"
     words = words_of(page)
     assert "60 pairs that both judged" in words and "McNemar, exact p = 0.0312" in words
-    assert f"{minus}1.2 points, 95% interval {minus}3.0 to {dash}" in words and "same verdict 75.0%" in words
+    assert f"{minus}1.2 points, 95% interval {minus}3.0 to {dash}, n = 59" in words and "same verdict 75.0%" in words
 
 
 def test_the_command_adds_the_tests_of_rmr1_compare(tmp_path, capsys):

@@ -44,7 +44,7 @@ def data(tmp_path_factory):
 def start(monkeypatch):
     """Starts a stage, up to its first batch; returns its config and its examples or prompts."""
 
-    def stop_sft(config, examples, mesh):
+    def stop_sft(config, examples, *_):
         raise Stopped(config, examples)
 
     def stop_grpo(config, policy, prompts, *_):
