@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import select
 import signal
 import sys
 from collections.abc import Sequence
@@ -101,7 +102,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             with Preemption() as preemption, preemption.interruptible():
                 command.run()
         sys.stdout.flush()
-    except BrokenPipeError:  # the reader of a pipe has enough, as `head` has
+    except BrokenPipeError:
+        if not _reader_is_gone():
+            raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python reports it once more at exit
         return 128 + signal.SIGPIPE
     except Preempted:
@@ -114,6 +117,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("interrupted; run the same command again to resume", file=sys.stderr)
         return 130
     return 0
+
+
+def _reader_is_gone() -> bool:
+    """Returns whether stdout is a pipe whose reader has left it, as `head` does when it has enough."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), select.POLLOUT)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
 
 
 def _parse(words: list[str]) -> Any:

@@ -63,6 +63,16 @@ def test_help_describes_every_setting_without_the_libraries_that_it_needs(words)
     assert not {"jax", "numpy", "transformers", "pydantic", "yaml"} & set(modules.split())
 
 
+def test_another_broken_pipe_keeps_its_traceback():
+    """Such as that to a worker process which was killed."""
+    code = (
+        "import rmr1_jax.cli.main as c\ndef run(self): raise BrokenPipeError('of a worker')\n"
+        "c.Config.run = run\nc.main(['config'])"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert out.returncode == 1 and out.stderr.endswith("BrokenPipeError: of a worker\n")
+
+
 @pytest.mark.parametrize("words", [["--help"], ["sft", "--help"], ["config", "chains"], ["--version"]])
 def test_a_closed_pipe_is_quiet(words):
     """As of `rmr1 --help | head -3`: the reader closes the pipe before anything is written."""
