@@ -93,13 +93,13 @@ def write_summary(
 def scores_text(summary: Mapping[str, Any]) -> str:
     """The scores of a summary for a person to read: the headline, its sections and the accuracy of pairs, a line each,
     with their 95% intervals and what they count."""
-    rows = [("score", summary["headline"], summary["interval"], f"{summary['items']} items")]
-    rows += [(s["name"], s["accuracy"], s["interval"], f"{s['n']} items") for s in summary["sections"]]
-    rows += [("all pairs", summary["accuracy"], summary["accuracy_interval"], f"{summary['n']} pairs")]
+    rows = [("score", summary["headline"], summary["interval"], summary["items"], "item")]
+    rows += [(s["name"], s["accuracy"], s["interval"], s["n"], "item") for s in summary["sections"]]
+    rows += [("all pairs", summary["accuracy"], summary["accuracy_interval"], summary["n"], "pair")]
     width = max(len(name) for name, *_ in rows)
     return "\n".join(
-        f"{value:8.2f}%  {name:{width}}  95% interval {low:.1f} to {high:.1f}, n = {n}"
-        for name, value, (low, high), n in rows
+        f"{value:8.2f}%  {name:{width}}  95% interval {low:.1f} to {high:.1f}, n = {n:,} {unit}{'s' * (n != 1)}"
+        for name, value, (low, high), n, unit in rows
     )
 
 

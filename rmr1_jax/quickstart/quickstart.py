@@ -85,7 +85,7 @@ def quickstart(out: str | Path, *, seed: int = 0, control: bool = False) -> dict
         results[name] = scores
         rows.extend({"stage": name} | row for row in judged)
         accuracy, valid = 100 * scores["accuracy"], 100 * scores["valid"]
-        print(f"{name}: accuracy {accuracy:.1f}%, valid traces {valid:.1f}%", flush=True)
+        print(f"{name}: accuracy {accuracy:.1f}%, valid traces {valid:.1f}% of {len(test)} pairs", flush=True)
         return trained
 
     sft_config = dataclasses.replace(SFT, out=str(out / "sft"), seed=seed)

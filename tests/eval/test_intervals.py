@@ -16,9 +16,8 @@ SIZES, ACCURACIES = (1, 2, 5, 20, 100), (0.5, 0.9, 1.0)
 REWARDBENCH = tuple(w / sum(own.values()) / 4 for own in SECTIONS.values() for w in own.values())
 LAYOUTS = {"one subset": (1.0,), "23 equal subsets": (1 / 23,) * 23, "RewardBench's weights": REWARDBENCH}
 
-# Cells in which an interval cannot cover between 93% and 97.5% of the cases. In the first group the number of right
-# items is so small that the coverages on offer (sums of its probabilities from the likeliest on) jump over that range;
-# in the second, a value of 1 alone is possible, and each interval that holds for it covers always.
+# Cells in which no interval covers between 93% and 97.5% of the cases: the number of right items has so few values that
+# the coverages on offer jump over that range. At an accuracy of 1.0 there is one value, and the coverage is 0 or 100%.
 JUMPS = {
     ("one subset", 1, 0.5): "50 or 100%",
     ("one subset", 1, 0.9): "90 or 100%",
@@ -65,7 +64,7 @@ def test_the_coverage_of_a_score(layout, accuracy):
             assert found <= 97.5, (n, found)
 
 
-@pytest.mark.parametrize(("n", "accuracy"), [cell[1:] for cell in JUMPS if cell[0] == "one subset"])
+@pytest.mark.parametrize(("n", "accuracy"), [(n * len(LAYOUTS[layout]), accuracy) for layout, n, accuracy in JUMPS])
 def test_no_interval_covers_between_93_and_97_percent_of_so_few_items(n, accuracy):
     """The accuracy is held by an interval for the likeliest counts of right items: these are all coverages on offer."""
     offered = np.cumsum(np.sort(scipy_stats.binom(n, accuracy).pmf(range(n + 1)))[::-1])
