@@ -15,12 +15,11 @@ from typing import Any
 
 from rmr1_jax.eval.logs import whole_rows
 from rmr1_jax.eval.scores import Place, Scoring, Statistic, score
-from rmr1_jax.judge.judgement import RULES, settle
+from rmr1_jax.judge.judgement import CUT, RULES, settle
 from rmr1_jax.prompts.verdict import other_side
 
 BUDGETS = (512, 1024, 2048, 4096, 8192)  # tokens, as the paper plots
 FORCED = "forced.jsonl"
-CUT = ("length", "max_tokens")  # finish reasons of a text that ends at the limit of tokens
 Cut = Callable[[str, int], str]  # (text, tokens) -> its first tokens
 Forced = Mapping[str, Mapping[str, list[list[str | None]]]]  # id -> budget -> verdicts by order and vote
 

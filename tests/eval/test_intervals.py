@@ -24,7 +24,7 @@ JUMPS = {
     ("one subset", 2, 0.5): "75 or 100%",
     ("one subset", 2, 0.9): "81 or 99%",
     ("one subset", 5, 0.9): "91.9 or 99.1%",
-    ("23 equal subsets", 1, 0.9): "92.6 or 97.7%",
+    ("23 equal subsets", 1, 0.9): "92.7 or 97.7%",
 }
 
 

@@ -70,7 +70,7 @@ def test_lenses_notes_and_settings_are_shown(tmp_path):
     assert titles == ["Score by token budget"] * 2 + ["Accuracy by number of votes"]
     assert "is cut there and made to name an answer." in words and "2,048 69.5" in words
     assert (
-        "512 41.5 40.0 40.0 50.0" in words
+        "512 41.5 40.0 40 50" in words
         and "without a verdict. Pairs: 40." in words
         and "Budgets: <b>texts</b> are cut." in words
     )
