@@ -3,7 +3,7 @@
 import subprocess
 import sys
 import time
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 
 import pytest
 
@@ -50,6 +50,13 @@ def test_the_version(capsys):
     assert rmr1_jax.__version__ == version("rmr1-jax")
     assert cli.main(["--version"]) == 0
     assert capsys.readouterr().out == f"rmr1 {version('rmr1-jax')}\n"
+
+
+def test_a_checkout_that_is_not_installed_has_no_version(monkeypatch, capsys):
+    monkeypatch.setattr(
+        "importlib.metadata.distribution", lambda name: (_ for _ in ()).throw(PackageNotFoundError(name))
+    )
+    assert cli.main(["--version"]) == 0 and capsys.readouterr().out == "rmr1 0+unknown\n"
 
 
 @pytest.mark.parametrize("words", [["sft"], ["grpo"], ["data", "prepare"], ["data", "mix"], ["data", "chains"]])
