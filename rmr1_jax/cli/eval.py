@@ -79,7 +79,7 @@ class Eval(AnyJudgeOptions):
             hashed = f"{Path(self.data).name} (sha256 {files_digest(source_files(data))})"
             judge = dataclasses.replace(judge, identity={**judge.identity, "data": hashed})
             pairs = load(self.benchmark, data, self.limit)
-            sizes = {"batch_size": self.batch_size, "total": total}
+            sizes = {"batch_size": self.pairs_at_a_time(judge.judge), "total": total}
             counts, scores = evaluate(self.benchmark, judge, pairs, self.out, voting, **sizes)
             if self.forced_budgets:
                 from rmr1_jax.eval.forced import force_verdicts
@@ -102,7 +102,7 @@ class Eval(AnyJudgeOptions):
         voting = self.voting()
         with all_processes(loads_model=self.judge != "endpoint") as first:
             judge = make_judge(self)
-            result = injection(judge, self.out, voting, batch_size=self.batch_size, limit=self.limit)
+            result = injection(judge, self.out, voting, batch_size=self.pairs_at_a_time(judge.judge), limit=self.limit)
             self.print_stats(judge.judge)
             if first:
                 print(f"{injection_table(result)}\nwritten: {self.out}")

@@ -93,7 +93,7 @@ class Judge(AnyJudgeOptions):
             data = f"{self.input.name} (sha256 {files_digest(source_files(self.input))})"
             output, voting = self._output({**identity, "input": data}), self.voting()
             with profiling(self.profile):
-                sizes = {"batch_size": self.batch_size, "total": min(total, self.limit or total)}
+                sizes = {"batch_size": self.pairs_at_a_time(judge), "total": min(total, self.limit or total)}
                 summary = judge_file(judge, self._pairs(total), output, voting, **sizes)
             self.print_stats(judge)
             if first:

@@ -22,7 +22,7 @@ from rmr1_jax.errors import InputError
 if TYPE_CHECKING:
     from rmr1_jax.judge.endpoint import EndpointJudge
     from rmr1_jax.judge.judge import Judge as PolicyJudge
-    from rmr1_jax.judge.judgement import JudgeSampling, Voting
+    from rmr1_jax.judge.judgement import AnyJudge, JudgeSampling, Voting
     from rmr1_jax.judge.summary import Summary
     from rmr1_jax.prompts.prompt import Prompt
 
@@ -76,9 +76,10 @@ class JudgeOptions:
     Defaults to the positions that --max-new-tokens leaves."""
     seed: int = 0
     """Random seed of the sampling."""
-    batch_size: int = 1024
+    batch_size: MaybeInt = None
     """Number of pairs that are judged at a time, by all processes together. A run that was killed judges its last batch
-    again."""
+    again, so that it gives the same texts to the last bit; at the end of a batch the devices wait for its longest text.
+    Defaults to four times --slots of all processes, at most 1024; to 1024 for an endpoint, which repeats no pair."""
     dtype: AutoDtype = "auto"
     """Data type of the model's matrix products. auto is float32 on a CPU, where it is faster, and bfloat16 elsewhere;
     rows that were made with another one are continued with that. A model behind an endpoint has its own."""
@@ -165,6 +166,14 @@ class JudgeOptions:
         text = "" if policy is None else policy.stats_text()
         if text and first():
             print(text, file=sys.stderr)
+
+    def pairs_at_a_time(self, judge: AnyJudge) -> int:
+        """The batch size that is given, or the default for `judge`."""
+        from rmr1_jax.distributed.exchange import this_process
+
+        slots = getattr(judge, "slots", None)
+        default = min(1024, 4 * slots * this_process()[1]) if slots else 1024
+        return default if self.batch_size is None else self.batch_size
 
     def identity(self, directory: Path, dtype: str) -> dict[str, Any]:
         """A digest that identifies the model in a directory, and the data type that it computes in."""

@@ -42,7 +42,7 @@ from rmr1_jax.files.write import hash_written, writing
 from rmr1_jax.model.tokenizer import Tokenizer
 from rmr1_jax.pairs.rows import ReadReport
 from rmr1_jax.pairs.training_sets import PublishedRow
-from rmr1_jax.prompts.prompt import get_prompt
+from rmr1_jax.prompts.prompt import PROMPT_FILE, get_prompt, save_prompt
 
 CHUNK = 64  # rows a process takes at a time
 NO_RIGHT_SIDE = {  # pairs that are dropped and counted, whatever the config says about bad rows
@@ -141,7 +141,11 @@ def _write_set(config: PrepareConfig, tokenizer: Tokenizer, partial: Path) -> di
     rejects = partial / store.REJECTS
     bad_rows = rejects if config.on_bad_row == "quarantine" else None
     rows = functools.partial(read_training_rows, paths, prompt, seed=config.seed, rejects=bad_rows)
-    total = sum(1 for _ in rows())
+    total, sampled = 0, []
+    for total, row in enumerate(rows(), 1):
+        sampled += [row.messages] if prompt is None and store.is_sampled(total - 1) else []
+    if own := prompt or store.common_prompt(sampled):
+        save_prompt(own, partial / PROMPT_FILE)
     count = min(config.limit or total, total)
     chosen = np.isin(np.arange(total), np.random.default_rng(config.seed).choice(total, count, replace=False))
     report, examples, drops = ReadReport(), store.SetWriter(partial / store.ROWS), Counter()

@@ -6,6 +6,7 @@ A set is a directory, which appears whole or not at all:
                      any reader of TFDS opens it, without TensorFlow
     lengths.npy      [2, N] int32, the tokens of each row and of its prompt, from which batches are planned
     rejects.jsonl    the rows that were left out, and why
+    prompt.yaml      the prompt that the rows were rendered with, where there is one of all rows
     prepared.json    the config, the fingerprint of tokenizer and chat template, counts, and size and hash of each file
 
 Next: `prepare.py`, which makes sets; `packing.py`, which packs examples into batches.
@@ -16,7 +17,7 @@ from __future__ import annotations
 import json
 from array import array
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ from rmr1_jax.errors import InputError, RunError
 from rmr1_jax.files.write import refusal, to_disk
 from rmr1_jax.model.tokenizer import TEMPLATE_ARGUMENTS, THOUGHT, Tokenizer
 from rmr1_jax.pairs.training_sets import read_published
+from rmr1_jax.prompts.prompt import PROMPT_FILE, Messages, Prompt, check_prompt, get_prompt
+from rmr1_jax.prompts.recover import recover_prompt
 
 FORMAT = 1  # the version of the directory's layout
 MANIFEST, LENGTHS, REJECTS, ROWS = "prepared.json", "lengths.npy", "rejects.jsonl", "rows"
@@ -112,6 +115,30 @@ def open_examples(path: str | Path, stage: Stage, tokenizer: Tokenizer) -> Seque
         raise InputError(f"{path} was prepared for {made_for}, not {stage}: run `rmr1 data prepare` with stage={stage}")
     examples.check_tokenizer(tokenizer)
     return examples
+
+
+def prompt_of(path: str | Path) -> Prompt | None:
+    """Return the prompt that the rows of a prepared set, or of published files, were rendered with; None if that cannot
+    be told, as of rows with several prompts."""
+    if is_prepared(path):
+        file = Path(path) / PROMPT_FILE
+        return get_prompt(file) if file.is_file() else None
+    return common_prompt(row.messages for k, row in enumerate(read_published(path)) if is_sampled(k))
+
+
+def is_sampled(number: int) -> bool:
+    """Whether the row of this number is one of those whose prompt is recovered: they are held in memory."""
+    return number < 64 or number % 61 == 0
+
+
+def common_prompt(rows: Iterable[Messages]) -> Prompt | None:
+    """Return the prompt that all rows were rendered with, or None if there is none that a prompt file can hold."""
+    try:
+        found = recover_prompt(rows)
+        check_prompt(found)
+    except InputError:
+        return None
+    return found
 
 
 def is_prepared(path: str | Path) -> bool:

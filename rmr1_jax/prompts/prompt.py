@@ -213,18 +213,22 @@ def load_prompt(path: str | Path) -> Prompt:
     return Prompt(**{**vars(found), "single_turn": single_turn, "multi_turn": multi_turn})
 
 
+def check_prompt(prompt: Prompt) -> None:
+    """Raise InputError if a frame of `prompt` holds a placeholder, which would be read back from a file as a part."""
+    _frame_of(join_frame(prompt.single_turn, SINGLE_PARTS), SINGLE_PARTS, f"prompt {prompt.name!r}: single_turn")
+    _frame_of(join_frame(prompt.multi_turn, MULTI_PARTS), MULTI_PARTS, f"prompt {prompt.name!r}: multi_turn")
+
+
 def save_prompt(prompt: Prompt, path: str | Path) -> None:
     """Write a prompt file from which `load_prompt` reads the same prompt, character by character.
 
     Raises:
         InputError: the file cannot be written, or a frame holds a placeholder, which would be read back as a part.
     """
-    single_turn = join_frame(prompt.single_turn, SINGLE_PARTS)
-    multi_turn = join_frame(prompt.multi_turn, MULTI_PARTS)
-    _frame_of(single_turn, SINGLE_PARTS, f"prompt {prompt.name!r}: single_turn")
-    _frame_of(multi_turn, MULTI_PARTS, f"prompt {prompt.name!r}: multi_turn")
+    check_prompt(prompt)
     fields = {"name": prompt.name, "note": prompt.note, "system": prompt.system}
-    fields |= {"single_turn": single_turn, "multi_turn": multi_turn}
+    fields |= {"single_turn": join_frame(prompt.single_turn, SINGLE_PARTS)}
+    fields |= {"multi_turn": join_frame(prompt.multi_turn, MULTI_PARTS)}
     written = yaml.dump(fields, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1_000_000)
     try:
         Path(path).write_text(written, encoding="utf-8", newline="\n")

@@ -25,7 +25,7 @@ from rmr1_jax.judge.judge import Judge
 from rmr1_jax.judge.judgement import Judgement
 from rmr1_jax.model.config import parse_config
 from rmr1_jax.policy import Policy, fresh_policy
-from rmr1_jax.prompts.prompt import save_prompt
+from rmr1_jax.prompts.prompt import PROMPT_FILE, save_prompt
 from rmr1_jax.quickstart import world
 from rmr1_jax.quickstart.tokenizer import train_tokenizer
 from rmr1_jax.report.report import write_report
@@ -70,6 +70,7 @@ def quickstart(out: str | Path, *, seed: int = 0, control: bool = False) -> dict
     train_tokenizer(world.world_texts(seed=0), out / "tokenizer")
     prompt_file = out / "prompt.yaml"
     save_prompt(world.world_prompt(), prompt_file)
+    save_prompt(world.world_prompt(), out / "tokenizer" / PROMPT_FILE)  # goes with the tokenizer into every model
     policy = fresh_policy(MODEL, out / "tokenizer", seed=seed)
     test = world.make_items(TEST_ITEMS, split="test", seed=seed)
     examples = sft_examples(policy, world.make_items(SFT_ITEMS, split="sft", seed=seed), seed)
@@ -101,7 +102,7 @@ def quickstart(out: str | Path, *, seed: int = 0, control: bool = False) -> dict
     (out / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     report = write_report([out], out / "report.html")
     print(f"\n{table(results)}\n\nThe report: {report}\nNext, let the trained judge compare pairs of your own:")
-    print(f"    rmr1 judge --model {out}/grpo/model --prompt {prompt_file} --input pairs.jsonl --output verdicts.jsonl")
+    print(f"    rmr1 judge --model {out}/grpo/model --input pairs.jsonl --output verdicts.jsonl")
     return results
 
 

@@ -25,7 +25,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Shaped
 
 from rmr1_jax.data.packing import View, mean_length
-from rmr1_jax.data.store import open_examples
+from rmr1_jax.data.store import open_examples, prompt_of
 from rmr1_jax.distributed.mesh import check_micro_rows, own_rows, place_rows, sampling_mesh
 from rmr1_jax.errors import InputError
 from rmr1_jax.files.hub import locate
@@ -75,6 +75,7 @@ def grpo(
     check_run(config, Path(config.out))
     given, reward = policy is not None, reward or make_reward(config.reward, config.structure)
     policy = policy or load_policy(config)
+    own_prompt = prompt_of(config.data) if prompts is None else None
     prompts = read_prompts(config.data, policy) if prompts is None else prompts
     prompts = drop_longer(prompts, config.max_prompt_length, "prompts")  # as the paper does
     _check_sizes(config, prompts, policy.mesh)
@@ -109,7 +110,7 @@ def grpo(
             watch.look(row, step)
             shown = {"reward": f"{row['reward']:.3f}", "length": f"{row['response_length']:.0f}"}
             run.record(row, state, cursor, **shown)
-    return save_model(policy.with_params(state.params), Path(config.out))
+    return save_model(policy.with_params(state.params), Path(config.out), own_prompt)
 
 
 def grpo_micro_loss(

@@ -20,6 +20,7 @@ from rmr1_jax.distributed.exchange import first, wait
 from rmr1_jax.errors import InputError
 from rmr1_jax.files.write import write_whole, writing
 from rmr1_jax.policy import Policy
+from rmr1_jax.prompts.prompt import PROMPT_FILE, Prompt, save_prompt
 from rmr1_jax.train.config import RunConfig
 from rmr1_jax.train.metrics import say
 
@@ -78,12 +79,15 @@ def same_data(restored: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
     return now | restored
 
 
-def save_model(policy: Policy, out: Path) -> Policy:
+def save_model(policy: Policy, out: Path, prompt: Prompt | None) -> Policy:
     """Save the trained policy as `out/model`, and return it. Raises RunError if it cannot be written; nothing half
-    written remains there."""
+    written remains there. prompt: that of the training data, which is written beside the weights; None leaves the
+    prompt of the model that training started from, if it has one."""
     size = sum(x.nbytes for x in jax.tree.leaves(policy.params))
     with writing(out / "model", size, "the last checkpoint is valid; free some space and run the same command again"):
         policy.save(out / "model")
+        if prompt and first():
+            save_prompt(prompt, out / "model" / PROMPT_FILE)
     return policy
 
 

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Shaped
 
 from rmr1_jax.data.examples import Example
 from rmr1_jax.data.packing import Batch, mean_length, sft_batches
-from rmr1_jax.data.store import open_examples
+from rmr1_jax.data.store import open_examples, prompt_of
 from rmr1_jax.distributed.mesh import check_micro_rows, own_rows
 from rmr1_jax.model.attention import segment_limit
 from rmr1_jax.model.qwen import Params, split
@@ -43,10 +43,10 @@ def sft(config: SftConfig, *, policy: Policy | None = None, examples: Sequence[E
     written, or all are damaged; Preempted after SIGTERM, when the state is saved.
     """
     check_run(config, Path(config.out))
-    given = policy is not None
+    given, prompt = policy is not None, None
     policy = policy or load_policy(config)
     if examples is None:
-        examples = open_examples(config.data, "sft", policy.tokenizer)
+        examples, prompt = open_examples(config.data, "sft", policy.tokenizer), prompt_of(config.data)
     if config.on_too_long == "drop":
         examples = drop_longer(examples, config.row_length, "examples")
     check_micro_rows(policy.mesh, config.micro_rows)
@@ -78,7 +78,7 @@ def sft(config: SftConfig, *, policy: Policy | None = None, examples: Sequence[E
             row |= mfu(train_flops(policy.config, batch.lengths), run.seconds, policy.mesh) | facts
             shown = {"loss": f"{row['loss']:.3f}", "tok_s": f"{row['tokens_per_second']:.0f}"}
             run.record(row, state, cursor, **shown)
-    return save_model(policy.with_params(state.params), Path(config.out))
+    return save_model(policy.with_params(state.params), Path(config.out), prompt)
 
 
 def sft_micro_loss(
