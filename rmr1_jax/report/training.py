@@ -35,8 +35,10 @@ FILTER_OPTIONS = 24  # a field with more values than this gets no filter
 
 
 def holds_run(root: Path) -> bool:
-    """Returns whether the directory, or one below it, holds a training run."""
-    return bool(find_holders(root, FILES))
+    """Returns whether the directory, or one below it, holds a training run; an output of `rmr1 judge`, which has its
+    settings beside it, is none."""
+    found = [directory / name for directory in find_holders(root, FILES) for name in FILES]
+    return any(file.is_file() and not file.with_name(f"{file.name}.run.json").is_file() for file in found)
 
 
 def training_page(

@@ -228,3 +228,6 @@ def test_a_report_on_a_file_of_any_name(scripted, capsys, tmp_path):
     assert "mine.jsonl" in page and QUESTION in page
     assert cli.main(["report", "out"]) == 0  # the files of `rmr1 judge` in a directory
     assert QUESTION in (tmp_path / "out" / "report.html").read_text()
+    judge_pairs(capsys, "--output", "plain/verdicts.jsonl")  # the name of a file of training runs
+    assert cli.main(["report", "plain"]) == 0
+    assert QUESTION in (tmp_path / "plain" / "report.html").read_text()
