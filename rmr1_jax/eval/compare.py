@@ -20,7 +20,7 @@ from rmr1_jax.errors import InputError
 from rmr1_jax.eval.intervals import score_interval
 from rmr1_jax.eval.logs import JUDGEMENTS, Judged, read_judgements
 from rmr1_jax.eval.registry import scoring_of
-from rmr1_jax.eval.scores import Scoring, cohen_kappa, mcnemar, score
+from rmr1_jax.eval.scores import cohen_kappa, items_in, mcnemar, score
 from rmr1_jax.eval.summary import percent, percents
 from rmr1_jax.prompts.verdict import other_side
 
@@ -41,7 +41,7 @@ def compare(a: str | Path, b: str | Path) -> dict[str, Any]:
         a, b: the judges' names. n: pairs that both judged; only_in_a, only_in_b: pairs of one run alone.
         both, only_a, only_b, neither: how many of the n pairs each judge got right.
         accuracy_a, accuracy_b: of the pairs. score_a, score_b: the benchmark's score over the n pairs.
-        difference, interval: of the scores, with its 95% interval over paired items. items: what the score counts.
+        difference, interval: of the scores, with its 95% interval over `items`, which the score counts.
         p, test: McNemar's test over the pairs. It treats pairs as independent, which those of one item are not.
         agreement, kappa: the share of equal verdicts (A, B or none), and Cohen's kappa of them.
 
@@ -49,13 +49,12 @@ def compare(a: str | Path, b: str | Path) -> dict[str, Any]:
         InputError: a file cannot be read, a row is not a judgement, an id appears twice, or no id is in both.
     """
     path_a, path_b = _judgements(a), _judgements(b)
-    verdicts = {row["id"]: _Verdict(row.get("better"), row["winner"], row["correct"]) for row in _rows(path_a)}
+    verdicts = {row["id"]: _verdict(row) for row in _rows(path_a)}
     right = [[0, 0], [0, 0]]  # [whether a is right][whether b is]
     table = [[0] * len(_CLASSES) for _ in _CLASSES]  # of the verdicts
-    scoring: Scoring | None = None
-    only_in_b = 0
+    scoring, only_in_b = None, 0
     for row in _rows(path_b):
-        of_a, of_b = verdicts.get(row["id"]), _Verdict(row.get("better"), row["winner"], row["correct"])
+        of_a, of_b = verdicts.get(row["id"]), _verdict(row)
         if of_a is None:
             only_in_b += 1
             continue
@@ -70,15 +69,13 @@ def compare(a: str | Path, b: str | Path) -> dict[str, Any]:
         table[_CLASSES.index(of_a.winner)][_CLASSES.index(winner)] += 1
     if scoring is None:
         raise InputError(f"{path_a} and {path_b} have no id in common; compare two runs on the same pairs")
-    n = sum(map(sum, right))
-    headline, kappa = scoring.statistics(items_b)[0], cohen_kappa(table)
-    score_a, score_b = (score(items.strata_of(headline)) for items in (items_a, items_b))
+    n, headline, kappa = sum(map(sum, right)), scoring.statistics(items_b)[0], cohen_kappa(table)
+    score_a, score_b = score(items_a.strata_of(headline)), score(items_b.strata_of(headline))
     differences = items_a.strata_of(headline, minus=items_b)
-    items = sum(sum(stratum.counts.values()) for stratum in differences)
     return {
         **_names(a, b),
         "n": n,
-        "items": items,
+        "items": items_in(differences),
         "only_in_a": len(verdicts) - n,
         "only_in_b": only_in_b,
         "both": right[1][1],
@@ -93,9 +90,13 @@ def compare(a: str | Path, b: str | Path) -> dict[str, Any]:
         "interval": percents(score_interval(differences, difference=True)),
         "p": mcnemar(right[1][0], right[0][1]),
         "test": "McNemar, exact",
-        "agreement": 100 * sum(table[k][k] for k in range(len(_CLASSES))) / n,
+        "agreement": 100 * sum(table[k][k] for k in range(len(table))) / n,
         "kappa": None if math.isnan(kappa) else kappa,
     }
+
+
+def _verdict(row: Judged) -> _Verdict:
+    return _Verdict(row.get("better"), row["winner"], row["correct"])
 
 
 def comparison_text(found: Mapping[str, Any]) -> str:

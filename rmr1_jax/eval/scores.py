@@ -135,6 +135,11 @@ class Items:
         return found
 
 
+def items_in(strata: Iterable[Stratum]) -> int:
+    """The number of items in the strata of a score."""
+    return sum(sum(stratum.counts.values()) for stratum in strata)
+
+
 class Scoring:
     """How judgements count. This one counts each pair by itself; the benchmarks override what differs."""
 

@@ -26,7 +26,7 @@ from rmr1_jax.eval.intervals import score_interval, share_interval
 from rmr1_jax.eval.lenses import Budgets, Cut, Forced, Orders, Votes, read_forced
 from rmr1_jax.eval.logs import JUDGEMENTS, read_judgements
 from rmr1_jax.eval.registry import scoring_of
-from rmr1_jax.eval.scores import Items, Scoring, Statistic, score
+from rmr1_jax.eval.scores import Items, Scoring, Statistic, items_in, score
 from rmr1_jax.files.untrusted import read_object
 from rmr1_jax.files.write import write_whole
 from rmr1_jax.judge.judgement import RULES
@@ -126,11 +126,10 @@ def summarize(
     if (rule := settings.get("rule", "eval")) not in RULES:
         raise InputError(f"the judgements' settings name the rule {rule!r}; known are {', '.join(RULES)}")
     scoring = scoring or scoring_of(first)
-    limit = settings.get("max_new_tokens") or settings.get("max_tokens")  # of a policy, of an endpoint
-    limit = limit if isinstance(limit, int) else None
+    limit = _token_limit(settings)
     after_forcing = None if forced is None else Budgets(rule, scoring, forced=forced, limit=limit)
-    benchmark = (first.get("meta") or {}).get("benchmark")
-    counts = _Counts(benchmark, scoring, Budgets(rule, scoring, cut, limit=limit), after_forcing)
+    benchmark, budgets = (first.get("meta") or {}).get("benchmark"), Budgets(rule, scoring, cut, limit=limit)
+    counts = _Counts(benchmark, scoring, budgets, after_forcing)
     for row in itertools.chain([first], rows):
         counts.add(row)
     found = scoring.statistics(counts.items)
@@ -141,7 +140,7 @@ def summarize(
         "settings": dict(settings),
         "n": counts.n,
         "scores": dict(scores),
-        "items": sum(sum(stratum.counts.values()) for stratum in headline),
+        "items": items_in(headline),
         "headline": percent(score(headline)),
         "interval": percents(score_interval(headline)),
         "sections": [_section(counts.items, statistic) for statistic in found[1:]],
@@ -160,11 +159,7 @@ def summarize(
         "orders": counts.orders.numbers(),
         "votes": counts.votes.numbers(),
         "styles": scoring.styles(counts.items),
-        "notes": [
-            *scoring.notes(counts.items),
-            *counts.budgets.notes(),
-            *(counts.budgets_forced.notes() if counts.budgets_forced else ()),
-        ],
+        "notes": counts.notes(),
     }
 
 
@@ -179,6 +174,11 @@ class _Counts:
         self.lengths = Groups((*ANSWER_BINS, LONGER, SHORTER, *TRACE_BINS))
         self.shown = Groups(f"the better answer is {letter}" for letter in "AB")
         self.orders, self.votes, self.budgets, self.budgets_forced = Orders(), Votes(), budgets, forced
+
+    def notes(self) -> list[str]:
+        """Remarks on the scores and on the budgets."""
+        forced = self.budgets_forced.notes() if self.budgets_forced else []
+        return [*self.scoring.notes(self.items), *self.budgets.notes(), *forced]
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Count a row."""
@@ -200,12 +200,17 @@ class _Counts:
                 lens.add(row, place)
 
 
+def _token_limit(settings: Mapping[str, Any]) -> int | None:
+    """The limit of a text in tokens: a policy's or an endpoint's. None if the settings do not say it."""
+    limit = settings.get("max_new_tokens") or settings.get("max_tokens")
+    return limit if isinstance(limit, int) else None
+
+
 def _section(items: Items, statistic: Statistic) -> dict[str, Any]:
     strata = items.strata_of(statistic)
-    n = sum(sum(stratum.counts.values()) for stratum in strata)
     return {
         "name": statistic.name,
-        "n": n,
+        "n": items_in(strata),
         "accuracy": percent(score(strata)),
         "interval": percents(score_interval(strata)),
     }
