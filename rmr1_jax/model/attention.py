@@ -104,7 +104,7 @@ def attend(
     if implementation == "xla":
         return _attend_blocks(q, k, v, positions, segment_ids, transform_scores)
     if transform_scores:
-        name, kernel = ("splash", "the splash kernel") if isinstance(implementation, str) else ("cudnn", "cuDNN")
+        name, kernel = (implementation, "the splash kernel") if isinstance(implementation, str) else ("cudnn", "cuDNN")
         raise InputError(
             f"attention={name}: {kernel} cannot transform scores, as this model's attention does; set attention=xla"
         )

@@ -32,7 +32,7 @@ from rmr1_jax.model.qwen import Params, Transformer
 from rmr1_jax.model.table import Leaf, leaves_of, nested
 from rmr1_jax.model.tensor_files import Reader, StoredTensor, find_tensors
 
-BLOCK_BYTES = 32 * 2**20  # what a process reads of a tensor at a time
+BLOCK_BYTES = 16 * 2**20  # what a process reads of a tensor at a time; some four of these are in memory
 AHEAD = 2  # blocks that are read while one is written to the devices
 PROGRESS_AFTER = 3.0  # seconds after which a progress bar appears
 
