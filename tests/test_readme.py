@@ -14,11 +14,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 from pages import PAGES, ROOT, blocks, documented, prose
-from policies import ScriptedPolicy, prefers
+from policies import ScriptedPolicy, prefers, says
 
 from rmr1_jax.data.examples import sft_example
 from rmr1_jax.judge.file import Output, judge_file
 from rmr1_jax.judge.judge import Judge
+from rmr1_jax.judge.judgement import Voting
 from rmr1_jax.prompts.prompt import save_prompt
 from rmr1_jax.prompts.verdict import strict_verdict
 from rmr1_jax.quickstart import quickstart, world
@@ -177,8 +178,14 @@ def test_keys_of_verdicts(tmp_path):
     judge_file(judge, pairs, Output(path=tmp_path / "verdicts.jsonl"))
     rows = [set(json.loads(line)) for line in (tmp_path / "verdicts.jsonl").open()]
     assert rows[0] == rows[1]
-    assert rows[0] | {"note"} == rows[2] | {"correct"}
-    assert_documented("verdicts.jsonl", "", rows[0] | {"note"})
+    shown, conversations = {"question", "response_a", "response_b"}, {"conversation_a", "conversation_b"}
+    known, sampled = {"correct", "better"}, {"tokens", "finish_reasons"}
+    assert rows[2] == rows[0] - shown - known - sampled | conversations | {"prompt_tokens", "note"}
+    undecided = Judge(ScriptedPolicy(says("--")))
+    judge_file(undecided, pairs[:1], Output(path=tmp_path / "votes.jsonl"), Voting(votes=2))
+    several = set(json.loads((tmp_path / "votes.jsonl").read_text()))
+    assert several == rows[0] | {"texts", "verdicts", "reasons", "reason"}
+    assert_documented("verdicts.jsonl", "", several | rows[2])
     assert (tmp_path / "verdicts.jsonl.run.json").is_file()
 
 

@@ -85,7 +85,7 @@ def test_the_table(script, tmp_path, capsys):
     script.table(tmp_path, tmp_path / "trained.jsonl")
     lines = [line.split(" | ") for line in capsys.readouterr().out.splitlines()]
     shown_first = sum(pair.better == "A" for pair in pairs)
-    assert [line[2] for line in lines[2:6]] == ["0 of 8 (0% to 32%)"] * 2 + ["8 of 8 (68% to 100%)"] * 2
+    assert [line[2] for line in lines[2:6]] == ["0 of 8 (0% to 31%)"] * 2 + ["8 of 8 (69% to 100%)"] * 2
     assert [int(line[3].split()[0]) for line in lines[4:6]] == [shown_first] * 2
     assert lines[4][4] == f"{np.mean([len(TRACE)]):.0f}" and lines[4][5] == "2 |"
 

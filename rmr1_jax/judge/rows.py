@@ -18,10 +18,9 @@ def verdict_row(pair: PreferencePair, judgement: Judgement, *, with_pair: bool =
     """A row of `rmr1 judge`.
 
     id, winner, status, votes, text; correct and better, if the better answer is known and is not the same as the other
-    one; tokens, finish_reasons and, if
-    there are several texts, texts and verdicts: by order, then by vote; reasons (the same), reason, prompt_tokens,
-    scores and note if there are any (see `Judgement`). with_pair: also the pair's question and answers, as in
-    `judgement_row`.
+    one; tokens, finish_reasons and, if there are several texts, texts and verdicts: by order, then by vote; reasons
+    (the same), reason, prompt_tokens, scores and note if there are any (see `Judgement`). with_pair: also the pair's
+    question and answers, as in `judgement_row`.
     """
     row = {"id": pair.id} | {k: getattr(judgement, k) for k in ("winner", "status", "votes", "text")}
     if pair.better is not None and not no_right_side(pair):

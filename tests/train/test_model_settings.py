@@ -14,6 +14,7 @@ from rmr1_jax.errors import InputError
 from rmr1_jax.sampler.sample import SamplingConfig
 from rmr1_jax.train import grpo as grpo_module
 from rmr1_jax.train import sft as sft_module
+from rmr1_jax.train.run_directory import start_run
 
 OFF = {"enable_thinking": False}
 # The eight devices of the tests take a row each.
@@ -89,7 +90,8 @@ def test_a_prompt_of_grpo_ends_with_the_template_s_empty_thought(start, model, d
 
 def test_other_arguments_do_not_continue_a_run(start, model, data, tmp_path):
     small = {"model": str(model), "data": str(data["sft"]), "out": str(tmp_path)}
-    start("sft", sft_config(**small, chat_template_kwargs=OFF))
+    config, _ = start("sft", sft_config(**small, chat_template_kwargs=OFF))
+    start_run(config, tmp_path)  # as the stage does behind its data
     with pytest.raises(InputError, match=r"another config \(chat_template_kwargs.enable_thinking was False, is None\)"):
         sft_module.sft(sft_config(**small))
     start("sft", sft_config(**small, chat_template_kwargs=OFF))
@@ -99,6 +101,7 @@ def test_grpo_samples_as_the_model_recommends_on_request(start, model, data, tmp
     small = {"model": str(model), "data": str(data["grpo"]), "out": str(tmp_path / "run")}
     for _ in range(2):  # the second call continues the first one's run
         config, _ = start("grpo", grpo_config(**small, generation_config=True))
+        start_run(config, tmp_path / "run")
     drawing = {name: value for name, value in RECOMMENDED.items() if name != "do_sample"}
     assert config.sampling == SamplingConfig(n=4, max_new_tokens=12, **drawing)
     written = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
