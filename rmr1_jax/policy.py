@@ -236,6 +236,11 @@ def load(
     return Policy(stored, tokenizer, local_layout(stored.module, DTYPES[dtype], mesh, tensor), dtype)
 
 
+def model_directory(model: str | Path) -> Path:
+    """Return the local directory of a model, given as a directory or a hub id. Raises InputError as `load`."""
+    return locate(model, kind="model", patterns=MODEL_FILES)
+
+
 def settled_dtype(dtype: str, mesh: Mesh | None = None) -> str:
     """Return `dtype`; for "auto", "float32" on CPUs, which multiply it faster, and "bfloat16" on other devices."""
     if dtype != "auto":
@@ -256,7 +261,7 @@ def open_model(
     for name in dtypes:
         if name not in DTYPES:
             raise InputError(f"dtype {name!r} is not known; give one of {', '.join(DTYPES)}")
-    directory = locate(model, kind="model", patterns=MODEL_FILES)
+    directory = model_directory(model)
     config, tokenizer = read_config(directory, scalar=scalar), Tokenizer(directory, chat_template_kwargs)
     if len(tokenizer.hf) > config.vocab_size:
         raise InputError(f"{directory}: the tokenizer has {len(tokenizer.hf)} tokens, the model {config.vocab_size}")

@@ -22,10 +22,10 @@ import transformers
 import yaml
 
 from rmr1_jax.cli import main as cli
-from rmr1_jax.model.config import QwenConfig
 from rmr1_jax.pairs.pair import render_pair
 from rmr1_jax.policy import fresh_policy
 from rmr1_jax.prompts.prompt import save_prompt
+from rmr1_jax.quickstart import quickstart
 from rmr1_jax.quickstart.tokenizer import train_tokenizer
 from rmr1_jax.quickstart.world import make_items, oracle_trace, to_pair, world_prompt, world_texts
 from rmr1_jax.train import manifest
@@ -33,22 +33,8 @@ from rmr1_jax.train.checkpoint import steps_of
 from rmr1_jax.train.metrics import read_metrics
 
 transformers.AutoTokenizer  # noqa: B018  (naming it imports it)
-MODEL = QwenConfig(
-    model_type="qwen2",
-    vocab_size=640,
-    hidden_size=32,
-    intermediate_size=64,
-    num_layers=1,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    max_position_embeddings=512,
-    rope_theta=1e4,
-    rms_norm_eps=1e-6,
-    tie_word_embeddings=True,
-    qkv_bias=True,
-    qk_norm=False,
-)
+TINY = {"hidden_size": 32, "intermediate_size": 64, "num_layers": 1, "head_dim": 8}
+MODEL = dataclasses.replace(quickstart.MODEL, **TINY, max_position_embeddings=512, rope_theta=1e4)
 COMMON = {"dtype": "float32", "remat": "none", "attention": "xla", "keep": 2}
 CONFIGS = {
     "sft": COMMON

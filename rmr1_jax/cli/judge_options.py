@@ -95,9 +95,8 @@ class JudgeOptions:
 
         return Voting(votes=self.votes, both_orders=self.both_orders, seed=self.seed)
 
-    def sampling(self) -> JudgeSampling:
-        """How texts are sampled, checked against the voting. Needs the model's directory only where the options ask for
-        its recommendation."""
+    def sampling(self, directory: Path | None = None) -> JudgeSampling:
+        """How texts are sampled, checked against the voting. directory: the model's, for --generation-config."""
         from rmr1_jax.config import build_config
         from rmr1_jax.judge.judgement import JudgeSampling
 
@@ -107,11 +106,9 @@ class JudgeOptions:
             given["top_k"] = None
         # At a temperature of 0 nothing is drawn, and the model's other values would be refused.
         if self.generation_config and given.get("temperature") != 0:
-            from rmr1_jax.files.hub import locate
-            from rmr1_jax.policy import MODEL_FILES
             from rmr1_jax.sampler.generation_config import recommended_sampling
 
-            given = recommended_sampling(locate(self.model, kind="model", patterns=MODEL_FILES)) | given
+            given = recommended_sampling(directory) | given
         found = build_config(JudgeSampling, given, source="sampling options")
         found.settled(self.voting())
         return found
@@ -124,13 +121,12 @@ class JudgeOptions:
     def load_judge(self, output: Path | None, **options: Any) -> PolicyJudge:
         """Load the policy, to judge into the file `output`; `options` are more arguments of `Judge`."""
         from rmr1_jax.distributed.exchange import first
-        from rmr1_jax.files.hub import locate
         from rmr1_jax.judge.judge import Judge
-        from rmr1_jax.policy import MODEL_FILES, load
+        from rmr1_jax.policy import load, model_directory
 
         # Before the weights, so that a mistake in these shows at once.
-        directory, earlier = locate(self.model, kind="model", patterns=MODEL_FILES), earlier_settings(output)
-        (prompt, why), sampling = self.settled_prompt(directory, earlier), dataclasses.asdict(self.sampling())
+        directory, earlier = model_directory(self.model), earlier_settings(output)
+        (prompt, why), sampling = self.settled_prompt(directory, earlier), dataclasses.asdict(self.sampling(directory))
         lengths = {"max_new_tokens": self.max_new_tokens, "max_prompt_tokens": self.max_prompt_tokens}
         arguments = template_arguments(self.chat_template_kwargs)
         dtype = self.settled_dtype(earlier)

@@ -12,6 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from tyro.conf import Positional, arg
 
 from rmr1_jax.cli.recipes import find_config, missing
+from rmr1_jax.errors import InputError
 
 Dtype = Literal["bfloat16", "float32"]
 AutoDtype = Literal["auto", "bfloat16", "float32"]
@@ -29,8 +30,6 @@ TemplateArguments = Annotated[str | None, arg(metavar="JSON", help_behavior_hint
 def template_arguments(given: str | None) -> dict[str, Any]:
     """The value of an option --chat-template-kwargs. Raises InputError if it is no JSON object."""
     import json
-
-    from rmr1_jax.errors import InputError
 
     try:
         value = {} if given is None else json.loads(given)

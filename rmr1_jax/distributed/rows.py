@@ -22,7 +22,7 @@ from typing import Any, Generic, TypeVar
 
 from rmr1_jax.distributed.exchange import from_first, gather, this_process, wait_idle
 from rmr1_jax.errors import InputError
-from rmr1_jax.files.append import append_rows, lock_for_writing, resume_rows
+from rmr1_jax.files.append import append_rows, lock_for_writing, resume_rows, settings_file
 from rmr1_jax.files.write import write_whole
 
 Item = TypeVar("Item")
@@ -166,7 +166,7 @@ class SharedRows(Generic[Item]):
         resume_rows(part, self.settings, move, command=self.command)
         append_rows(self.path, [])  # on the disk before the part is removed
         part.unlink()
-        part.with_name(f"{part.name}.run.json").unlink(missing_ok=True)
+        settings_file(part).unlink(missing_ok=True)
         return items
 
 

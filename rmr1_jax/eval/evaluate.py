@@ -25,7 +25,7 @@ from rmr1_jax.eval.benchmark import Benchmark
 from rmr1_jax.eval.logs import JUDGEMENTS, ArrayFiles, is_ours, log_files, read_judgements, settings_of
 from rmr1_jax.eval.registry import BENCHMARKS
 from rmr1_jax.eval.summary import write_summary
-from rmr1_jax.files.append import files_digest
+from rmr1_jax.files.append import files_digest, settings_file
 from rmr1_jax.files.write import to_json, write_whole, writing
 from rmr1_jax.judge.file import Output, judge_file, put_in_order
 from rmr1_jax.judge.judgement import AnyJudge, Voting
@@ -165,7 +165,7 @@ def _score(benchmark: Benchmark, out: Path, judge: str, cut: Callable[[str, int]
 def _convert(benchmark: Benchmark, paths: list[Path], output: Path, rule: str | None) -> list[InputError]:
     """Write the judgements of log files into judgements.jsonl. Returns the errors of the files that cannot be read; no
     row of them is kept."""
-    side = output.with_name(f"{JUDGEMENTS}.run.json")
+    side = settings_file(output)
     if output.exists() and settings_of(output).get("made_by") != _MADE_BY:
         raise InputError(f"{output} holds judgements that `{_MADE_BY}` did not make; give another --out")
     good: list[Path] = []

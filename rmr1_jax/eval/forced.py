@@ -29,6 +29,7 @@ from rmr1_jax.distributed.mesh import rows_divisor
 from rmr1_jax.distributed.rows import SharedRows
 from rmr1_jax.eval.lenses import BUDGETS, FORCED, longest_text
 from rmr1_jax.eval.logs import JUDGEMENTS, conversations, read_judgements
+from rmr1_jax.files.append import settings_file
 from rmr1_jax.files.untrusted import read_object
 from rmr1_jax.judge.file import put_in_order
 from rmr1_jax.judge.judge import Judge
@@ -67,7 +68,7 @@ def force_verdicts(
     Raises:
         InputError: OUT/forced.jsonl was made of other judgements.
     """
-    path, side = out / FORCED, out / f"{JUDGEMENTS}.run.json"
+    path, side = out / FORCED, settings_file(out / JUDGEMENTS)
     settings = {"budgets": list(budgets), "ending": ENDING, "judgements": read_object(side)}
     index, count = this_process()
     done: set[str] = set()

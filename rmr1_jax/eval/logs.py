@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import pydantic
 
 from rmr1_jax.errors import InputError
+from rmr1_jax.files.append import settings_file
 from rmr1_jax.files.untrusted import read_object
 from rmr1_jax.files.write import to_json, writing
 from rmr1_jax.judge.judgement import Judgement, Reason, Status, outcome
@@ -253,7 +254,7 @@ def log_files(path: Path, patterns: Sequence[str]) -> list[Path]:
 def settings_of(judgements: Path) -> dict[str, Any]:
     """The settings beside a file of judgements or verdicts; empty if there are none that can be read."""
     try:
-        return read_object(judgements.with_name(f"{judgements.name}.run.json"))
+        return read_object(settings_file(judgements))
     except InputError:
         return {}
 

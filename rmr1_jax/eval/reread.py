@@ -12,6 +12,7 @@ from typing import Any
 
 from rmr1_jax.errors import InputError
 from rmr1_jax.eval.logs import checked_row, settings_of, whole_rows
+from rmr1_jax.files.append import settings_file
 from rmr1_jax.files.write import to_json, write_whole, writing
 from rmr1_jax.judge.rows import read_again
 from rmr1_jax.judge.summary import Outcome, Summary
@@ -38,7 +39,7 @@ def reread(file: Path, rule: str, output: Path | None = None) -> Summary:
         output.parent.mkdir(parents=True, exist_ok=True)
         write_whole(output, (to_json(row) + "\n" for row in _rows(file, rule)))
         settings = {**settings_of(file), "rule": rule, "made_by": _MADE_BY, "texts": file.name}
-        write_whole(output.with_name(f"{output.name}.run.json"), json.dumps(settings, indent=2) + "\n")
+        write_whole(settings_file(output), json.dumps(settings, indent=2) + "\n")
     return summary
 
 

@@ -27,6 +27,7 @@ from rmr1_jax.eval.lenses import Budgets, Cut, Forced, Orders, Votes, read_force
 from rmr1_jax.eval.logs import JUDGEMENTS, read_judgements
 from rmr1_jax.eval.registry import scoring_of
 from rmr1_jax.eval.scores import Items, Scoring, Statistic, items_in, score
+from rmr1_jax.files.append import settings_file
 from rmr1_jax.files.untrusted import read_object
 from rmr1_jax.files.write import write_whole
 from rmr1_jax.judge.judgement import RULES
@@ -81,7 +82,8 @@ def write_summary(
             says. cut: (text, n) -> the text's first n tokens, for exact token budgets; see `lenses.Budgets`.
     """
     out_dir = Path(out_dir)
-    judgements, side = out_dir / JUDGEMENTS, out_dir / f"{JUDGEMENTS}.run.json"
+    judgements = out_dir / JUDGEMENTS
+    side = settings_file(judgements)
     settings = read_object(side) if side.is_file() else {}
     rows, forced = read_judgements(judgements), read_forced(out_dir)
     summary = summarize(rows, settings, scores, judge=judge, scoring=scoring, cut=cut, forced=forced)

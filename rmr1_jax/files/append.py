@@ -23,13 +23,18 @@ from rmr1_jax.files.write import to_json, write_whole, writing
 Item = TypeVar("Item")
 
 
+def settings_file(path: Path) -> Path:
+    """Return the file beside `path` that holds the settings which its rows were made with."""
+    return path.with_name(f"{path.name}.run.json")
+
+
 def resume_rows(
     path: Path, settings: Mapping[str, Any], parse: Callable[[dict[str, Any]], Item], *, command: str
 ) -> list[Item]:
     """Parse the rows that `path` holds, and prepare it for `append_rows`.
 
     An incomplete last line, left by a killed run, is cut off. The files are changed only if `path` is new or empty, or
-    was made with these settings, according to `path` + ".run.json".
+    was made with these settings, according to `settings_file(path)`.
 
     Args:
         parse: converts a row; raises ValueError, KeyError or TypeError for a row that this file cannot hold.
@@ -38,7 +43,7 @@ def resume_rows(
     Raises:
         InputError: `path` was made with other settings, is not such a file, or cannot be read and written.
     """
-    side = path.with_name(path.name + ".run.json")
+    side = settings_file(path)
     settings = json.loads(json.dumps(settings))  # as the file will give them back
     rows: list[Item] = []
     with _readable_and_writable(path), path.open("a+b") as file:

@@ -111,7 +111,7 @@ class _Array:
     A row is an entry of the first stored letter. A block takes the same rows out of every device's part, so writing it
     moves nothing between devices, and a process reads only what its own devices keep. For example q of the 7B model,
     stored as "NH,D": a row [H, D] = [128, 3584] has 0.9 MiB in bfloat16. Over tensor=2 a device keeps 14 of the 28
-    heads, so a block of 4 MiB has 2 rows of either part: first heads 0, 1 and 14, 15, then 2, 3 and 16, 17.
+    heads, so a block of 16 MiB has 9 rows of either part: first heads 0 to 8 and 14 to 22, then 9 to 13 and 23 to 27.
     """
 
     def __init__(self, leaf: Leaf, sharding: NamedSharding, dtype: np.dtype):

@@ -17,6 +17,7 @@ from typing import Any
 
 from rmr1_jax.errors import InputError
 from rmr1_jax.eval.logs import whole_rows
+from rmr1_jax.files.append import settings_file
 from rmr1_jax.files.untrusted import read_object
 from rmr1_jax.pairs.rows import describe
 from rmr1_jax.prompts.trace import parse_trace
@@ -38,7 +39,7 @@ def holds_run(root: Path) -> bool:
     """Returns whether the directory, or one below it, holds a training run; an output of `rmr1 judge`, which has its
     settings beside it, is none."""
     found = [directory / name for directory in find_holders(root, FILES) for name in FILES]
-    return any(file.is_file() and not file.with_name(f"{file.name}.run.json").is_file() for file in found)
+    return any(file.is_file() and not settings_file(file).is_file() for file in found)
 
 
 def training_page(

@@ -28,10 +28,9 @@ from rmr1_jax.data.packing import View, mean_length
 from rmr1_jax.data.store import open_examples, prompt_of
 from rmr1_jax.distributed.mesh import check_micro_rows, own_rows, place_rows, sampling_mesh
 from rmr1_jax.errors import InputError
-from rmr1_jax.files.hub import locate
 from rmr1_jax.model.attention import segment_limit
 from rmr1_jax.model.qwen import Params, split
-from rmr1_jax.policy import DTYPES, MODEL_FILES, Policy
+from rmr1_jax.policy import DTYPES, Policy, model_directory
 from rmr1_jax.sampler.generation_config import with_recommended_sampling
 from rmr1_jax.train.config import GrpoConfig
 from rmr1_jax.train.health import CollapseWatch, check_finite
@@ -161,7 +160,7 @@ def with_own_sampling(config: GrpoConfig, policy: Policy | None) -> GrpoConfig:
     sampling, which would give a group equal texts."""
     if not config.generation_config:
         return config
-    directory = policy.tokenizer.directory if policy else locate(config.model, kind="model", patterns=MODEL_FILES)
+    directory = policy.tokenizer.directory if policy else model_directory(config.model)
     sampling = with_recommended_sampling(config.sampling, directory)
     if not sampling.temperature:
         raise InputError(
