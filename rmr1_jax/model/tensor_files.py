@@ -9,6 +9,7 @@ small pieces. No pickle is ever opened. Next: `table.py`, which says what the te
 import itertools
 import json
 import math
+import mmap
 import os
 import re
 from collections.abc import Iterable
@@ -59,7 +60,9 @@ class Reader:
             InputError: the file was cut short after its header was read. RunError: the file system fails.
         """
         row_bytes = math.prod(row_shape) * tensor.dtype.itemsize
-        data, path = np.empty(count * row_bytes, np.uint8), tensor.file
+        path = tensor.file
+        # Pages of their own go back to the system with the array; malloc would keep blocks of this size.
+        data = np.frombuffer(mmap.mmap(-1, max(1, count * row_bytes)), np.uint8)[: count * row_bytes]
         try:
             file = self._files[path] = self._files.get(path) or path.open("rb")
             file.seek(tensor.offset + first * row_bytes)
