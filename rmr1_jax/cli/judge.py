@@ -17,6 +17,7 @@ from rmr1_jax.cli.options import (
     MaybePath,
     MaybeText,
     all_processes,
+    starting,
 )
 from rmr1_jax.errors import InputError
 
@@ -77,15 +78,17 @@ class Judge(AnyJudgeOptions):
         {"texts": self._run_texts, "input": self._run_input, "reread": self._run_reread}[given[0]]()
 
     def _run_input(self) -> None:
-        from rmr1_jax.distributed.profile import profiling
-        from rmr1_jax.files.append import files_digest
-        from rmr1_jax.judge.file import judge_file
-        from rmr1_jax.pairs.containers import source_files
-
         if self.output is None:
             raise InputError("--output is missing: the JSONL file to write")
         # All rows are read before the model is loaded, so that a bad row shows now and not after hours.
-        report, total = self._check_input()
+        with starting(f"judge: reading {self.input}, for {self.model}"):
+            report, total = self._check_input()
+        with starting("loading JAX"):
+            from rmr1_jax.distributed.profile import profiling
+            from rmr1_jax.files.append import files_digest
+            from rmr1_jax.judge.file import judge_file
+            from rmr1_jax.pairs.containers import source_files
+
         with all_processes(loads_model=self.judge != "endpoint") as first:
             if report.rejected and first:
                 print(f"{report}: see {self.rejects}", file=sys.stderr)
@@ -106,12 +109,14 @@ class Judge(AnyJudgeOptions):
         import json
 
         from rmr1_jax.cli.trace import trace_text, verdict_text, wants_colour
-        from rmr1_jax.judge.file import judge_file
-        from rmr1_jax.judge.rows import verdict_row
-        from rmr1_jax.judge.summary import Outcome, Summary
         from rmr1_jax.pairs.pair import PreferencePair
 
-        pair, voting = PreferencePair.from_answers("1", *self._read_texts()), self.voting()
+        with starting(f"judge: one question, for {self.model}"):
+            from rmr1_jax.judge.file import judge_file
+            from rmr1_jax.judge.rows import verdict_row
+            from rmr1_jax.judge.summary import Outcome, Summary
+
+            pair, voting = PreferencePair.from_answers("1", *self._read_texts()), self.voting()
         with all_processes(loads_model=self.judge != "endpoint") as first:
             judge, identity = self._load(self.output)
             if self.output is None:

@@ -120,19 +120,22 @@ class JudgeOptions:
 
     def load_judge(self, output: Path | None, **options: Any) -> PolicyJudge:
         """Load the policy, to judge into the file `output`; `options` are more arguments of `Judge`."""
-        from rmr1_jax.distributed.exchange import first
-        from rmr1_jax.judge.judge import Judge
-        from rmr1_jax.policy import load, model_directory
+        from rmr1_jax.distributed.terminal import say, waiting
 
-        # Before the weights, so that a mistake in these shows at once.
-        directory, earlier = model_directory(self.model), earlier_settings(output)
-        (prompt, why), sampling = self.settled_prompt(directory, earlier), dataclasses.asdict(self.sampling(directory))
-        lengths = {"max_new_tokens": self.max_new_tokens, "max_prompt_tokens": self.max_prompt_tokens}
-        arguments = template_arguments(self.chat_template_kwargs)
-        dtype = self.settled_dtype(earlier)
-        policy = load(directory, dtype, tensor=self.tensor, chat_template_kwargs=arguments)
-        if why and first():
-            print(f"prompt: {why}", file=sys.stderr)
+        with waiting(f"loading {self.model}"):
+            from rmr1_jax.judge.judge import Judge
+            from rmr1_jax.policy import load, model_directory
+
+            # Before the weights, so that a mistake in these shows at once.
+            directory, earlier = model_directory(self.model), earlier_settings(output)
+            prompt, why = self.settled_prompt(directory, earlier)
+            sampling = dataclasses.asdict(self.sampling(directory))
+            lengths = {"max_new_tokens": self.max_new_tokens, "max_prompt_tokens": self.max_prompt_tokens}
+            arguments = template_arguments(self.chat_template_kwargs)
+            dtype = self.settled_dtype(earlier)
+            policy = load(directory, dtype, tensor=self.tensor, chat_template_kwargs=arguments)
+        if why:
+            say(f"prompt: {why}")
         return Judge(policy, prompt, slots=self.slots, **sampling, **lengths, **options)
 
     def settled_prompt(self, directory: Path, earlier: Mapping[str, Any]) -> tuple[Prompt, str]:

@@ -24,7 +24,7 @@ import rmr1_jax
 from rmr1_jax.cli.data import Data
 from rmr1_jax.cli.eval import Compare, Eval, Score
 from rmr1_jax.cli.judge import Judge
-from rmr1_jax.cli.options import ConfigCommand, MaybePath, MaybeText
+from rmr1_jax.cli.options import ConfigCommand, MaybePath, MaybeText, starting
 from rmr1_jax.cli.recipes import find_config, missing, recipe_lines
 from rmr1_jax.cli.train import Export, Grpo, Plan, Sft
 from rmr1_jax.cli.words import check_words, command_of, commands_of
@@ -44,7 +44,11 @@ class Quickstart:
     """Also spend the time that GRPO took on more SFT, for comparison."""
 
     def run(self) -> None:
-        from rmr1_jax.quickstart.quickstart import quickstart
+        from rmr1_jax.quickstart.plan import plan_text
+
+        print(plan_text(self.out, control=self.control), file=sys.stderr, flush=True)
+        with starting("loading JAX"):
+            from rmr1_jax.quickstart.quickstart import quickstart
 
         quickstart(out=self.out, seed=self.seed, control=self.control)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -62,15 +63,19 @@ class ConfigCommand:
     overrides: Annotated[Positional[tuple[str, ...]], arg(metavar="[KEY=VALUE ...]", help_behavior_hint="")] = ()
     """Settings that override those in the file, such as out=runs/first or optimizer.lr=1e-5."""
 
+    def path(self) -> Path:
+        """Returns the file with the settings; raises InputError if there is none."""
+        if not (path := find_config(self.config)).exists():
+            raise missing(path)
+        return path
+
     def load(self) -> Any:
         """Reads the settings; raises InputError for a mistake in them."""
         from importlib import import_module
 
         from rmr1_jax.config import load_config
 
-        path = find_config(self.config)
-        if not path.exists():
-            raise missing(path)
+        path = self.path()
         module, name = self.settings.split(":")
         cls = getattr(import_module(f"rmr1_jax.{module}"), name)
         return load_config(cls, path, self.overrides)
@@ -91,6 +96,19 @@ class ConfigCommand:
 
 
 @contextmanager
+def starting(text: str) -> Iterator[None]:
+    """Says "text ..." at once, and again while the block lasts, in a process that has not loaded JAX yet: the first
+    line of a command comes before the seconds that this takes. With RMR1_PROCESS set, only process 0 speaks."""
+    if "jax" in sys.modules or os.environ.get("RMR1_PROCESS", "0") != "0":
+        yield
+        return
+    from rmr1_jax.distributed.terminal import waiting
+
+    with waiting(text, delay=0):
+        yield
+
+
+@contextmanager
 def all_processes(*, loads_model: bool = True) -> Iterator[bool]:
     """Join the other processes of the run, if there are any; yields whether this is the first one, which prints.
 
@@ -100,9 +118,10 @@ def all_processes(*, loads_model: bool = True) -> Iterator[bool]:
     if not loads_model and "RMR1_PROCESSES" not in os.environ:
         yield True
         return
-    from rmr1_jax.distributed.exchange import first
-    from rmr1_jax.distributed.join import join_processes
-    from rmr1_jax.distributed.preemption import Preemption
+    with starting("loading JAX"):
+        from rmr1_jax.distributed.exchange import first
+        from rmr1_jax.distributed.join import join_processes
+        from rmr1_jax.distributed.preemption import Preemption
 
     with join_processes(), Preemption() as preemption, preemption.interruptible():
         yield first()

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 from tyro.conf import Positional, arg
 
-from rmr1_jax.cli.options import ConfigCommand, Dtype, MaybeText, template_setting
+from rmr1_jax.cli.options import ConfigCommand, Dtype, MaybeText, starting, template_setting
 from rmr1_jax.cli.recipes import find_config
 from rmr1_jax.errors import InputError
 
@@ -24,9 +24,10 @@ class Sft(ConfigCommand):
     settings = "train.config:SftConfig"
 
     def run(self) -> None:
-        from rmr1_jax.train.sft import sft
+        with starting(f"sft: {self.path()}{''.join(f' {each}' for each in self.overrides)}: loading JAX"):
+            from rmr1_jax.train.sft import sft
 
-        config = self.load()
+            config = self.load()
         more = template_setting(config.chat_template_kwargs)
         _train(sft, config, f"rmr1 grpo CONFIG.yaml model={config.out}/model out=DIR{more}")
 
@@ -38,9 +39,10 @@ class Grpo(ConfigCommand):
     settings = "train.config:GrpoConfig"
 
     def run(self) -> None:
-        from rmr1_jax.train.grpo import grpo
+        with starting(f"grpo: {self.path()}{''.join(f' {each}' for each in self.overrides)}: loading JAX"):
+            from rmr1_jax.train.grpo import grpo
 
-        config = self.load()
+            config = self.load()
         more = template_setting(config.chat_template_kwargs, "--chat-template-kwargs ")
         _train(grpo, config, f"rmr1 judge --model {config.out}/model --input F --output F{more}")
 

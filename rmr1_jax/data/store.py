@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from rmr1_jax.data.examples import Example, Stage, make_example
+from rmr1_jax.distributed.terminal import waiting
 from rmr1_jax.errors import InputError, RunError
 from rmr1_jax.files.write import refusal, to_disk
 from rmr1_jax.model.tokenizer import TEMPLATE_ARGUMENTS, THOUGHT, Tokenizer
@@ -109,7 +110,8 @@ def open_examples(path: str | Path, stage: Stage, tokenizer: Tokenizer) -> Seque
     """Open a prepared set, or tokenize all rows of published files into memory. Raises InputError for a bad row, or if
     the set was prepared for the other stage, or with another tokenizer or chat template."""
     if not is_prepared(path):
-        return [make_example(tokenizer, row, stage) for row in read_published(path)]
+        with waiting(f"reading {path}"):
+            return [make_example(tokenizer, row, stage) for row in read_published(path)]
     examples = PreparedExamples(path)
     if (made_for := examples.manifest["stage"]) != stage:
         raise InputError(f"{path} was prepared for {made_for}, not {stage}: run `rmr1 data prepare` with stage={stage}")
@@ -123,7 +125,8 @@ def prompt_of(path: str | Path) -> Prompt | None:
     if is_prepared(path):
         file = Path(path) / PROMPT_FILE
         return get_prompt(file) if file.is_file() else None
-    return common_prompt(row.messages for k, row in enumerate(read_published(path)) if is_sampled(k))
+    with waiting(f"looking for the prompt of {path}"):
+        return common_prompt(row.messages for k, row in enumerate(read_published(path)) if is_sampled(k))
 
 
 def is_sampled(number: int) -> bool:

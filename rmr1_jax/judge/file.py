@@ -28,10 +28,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from rmr1_jax.distributed.exchange import from_first, gather, this_process
 from rmr1_jax.distributed.rows import SharedRows
+from rmr1_jax.distributed.terminal import bar as progress_bar
 from rmr1_jax.errors import InputError
 from rmr1_jax.files.write import write_whole
 from rmr1_jax.judge.judgement import AnyJudge, Judgement, Voting
@@ -92,7 +91,7 @@ def judge_file(
     unanswered: list[Unanswered] = []
     rows = _shared_rows(output, {**output.identity, **judge.settings(voting)}, done)
     title, own_total = "judge" if count == 1 else f"judge, process 0 of {count}", total and -(-total // count)
-    with rows.open(), tqdm(None, title, own_total, unit="pair", dynamic_ncols=True, disable=index > 0) as bar:
+    with rows.open(), progress_bar(title, total=own_total, unit="pair") as bar:
         synced = time.monotonic()
         own = _own_items(_numbered(pairs, seen, output.path), index, count)
         while batch := list(itertools.islice(own, -(-batch_size // count))):

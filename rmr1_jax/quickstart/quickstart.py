@@ -21,6 +21,7 @@ import numpy as np
 
 from rmr1_jax.config import load_config, read_yaml
 from rmr1_jax.data.examples import Example, sft_example
+from rmr1_jax.distributed.terminal import waiting
 from rmr1_jax.judge.judge import Judge
 from rmr1_jax.judge.judgement import Judgement
 from rmr1_jax.model.config import parse_config
@@ -67,14 +68,17 @@ def quickstart(out: str | Path, *, seed: int = 0, control: bool = False) -> dict
     """
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    train_tokenizer(world.world_texts(seed=0), out / "tokenizer")
+    with waiting("training the tokenizer"):
+        train_tokenizer(world.world_texts(seed=0), out / "tokenizer")
     prompt_file = out / "prompt.yaml"
     save_prompt(world.world_prompt(), prompt_file)
     save_prompt(world.world_prompt(), out / "tokenizer" / PROMPT_FILE)  # goes with the tokenizer into every model
-    policy = fresh_policy(MODEL, out / "tokenizer", seed=seed)
+    with waiting("making a judge with random weights"):
+        policy = fresh_policy(MODEL, out / "tokenizer", seed=seed)
     test = world.make_items(TEST_ITEMS, split="test", seed=seed)
-    examples = sft_examples(policy, world.make_items(SFT_ITEMS, split="sft", seed=seed), seed)
-    prompts = rl_prompts(policy, world.make_items(GRPO_ITEMS, split="grpo", seed=seed))
+    with waiting("writing the questions and the teacher's traces"):
+        examples = sft_examples(policy, world.make_items(SFT_ITEMS, split="sft", seed=seed), seed)
+        prompts = rl_prompts(policy, world.make_items(GRPO_ITEMS, split="grpo", seed=seed))
     results: dict[str, Any] = {"seed": seed, "n": len(test), "seconds": {}, "notes": list(NOTES)}
     rows: list[dict[str, Any]] = []
 
@@ -82,7 +86,8 @@ def quickstart(out: str | Path, *, seed: int = 0, control: bool = False) -> dict
         began = time.perf_counter()
         trained = train()
         results["seconds"][name] = round(time.perf_counter() - began, 1)
-        scores, judged = evaluate(trained, test)
+        with waiting(f"judging {len(test):,} questions with the policy {name}"):
+            scores, judged = evaluate(trained, test)
         results[name] = scores
         rows.extend({"stage": name} | row for row in judged)
         accuracy, valid = 100 * scores["accuracy"], 100 * scores["valid"]

@@ -25,6 +25,7 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from rmr1_jax.distributed.mesh import rows_divisor
+from rmr1_jax.distributed.terminal import pace
 from rmr1_jax.errors import InputError
 from rmr1_jax.model.config import QwenConfig
 from rmr1_jax.model.qwen import Qwen, split
@@ -272,7 +273,8 @@ class Engine:
         _check_prompts(self.config, prompts, sampling, self.longest)
         run = Run(self, weights, prompts, sampling, stop_token_ids)
         self.stats = run.stats
-        with tqdm(total=len(prompts) * sampling.n, unit="text", desc="sampling", disable=not bar, leave=False) as shown:
+        options = {"unit": "text", "desc": "sampling", "disable": not bar, "leave": False, "dynamic_ncols": True}
+        with tqdm(total=len(prompts) * sampling.n, **options, **pace(brief=True)) as shown:
             for live in run.go():
                 shown.update()
                 rate = run.stats.new_tokens / max(1e-9, run.stats.seconds)

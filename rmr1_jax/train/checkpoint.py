@@ -27,12 +27,12 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN, PreservationContext
 
 from rmr1_jax.distributed.exchange import any_of, first, gather, own_share
+from rmr1_jax.distributed.terminal import say, waiting
 from rmr1_jax.errors import InputError, RunError
 from rmr1_jax.files.write import refusal, to_disk, writing
 from rmr1_jax.train import manifest
 from rmr1_jax.train.config import BestConfig
 from rmr1_jax.train.manifest import Damage
-from rmr1_jax.train.metrics import say
 from rmr1_jax.train.optim import TrainState
 from rmr1_jax.train.stored_tree import deferred, restored
 
@@ -127,7 +127,7 @@ class Checkpointer:
         if self._pending:
             step, size, future = self._pending
             self._pending = None
-            with self._refused(step, size):
+            with self._refused(step, size), waiting(f"writing checkpoint {step}"):
                 future.result()
             self._verified = step
 

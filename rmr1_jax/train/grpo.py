@@ -27,11 +27,13 @@ from jaxtyping import Array, Float, Int, Shaped
 from rmr1_jax.data.packing import View, mean_length
 from rmr1_jax.data.store import open_examples, prompt_of
 from rmr1_jax.distributed.mesh import check_micro_rows, own_rows, place_rows, sampling_mesh
+from rmr1_jax.distributed.terminal import say
 from rmr1_jax.errors import InputError
 from rmr1_jax.model.attention import segment_limit
 from rmr1_jax.model.qwen import Params, split
 from rmr1_jax.policy import DTYPES, Policy, model_directory
 from rmr1_jax.sampler.generation_config import with_recommended_sampling
+from rmr1_jax.train.announce import header
 from rmr1_jax.train.config import GrpoConfig
 from rmr1_jax.train.health import CollapseWatch, check_finite
 from rmr1_jax.train.logprobs import forward_options, row_logprobs
@@ -63,15 +65,16 @@ def grpo(
 ) -> Policy:
     """Train, and return the trained policy (float32 weights), which is also saved as `out/model`.
 
-    policy, prompts: used instead of `config.model` and `config.data`. reward, loss: see the module's docstring; by
-    default the reward that the config names, and GRPO's loss. on_rollout: called with each step and its groups, on
-    every process with all groups.
+    policy, prompts: used instead of `config.model` and `config.data`. reward, loss: see the module's docstring; those
+    of the config by default. on_rollout: called with each step and its groups, on every process with all groups.
 
-    Raises InputError if the config or the data is wrong; RunError if the loss is not finite, a checkpoint cannot be
-    written, or all are damaged; Preempted after SIGTERM, when the state is saved.
+    Raises InputError if the config or the data is wrong, or `out` has a run with another reward or loss (`functions.py`
+    says what counts); RunError if the loss is not finite, a checkpoint cannot be written, or all are damaged; Preempted
+    after SIGTERM, when the state is saved.
     """
     config = with_own_sampling(config, policy)
-    check_run(config, Path(config.out))
+    functions = {"reward": reward, "loss": None if loss is policy_loss else loss}
+    check_run(config, Path(config.out), functions)
     given, reward = policy is not None, reward or make_reward(config.reward, config.structure)
     policy = policy or load_policy(config)
     own_prompt = prompt_of(config.data) if prompts is None else None
@@ -79,7 +82,8 @@ def grpo(
     prompts = drop_longer(prompts, config.max_prompt_length, "prompts")  # as the paper does
     _check_sizes(config, prompts, policy.mesh)
     steps = config.steps or max(1, len(prompts) // config.prompts_per_step)
-    start_run(config, Path(config.out))
+    start_run(config, Path(config.out), functions)
+    say(header(config, policy, prompts, steps))
     with jax.set_mesh(policy.mesh), open_run(config, "grpo") as run:
         optimizer = make_optimizer(config.optimizer, steps * config.updates_per_step)
         state = init_state(master_weights(policy.params, keep=given), optimizer, config.optimizer.memory)

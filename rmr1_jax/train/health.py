@@ -16,10 +16,10 @@ import jax
 import jax.numpy as jnp
 
 from rmr1_jax.distributed.exchange import first
+from rmr1_jax.distributed.terminal import say
 from rmr1_jax.errors import RunError
 from rmr1_jax.files.write import write_whole
 from rmr1_jax.train.config import RunConfig
-from rmr1_jax.train.metrics import say
 from rmr1_jax.train.optim import TrainState
 
 PATIENCE = 5  # successive steps that look like a collapse before it is reported
@@ -65,8 +65,9 @@ def check_finite(
 
 
 class CollapseWatch:
-    """Prints one warning when a sign of collapse has lasted for `PATIENCE` steps in a row, and one at the first step if
-    half of the texts are cut off: their rewards say nothing about their verdicts."""
+    """Prints one warning when a sign of collapse has lasted for `PATIENCE` steps in a row; and at the first step one if
+    half of the texts are cut off, whose rewards say nothing about their verdicts, and one if no group has rewards that
+    differ, from which nothing is learned."""
 
     def __init__(self):
         self._first = True
@@ -78,6 +79,12 @@ class CollapseWatch:
             say(
                 f"warning: at step {step}, {cut:.0%} of the texts are cut off at sampling.max_new_tokens, most before "
                 "their verdict; raise it, or render the rows with the prompt that the model was trained with"
+            )
+        if self._first and metrics.get("mixed_groups") == 0:
+            say(
+                f"warning: at step {step}, the rewards within each group are equal (mixed_groups 0, mean reward "
+                f"{metrics['reward']:.3f}): all advantages are 0, and nothing is learned from them. Look at some "
+                "texts; a policy that never writes a right verdict needs SFT first, or reward=cold_start"
             )
         self._first = False
         for name, (key, is_so) in SIGNS.items():

@@ -1,13 +1,12 @@
-"""Metrics: `metrics.jsonl` with one JSON object a step, the progress bar, and throughput and MFU by formula.
+"""Metrics: `metrics.jsonl` with one JSON object a step, and throughput and MFU by formula.
 
-A continued run continues the file as if it had never stopped. Of several processes only the first writes and prints.
+A continued run continues the file as if it had never stopped. Of several processes only the first writes.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from tqdm import tqdm
 
 from rmr1_jax.distributed.chips import chip_of
 from rmr1_jax.distributed.exchange import first
@@ -44,19 +42,6 @@ class MetricsLog:
         then = "the last checkpoint is valid; make the file writable and run the same command again"
         with writing(self.path, len(line), then), self.path.open("ab") as file:
             file.write(line)
-
-
-def progress(start: int, total: int, name: str) -> tqdm:
-    """A progress bar over the steps `start` to `total`. In a log file it prints a line every half minute."""
-    every = 0.1 if sys.stderr.isatty() else 30.0
-    shown = {"desc": name, "unit": "step", "dynamic_ncols": True, "mininterval": every, "disable": not first()}
-    return tqdm(range(start, total), initial=start, total=total, **shown)
-
-
-def say(text: str) -> None:
-    """Print a line without breaking the progress bar. Only the first process prints."""
-    if first():
-        tqdm.write(text)
 
 
 def as_floats(metrics: Mapping[str, Any]) -> dict[str, float]:

@@ -16,10 +16,10 @@ from jax.sharding import Mesh
 
 from rmr1_jax.data.packing import Batch, View, assemble, lengths_of, pack
 from rmr1_jax.distributed.mesh import own_rows, place_rows
+from rmr1_jax.distributed.terminal import say
 from rmr1_jax.sampler.sample import Sample
 from rmr1_jax.train.config import GrpoConfig
 from rmr1_jax.train.losses import aggregation_weights
-from rmr1_jax.train.metrics import say
 from rmr1_jax.train.rollout import Group
 
 

@@ -8,7 +8,6 @@ have all groups. Next: `micro_batches.py`, which packs them.
 from __future__ import annotations
 
 import dataclasses
-import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
@@ -108,8 +107,7 @@ def roll_out(
         sampling = dataclasses.replace(config.sampling, seed=seed, slots=slots, cache_gib=cache_gib)
         token_ids = [p.tokens.tolist() for p in share]
         engine = Engine.for_prompts(policy.model, weights, token_ids, sampling, mesh=local_mesh(mesh))
-        watched = first() and sys.stderr.isatty()
-        samples, stats = engine.generate(weights, token_ids, policy.tokenizer.stop_ids, bar=watched)
+        samples, stats = engine.generate(weights, token_ids, policy.tokenizer.stop_ids, bar=first())
         return score(share, samples, policy.tokenizer, reward, normalize_std=config.normalize_std), stats
 
     P, rounds = config.prompts_per_step, 0

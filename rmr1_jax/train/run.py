@@ -19,11 +19,12 @@ from rmr1_jax.config import dump_config
 from rmr1_jax.distributed.mesh import make_mesh
 from rmr1_jax.distributed.preemption import Preempted, Preemption
 from rmr1_jax.distributed.profile import profiling
+from rmr1_jax.distributed.terminal import bar, say, waiting
 from rmr1_jax.errors import RunError
 from rmr1_jax.policy import Policy, load
 from rmr1_jax.train.checkpoint import Checkpointer
 from rmr1_jax.train.config import ProfileConfig, RunConfig
-from rmr1_jax.train.metrics import MetricsLog, progress
+from rmr1_jax.train.metrics import MetricsLog
 from rmr1_jax.train.optim import TrainState
 from rmr1_jax.train.run_directory import same_data
 
@@ -39,26 +40,36 @@ class Run:
     def __init__(self, stage: str, config: RunConfig, checkpoints: Checkpointer, preemption: Preemption):
         self.stage, self.directory, self._profile = stage, Path(config.out), config.profile
         self.checkpoints, self.preemption = checkpoints, preemption
-        self._save_seconds = 0.0
+        self._save_seconds, self._restored = 0.0, None
+        self.until_end = ExitStack()  # what `open_run` closes, also after an error in the loop over the steps
 
     def restore(self, state: TrainState, cursor: dict[str, Any]) -> tuple[TrainState, dict[str, Any]]:
         """The state and cursor of the newest undamaged checkpoint, or those given where there is no checkpoint. Raises
         InputError if the checkpoint is of another model or of other data, RunError if all checkpoints are damaged."""
-        restored = self.checkpoints.restore(state)
+        with waiting(f"{self.stage}: reading the newest checkpoint in {self.directory}"):
+            restored = self.checkpoints.restore(state)
+        self._restored = int(restored[0].step) if restored else None  # counts updates, and names the checkpoint
         return (restored[0], same_data(restored[1], cursor)) if restored else (state, cursor)
 
     def steps(self, start: int, total: int) -> Iterator[int]:
-        """The numbers of the steps from `start` to `total`, with a progress bar and a fresh clock for each."""
+        """The numbers of the steps from `start` to `total`, with a progress bar and a fresh clock for each. Says where
+        a run is continued, and that a finished one has no steps left."""
         self._log = MetricsLog(self.directory, next_step=start)
-        self._bar = progress(start, total, self.stage)
-        with _Recorded(self._profile, self.directory / "profile", self.stage, start) as recorded:
-            for step in self._bar:
-                self.checkpoints.check()
-                self._step, self._is_last = step, step + 1 == total
-                self._times: dict[str, float] = {}
-                self._mark = time.perf_counter()
-                with recorded.step(step):
-                    yield step
+        if start >= total:
+            say(f"{self.stage}: finished at step {total}; nothing to train")
+            return
+        if self._restored is not None:
+            say(f"{self.stage}: resumed at step {start} of {total} from checkpoints/{self._restored}")
+        recorded = self.until_end.enter_context(_Recorded(self._profile, self.directory, self.stage, start))
+        self._bar = self.until_end.enter_context(bar(self.stage, start=start, total=total, unit="step"))
+        self._bar.set_postfix_str("compiling the programs of the first step")
+        for step in range(start, total):
+            self.checkpoints.check()
+            self._step, self._is_last = step, step + 1 == total
+            self._times: dict[str, float] = {}
+            self._mark = time.perf_counter()
+            with recorded.step(step):
+                yield step
 
     def lap(self, name: str) -> float:
         """Record the seconds since the step began or since the last lap as the metric `name`, and return them."""
@@ -78,6 +89,7 @@ class Run:
         row = {**row, **self._times, "seconds": self.seconds, "checkpoint_seconds": self._save_seconds}
         self._log.write({"step": self._step, "stage": self.stage} | row)
         self._bar.set_postfix(shown, refresh=False)
+        self._bar.update()
         self._save_seconds, stopping = 0.0, self.preemption.reached()
         if self.checkpoints.due(self._step + 1) or stopping or self._is_last:
             self._save_seconds = self.checkpoints.save(state, cursor, row)
@@ -102,7 +114,7 @@ class _Recorded:
     """Profiles the steps that a config asks for, of a process whose first step is `start`."""
 
     def __init__(self, config: ProfileConfig | None, directory: Path, name: str, start: int):
-        self._directory, self._name, self._open = directory, name, ExitStack()
+        self._directory, self._name, self._open = directory / "profile", name, ExitStack()
         self._first, self._last = (start + config.skip, start + config.skip + config.steps - 1) if config else (-1, -1)
 
     def __enter__(self) -> _Recorded:
@@ -124,7 +136,8 @@ class _Recorded:
 def load_policy(config: RunConfig) -> Policy:
     """The policy that a run starts from, with float32 weights on the run's mesh."""
     options = {"master_dtype": "float32", "chat_template_kwargs": config.chat_template_kwargs}
-    return load(config.model, config.dtype, make_mesh(config.mesh), **options)
+    with waiting(f"loading {config.model}"):
+        return load(config.model, config.dtype, make_mesh(config.mesh), **options)
 
 
 @contextmanager
@@ -135,8 +148,10 @@ def open_run(config: RunConfig, stage: str) -> Iterator[Run]:
     about = {"config": yaml.safe_load(dump_config(config))}
     with Preemption() as preemption, Checkpointer(Path(config.out), **policies, about=about) as checkpoints:
         preemption.hold = lambda: checkpoints.saving
+        run = Run(stage, config, checkpoints, preemption)
         try:
-            yield Run(stage, config, checkpoints, preemption)
+            with run.until_end:
+                yield run
         except jax.errors.JaxRuntimeError as e:
             if "RESOURCE_EXHAUSTED" not in str(e):
                 raise

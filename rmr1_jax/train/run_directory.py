@@ -1,13 +1,15 @@
-"""The directory of a run. Its config and data are checked, so that no other run is continued by mistake."""
+"""The directory of a run. Its config, data and functions are checked, so that no other run is continued by mistake."""
 
 from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -17,25 +19,30 @@ import yaml
 from rmr1_jax.config import config_differences, dump_config, load_config
 from rmr1_jax.data.packing import lengths_of
 from rmr1_jax.distributed.exchange import first, wait
+from rmr1_jax.distributed.terminal import say, waiting
 from rmr1_jax.errors import InputError
 from rmr1_jax.files.write import write_whole, writing
 from rmr1_jax.policy import Policy
 from rmr1_jax.prompts.prompt import PROMPT_FILE, Prompt, save_prompt
 from rmr1_jax.train.config import RunConfig
-from rmr1_jax.train.metrics import say
+from rmr1_jax.train.functions import DEFAULT, differences, record_of
 
+FUNCTIONS = "functions.json"
 # Settings that may differ between a run and its continuation: those that change no number,
 NO_EFFECT = {"out", "save_every", "save_minutes", "keep", "best", "on_nonfinite", "profile"}
 # and those that change the order of sums, and so the last bits.
 ROUNDING = {"mesh", "sampling_tensor", "remat", "attention", "reference_memory", "optimizer.memory"}
 
 
-def check_run(config: RunConfig, directory: Path) -> None:
-    """Check, before anything is loaded, that a run can begin or continue in a directory. Nothing is written; changes of
-    the config that do not matter are printed.
+Functions = Mapping[str, Callable[..., Any] | None]  # by name, such as "reward"; None for the default
 
-    Raises InputError if the directory holds a run with another config, which names every difference; RunError if it
-    cannot be made.
+
+def check_run(config: RunConfig, directory: Path, functions: Functions = MappingProxyType({})) -> None:
+    """Check, before anything is loaded, that a run can begin or continue in a directory. Nothing is written; changes of
+    the config that do not matter are printed. functions: those that the caller of the stage gave.
+
+    Raises InputError if the directory holds a run with another config or other functions, which names every difference;
+    RunError if it cannot be made.
     """
     if re.match(r"\w+:/", str(directory)):
         raise InputError(
@@ -47,17 +54,20 @@ def check_run(config: RunConfig, directory: Path) -> None:
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(directory))
     if (path := directory / "config.yaml").is_file():
         _compare(path, config)
+        _compare_functions(directory / FUNCTIONS, functions)
     wait("config read")  # by all processes, before the first one writes it again
 
 
-def start_run(config: RunConfig, directory: Path) -> None:
-    """Make the run directory and write the resolved config. Call it when the model and the data are open: a start that
-    fails before leaves nothing, and so does not stand in the way of the right one. Raises RunError if it cannot be
-    written."""
+def start_run(config: RunConfig, directory: Path, functions: Functions = MappingProxyType({})) -> None:
+    """Make the run directory, and write the resolved config and a record of the functions. Call it when the model and
+    the data are open: a start that fails before leaves nothing, and so does not stand in the way of the right one.
+    Raises RunError if a file cannot be written."""
     path = directory / "config.yaml"
     if first():
         with writing(directory):
             directory.mkdir(parents=True, exist_ok=True)
+        if functions:
+            write_whole(directory / FUNCTIONS, json.dumps(_records(functions), indent=1) + "\n")
         write_whole(path, dump_config(config))
     wait("config written")
     if not path.is_file():
@@ -84,7 +94,8 @@ def save_model(policy: Policy, out: Path, prompt: Prompt | None) -> Policy:
     written remains there. prompt: that of the training data, which is written beside the weights; None leaves the
     prompt of the model that training started from, if it has one."""
     size = sum(x.nbytes for x in jax.tree.leaves(policy.params))
-    with writing(out / "model", size, "the last checkpoint is valid; free some space and run the same command again"):
+    then = "the last checkpoint is valid; free some space and run the same command again"
+    with waiting(f"writing {out}/model"), writing(out / "model", size, then):
         policy.save(out / "model")
         if prompt and first():
             save_prompt(prompt, out / "model" / PROMPT_FILE)
@@ -108,3 +119,17 @@ def _compare(path: Path, config: RunConfig) -> None:
     for known, effect in ((NO_EFFECT - {"out"}, "no number"), (ROUNDING, "only the last bits of numbers")):
         if noted := listed(known):
             say(f"changed settings, which change {effect}: {noted}")
+
+
+def _compare_functions(path: Path, functions: Functions) -> None:
+    """Raise InputError if a function differs from its record in `path`. Runs of earlier versions have no record."""
+    old = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    new = _records(functions)
+    found = [text for name in new if name in old for text in differences(name, old[name], new[name])]
+    if found:
+        advice = f"give another `out`, or the function that the run was made with ({path} has its source)"
+        raise InputError(f"{path.parent} holds a run with another function ({'; '.join(found)}); {advice}")
+
+
+def _records(functions: Functions) -> dict[str, dict[str, str]]:
+    return {name: DEFAULT if given is None else record_of(given) for name, given in functions.items()}

@@ -21,9 +21,11 @@ from rmr1_jax.data.examples import Example
 from rmr1_jax.data.packing import Batch, mean_length, sft_batches
 from rmr1_jax.data.store import open_examples, prompt_of
 from rmr1_jax.distributed.mesh import check_micro_rows, own_rows
+from rmr1_jax.distributed.terminal import say
 from rmr1_jax.model.attention import segment_limit
 from rmr1_jax.model.qwen import Params, split
 from rmr1_jax.policy import Policy
+from rmr1_jax.train.announce import header
 from rmr1_jax.train.config import SftConfig
 from rmr1_jax.train.health import check_finite
 from rmr1_jax.train.logprobs import forward_options, row_logprobs
@@ -55,6 +57,7 @@ def sft(config: SftConfig, *, policy: Policy | None = None, examples: Sequence[E
     total = make_batches()[1]
     steps = min(total, config.max_steps or total)
     start_run(config, Path(config.out))
+    say(header(config, policy, examples, steps))
     with jax.set_mesh(policy.mesh), open_run(config, "sft") as run:
         optimizer, schedule = make_optimizer(config.optimizer, steps), lr_schedule(config.optimizer, steps)
         state = init_state(master_weights(policy.params, keep=given), optimizer, config.optimizer.memory)

@@ -193,7 +193,7 @@ def test_updates_that_are_not_finite_are_skipped_and_counted(policy, tmp_path, m
     assert [row["loss"] is None for row in rows] == [False, False, True, False]
     assert [row["skipped"] for row in rows] == [0, 0, 1, 1]
     assert rows[3]["lr"] == rows[2]["lr"] and (tmp_path / "model").exists()
-    assert "step 2: " in (said := capsys.readouterr().out) and "The update is skipped" in said
+    assert "step 2: " in (said := capsys.readouterr().err) and "The update is skipped" in said
     facts = json.loads((tmp_path / "nonfinite_step_2.json").read_text())
     assert [x["length"] for x in facts["batch"]] == seen[2].lengths and facts["batch"][0]["id"].startswith("sft-")
     assert sum(x["trained"] for x in facts["batch"]) == seen[2].trained_tokens
@@ -223,11 +223,11 @@ def test_a_collapse_is_reported_once(capsys):
     fine = {"reward": 0.1, "verdict_a": 0.4, "truncated": 0.2}
     for step, row in enumerate([fine, *[fine | {"reward": -1.0}] * 9, fine, *[fine | {"verdict_a": 0.0}] * 4, fine]):
         watch.look(row, step)
-    (said,) = capsys.readouterr().out.splitlines()
+    (said,) = capsys.readouterr().err.splitlines()
     assert said == ("warning: at step 5, for 5 steps in a row, every reward is -1: the policy may have collapsed")
     for step in range(5):
         watch.look({"verdict_a": 1.0, "truncated": 1.0}, step)
-    assert [re.search("every .* (A|limit)", x) is not None for x in capsys.readouterr().out.splitlines()] == [True] * 2
+    assert [re.search("every .* (A|limit)", x) is not None for x in capsys.readouterr().err.splitlines()] == [True] * 2
 
 
 def test_texts_that_are_cut_off_at_the_first_step_get_a_remedy(capsys):
@@ -235,7 +235,7 @@ def test_texts_that_are_cut_off_at_the_first_step_get_a_remedy(capsys):
         watch = health.CollapseWatch()
         for step in range(3):
             watch.look({"reward": 0.1, "truncated": cut}, step)
-        lines = capsys.readouterr().out.splitlines()
+        lines = capsys.readouterr().err.splitlines()
         assert len(lines) == said
         if said:
             assert lines[0].startswith(

@@ -146,7 +146,7 @@ def test_the_newest_undamaged_checkpoint_is_used_and_the_damaged_one_replaced(tm
     with Checkpointer(tmp_path, keep=2) as checkpoints:
         state, cursor = checkpoints.restore(state_of(0))
         assert_same(state, state_of(1))
-        said = capsys.readouterr().out
+        said = capsys.readouterr().err
         assert cursor == {"at": 1} and "checkpoint 2 is damaged" in said and "; it is skipped" in said
         assert f"checkpoint 3 is damaged: {largest}: expected sha256 " in said and ", found " in said
         assert_same(called(stored_params(tmp_path, state.params)), state_of(1).params)
@@ -163,7 +163,7 @@ def test_a_checkpoint_in_the_place_of_another_is_found(tmp_path, capsys):
     shutil.rmtree(root / "2")
     shutil.copytree(root / "1", root / "2")
     assert Checkpointer(tmp_path, keep=2).restore(state_of(0))[1] == {"at": 1}
-    assert "/2/manifest.json: expected to be of step 2, found 1; it is skipped" in capsys.readouterr().out
+    assert "/2/manifest.json: expected to be of step 2, found 1; it is skipped" in capsys.readouterr().err
 
 
 def test_when_none_is_sound_nothing_is_begun_anew(tmp_path):
@@ -239,7 +239,7 @@ def test_an_error_on_its_way_is_not_hidden_by_a_failed_save(tmp_path, monkeypatc
     with pytest.raises(ZeroDivisionError), Checkpointer(tmp_path, keep=2) as checkpoints:
         checkpoints.save(state_of(1), {})
         raise ZeroDivisionError
-    assert "also: " in (said := capsys.readouterr().out) and "there is no checkpoint yet" in said
+    assert "also: " in (said := capsys.readouterr().err) and "there is no checkpoint yet" in said
 
 
 def test_places_that_cannot_be_written_to(tmp_path):
@@ -271,10 +271,10 @@ def test_a_full_device_names_what_makes_less_do(tmp_path):
 def test_another_mesh_is_said(tmp_path, capsys):
     write(tmp_path, 1)
     Checkpointer(tmp_path, keep=1).restore(state_of(0))
-    assert capsys.readouterr().out == ""
+    assert capsys.readouterr().err == ""
     restored, _ = Checkpointer(tmp_path, keep=1).restore(state_of(0, mesh=make_mesh(MeshConfig(fsdp=4, tensor=2))))
     assert_same(restored, state_of(1))
-    said = capsys.readouterr().out
+    said = capsys.readouterr().err
     assert "checkpoint 1 was written on a mesh of replica=1 x fsdp=1 x tensor=1 in 1 process; " in said
     assert "the run continues on a mesh of replica=1 x fsdp=4 x tensor=2 in 1 process" in said
 
@@ -325,7 +325,7 @@ def test_changes_of_a_config_that_do_not_matter_are_said(tmp_path, capsys):
     start_run(small_grpo(out=str(tmp_path)), tmp_path)
     changed = small_grpo(out=str(tmp_path), save_minutes=5.0, best=BestConfig(), mesh=MeshConfig(fsdp=2), remat="full")
     check_run(changed, tmp_path)
-    said = capsys.readouterr().out.splitlines()
+    said = capsys.readouterr().err.splitlines()
     assert "changed settings, which change no number: save_minutes was None, is 5.0; best was None, is {" in said[0]
     assert (
         said[1].startswith("changed settings, which change only the last bits of numbers: ")

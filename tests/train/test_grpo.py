@@ -337,7 +337,7 @@ def test_prompts_that_cannot_be_used(policy, tmp_path, capsys):
     config = small_grpo(out=str(tmp_path / "a"), max_prompt_length=10)
     with pytest.raises(InputError, match="no prompt is at most max_prompt_length=10 tokens"):
         grpo(config, **given)
-    assert "dropped 10 of 10 prompts longer than 10 tokens" in capsys.readouterr().out
+    assert "dropped 10 of 10 prompts longer than 10 tokens" in capsys.readouterr().err
     sharded = given | {"policy": on_mesh(policy, make_mesh())}
     with pytest.raises(InputError, match="micro_rows=4 must be divisible by the mesh's 8 row shards"):
         grpo(small_grpo(out=str(tmp_path / "b"), micro_rows=4), **sharded)

@@ -229,7 +229,7 @@ def test_rows_that_do_not_fit(policy, tmp_path, capsys):
         sft(small_sft(out=str(tmp_path / "b")), policy=on_mesh(policy, make_mesh()), examples=examples)
     with pytest.raises(InputError, match="nothing to train on"):
         sft(small_sft(out=str(tmp_path / "c"), row_length=8, on_too_long="drop"), policy=policy, examples=examples)
-    assert "dropped 12 of 12 examples longer than 8 tokens" in capsys.readouterr().out
+    assert "dropped 12 of 12 examples longer than 8 tokens" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("warmup_ratio", [0.0, 0.2])
