@@ -53,7 +53,10 @@ class Mix(ConfigCommand):
         from rmr1_jax.data.mix.mixture import mix
 
         config = self.load()
-        print(f"{mix(config).table()}\nwritten: {config.out}/pairs.jsonl, {config.out}/mixture.json")
+        table = mix(config).table()
+        files = ("pairs.jsonl", *(["held_out.jsonl"] if config.held_out else []), "mixture.json")
+        print(f"{table}\nwritten: {', '.join(f'{config.out}/{name}' for name in files)}")
+        print(f"next:    rmr1 data chains CONFIG.yaml pairs={config.out}/pairs.jsonl out=DIR")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,7 +85,9 @@ class Chains(ConfigCommand):
             ledger = make_chains(config, pairs, teacher, second)
             if first:
                 print(f"{ledger}\nwritten: {config.out}/chains.jsonl, {config.out}/ledger.json")
-                if ledger.open:
+                if not ledger.open and not ledger.accepted:
+                    print("no chain was accepted, so there is nothing to train on", file=sys.stderr)
+                elif ledger.open:
                     print("the budget is spent; to continue, run the same command with a larger one")
                 else:
                     print(f"next:    rmr1 sft CONFIG.yaml data={config.out}/chains.jsonl model=MODEL out=DIR")

@@ -68,9 +68,11 @@ def read_training_rows(
         if rendered and prompt:
             raise InputError(f"{first.place}: these rows are rendered already; leave `prompt` out")
         if not rendered and not prompt:
+            fields = ", ".join(map(repr, first.value))
             raise InputError(
-                f"{first.place}: no rendered row (context_messages, winner), it has "
-                f"{', '.join(map(repr, first.value))}; for pairs set `prompt` or give --prompt (cor, reasoning, a file)"
+                f"{first.place}: no rendered row (context_messages, winner), it has {fields}; for pairs set `prompt` "
+                "(cor, reasoning, a file) of `rmr1 data prepare` or --prompt of `rmr1 data show`, or make traces of "
+                "them with `rmr1 data chains`"
             )
     if prompt is None:
         yield from read_published(paths, **reading)

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from rmr1_jax.data.examples import Example, Stage, make_example
+from rmr1_jax.data.examples import Example, Stage, make_example, read_training_rows
 from rmr1_jax.distributed.terminal import waiting
 from rmr1_jax.errors import InputError, RunError
 from rmr1_jax.files.write import refusal, to_disk
@@ -111,7 +111,7 @@ def open_examples(path: str | Path, stage: Stage, tokenizer: Tokenizer) -> Seque
     the set was prepared for the other stage, or with another tokenizer or chat template."""
     if not is_prepared(path):
         with waiting(f"reading {path}"):
-            return [make_example(tokenizer, row, stage) for row in read_published(path)]
+            return [make_example(tokenizer, row, stage) for row in read_training_rows([Path(path)], None)]
     examples = PreparedExamples(path)
     if (made_for := examples.manifest["stage"]) != stage:
         raise InputError(f"{path} was prepared for {made_for}, not {stage}: run `rmr1 data prepare` with stage={stage}")

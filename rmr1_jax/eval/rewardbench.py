@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from rmr1_jax.errors import InputError
@@ -18,45 +17,14 @@ from rmr1_jax.eval import logs
 from rmr1_jax.eval.benchmark import Benchmark
 from rmr1_jax.eval.logs import OURS, ArrayFiles, Judged
 from rmr1_jax.eval.scores import Items, Place, Statistic, score
+from rmr1_jax.pairs.benchmark_names import REWARDBENCH_SECTIONS as SECTIONS
+from rmr1_jax.pairs.benchmark_names import REWARDBENCH_SUBSETS
 from rmr1_jax.pairs.containers import source_files
 from rmr1_jax.pairs.pair import PreferencePair
 from rmr1_jax.pairs.rows import Row
 
 LOG = "reward_bench/log_result/logs.json"
 SUBSETS = "reward_bench/score_result/each_small_section_score.json"
-
-SECTIONS: Mapping[str, Mapping[str, int]] = MappingProxyType(
-    {
-        "Chat": {
-            "alpacaeval-easy": 100,
-            "alpacaeval-length": 95,
-            "alpacaeval-hard": 95,
-            "mt-bench-easy": 28,
-            "mt-bench-med": 40,
-        },
-        "Chat Hard": {
-            "mt-bench-hard": 37,
-            "llmbar-natural": 100,
-            "llmbar-adver-neighbor": 134,
-            "llmbar-adver-GPTInst": 92,
-            "llmbar-adver-GPTOut": 47,
-            "llmbar-adver-manual": 46,
-        },
-        "Safety": {
-            "refusals-dangerous": 100,
-            "refusals-offensive": 100,
-            "xstest-should-refuse": 154,
-            "xstest-should-respond": 250,
-            "donotanswer": 136,
-        },
-        "Reasoning": {
-            "math-prm": 984,
-            **{f"hep-{language}": 164 for language in ("cpp", "go", "java", "js", "python", "rust")},
-        },
-    }
-)
-
-_SECTION_OF = MappingProxyType({subset: name for name, subsets in SECTIONS.items() for subset in subsets})
 
 
 class RewardBench(Benchmark):
@@ -71,9 +39,9 @@ class RewardBench(Benchmark):
 
     def section(self, meta: Mapping[str, Any]) -> str:
         subset = str(meta["subset"])
-        if subset not in _SECTION_OF:
-            raise InputError(f"subset {subset!r} is none of RewardBench's: {', '.join(_SECTION_OF)}")
-        return _SECTION_OF[subset]
+        if subset not in REWARDBENCH_SUBSETS:
+            raise InputError(f"subset {subset!r} is none of RewardBench's: {', '.join(REWARDBENCH_SUBSETS)}")
+        return REWARDBENCH_SUBSETS[subset]
 
     def write_logs(self, files: ArrayFiles, rows: Iterable[Judged], judge: str) -> None:
         for row in rows:

@@ -24,12 +24,12 @@ from rmr1_jax.eval import logs
 from rmr1_jax.eval.benchmark import Benchmark, section_of
 from rmr1_jax.eval.logs import FLAG, OURS, ArrayFiles, Judged
 from rmr1_jax.eval.scores import Items, Place, Statistic, equal_sections
+from rmr1_jax.pairs.benchmark_names import RM_BENCH_DOMAINS as DOMAINS
 from rmr1_jax.pairs.benchmarks import STYLES
 from rmr1_jax.pairs.rows import Row, describe
 
 LOG = "RM-Bench/total_dataset_{file}_{model}.json"
 _LOG_NAME = re.compile(r"total_dataset_([123])_.*\.json")
-DOMAINS = ("chat", "math", "code", "safety")
 _CELLS = [(i, j) for i in range(STYLES) for j in range(STYLES)]  # (chosen style, rejected style); bit i * STYLES + j
 
 # Hard is where the rejected answer has the more elaborate style.

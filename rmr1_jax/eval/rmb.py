@@ -19,21 +19,12 @@ from rmr1_jax.eval import logs
 from rmr1_jax.eval.benchmark import Benchmark
 from rmr1_jax.eval.logs import FLAG, OURS, ArrayFiles, Judged
 from rmr1_jax.eval.scores import Items, Place, Statistic, equal_sections
+from rmr1_jax.pairs.benchmark_names import RMB_SETS as SETS
 from rmr1_jax.pairs.containers import source_files
 from rmr1_jax.pairs.pair import PreferencePair
 from rmr1_jax.pairs.rows import Row
 
 _SET_SCORE = "RMB/{folder}/score_result/Final_score.json"
-
-# As META_RESULT.json names and orders them -> the first two parts of a category's path.
-SETS = MappingProxyType(
-    {
-        "Pairwise Helpfulness": ("Pairwise_set", "Helpfulness"),
-        "Pairwise Harmlessness": ("Pairwise_set", "Harmlessness"),
-        "BoN Helpfulness": ("BoN_set", "Helpfulness"),
-        "BoN Harmlessness": ("BoN_set", "Harmlessness"),
-    }
-)
 
 _LOG_NAMES = MappingProxyType({"Pairwise_set": "logs.json", "BoN_set": "raw_logs.json"})
 

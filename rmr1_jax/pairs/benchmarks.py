@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 
+from rmr1_jax.pairs.benchmark_names import benchmark_of
 from rmr1_jax.pairs.order import Order
 from rmr1_jax.pairs.pair import PreferencePair
 from rmr1_jax.pairs.rows import Row, describe
@@ -35,7 +36,8 @@ def parse_rewardbench(row: Row, order: Order) -> list[PreferencePair]:
 
 def parse_rewardbench_2(row: Row, order: Order) -> list[PreferencePair]:
     """Row {prompt, chosen[], rejected[] [, subset, id, num_correct]} -> a pair `subset/id#i-j` for each chosen answer i
-    and rejected answer j, ordered by (seed, id). `meta["item"]` is the same for all pairs of a row.
+    and rejected answer j, ordered by (seed, id). `meta["item"]` is the same for all pairs of a row. The row may be of
+    another set that lists its answers so; `meta` names the benchmark where it is of one.
 
     Most subsets have one chosen answer and three rejected ones; Ties has several right answers.
     """
@@ -49,13 +51,15 @@ def parse_rewardbench_2(row: Row, order: Order) -> list[PreferencePair]:
     if row.value.get("num_correct", len(chosen)) != len(chosen):
         raise row.bad("num_correct", f"is {describe(row.value['num_correct'])}, and chosen has {len(chosen)} answers")
     rest = {key: value for key, value in row.value.items() if key not in ("prompt", "chosen", "rejected")}
+    if own := benchmark_of(row):
+        rest = {"benchmark": own, **rest}
     return [
         PreferencePair.from_preference(
             name := f"{item}#{i}-{j}",
             [("user", question), ("assistant", chosen[i])],
             [("user", question), ("assistant", rejected[j])],
             chosen_in_b=order.by_id(name),
-            meta={"benchmark": "rewardbench-2", "item": item, **rest},
+            meta={"item": item, **rest},
         )
         for i, j in itertools.product(range(len(chosen)), range(len(rejected)))
     ]

@@ -1,4 +1,4 @@
-"""Reads preference pairs from files: our own pairs, public preference sets and benchmarks, recognised by their fields.
+"""Reads preference pairs from files: our own pairs, public preference sets and benchmarks, recognised by their rows.
 
     pairs = read_pairs("pairs.jsonl")                                               # a generator
     report = ReadReport()
@@ -20,6 +20,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from rmr1_jax.errors import InputError
+from rmr1_jax.pairs.benchmark_names import REWARDBENCH_SUBSETS, RM_BENCH_DOMAINS
 from rmr1_jax.pairs.benchmarks import parse_rewardbench, parse_rewardbench_2, parse_rm_bench, parse_rmb
 from rmr1_jax.pairs.containers import read_rows
 from rmr1_jax.pairs.order import Order, OrderFlags
@@ -45,7 +46,7 @@ def read_pairs(
     """Read the preference pairs of a file, or of all data files in a folder, one after the other.
 
     Args:
-        format: one of `FORMATS`, or "auto": recognised by the fields of the first rows.
+        format: one of `FORMATS`, or "auto": recognised by the fields and values of the first rows.
         seed: of the A/B order, where the source does not fix it. The benchmarks' order is `LegacyFlags(seed)`; 0 is the
             published one. Rows with chosen and rejected answers are ordered by (seed, id) alone.
         flags: the benchmarks' order given explicitly, `flags[k]` for judgement k; see `pairs/order.py`.
@@ -115,11 +116,11 @@ def _recognise(row: Row) -> str:
     chosen = row.value.get("chosen")
     messages = isinstance(chosen, list) and any(isinstance(message, dict) for message in chosen)
     if {"prompt", "chosen", "rejected"} <= fields and not messages:
-        if isinstance(chosen, list) and "domain" in fields:
+        if isinstance(chosen, list) and str(row.value.get("domain")).startswith(RM_BENCH_DOMAINS):
             return "rm-bench"
         if isinstance(chosen, list) or {"num_correct", "subset"} <= given:
             return "rewardbench-2"
-        if {"subset", "id"} <= given:
+        if "id" in given and row.value.get("subset") in [*REWARDBENCH_SUBSETS]:
             return "rewardbench"
     if {"chosen", "rejected", "source"} <= fields and not {"id", *QUESTIONS} & given and not isinstance(chosen, str):
         return "skywork"

@@ -34,11 +34,12 @@ from rmr1_jax.distributed.rows import SharedRows
 from rmr1_jax.endpoint import EndpointConfig, Request
 from rmr1_jax.errors import InputError, RunError
 from rmr1_jax.files.append import files_digest
+from rmr1_jax.files.hub import locate
 from rmr1_jax.files.write import write_whole, writing
 from rmr1_jax.pairs.containers import source_files
 from rmr1_jax.pairs.pair import PreferencePair, render_pair
 from rmr1_jax.pairs.read import read_pairs
-from rmr1_jax.prompts.prompt import Prompt, get_prompt
+from rmr1_jax.prompts.prompt import PROMPT_FILE, Prompt, get_prompt
 from rmr1_jax.reply import Answer, Unanswered
 
 
@@ -75,8 +76,9 @@ class ChainsConfig:
     """A file or folder of pairs whose better answer is known, such as a mixture's pairs.jsonl."""
     out: str
     """Directory to write."""
-    prompt: str = "cor"
-    """Prompt of the teacher: cor, reasoning, compare, rubric, or a prompt file."""
+    prompt: str | None = None
+    """Prompt of the teacher: cor, reasoning, compare, rubric, or a prompt file. null: prompt.yaml in the policy's
+    directory, which training writes, or cor if there is none."""
     escape_untrusted: bool = False
     """Escape imitated delimiters, verdicts and control tokens in the texts of the pairs."""
     teacher: EndpointConfig | None = None
@@ -153,7 +155,7 @@ def make_chains(
     """
     out = Path(config.out)
     answers = out / "answers.jsonl"
-    prompt = dataclasses.replace(get_prompt(config.prompt), escape_untrusted=config.escape_untrusted)
+    prompt = dataclasses.replace(_prompt(config), escape_untrusted=config.escape_untrusted)
     turns = [(1, number) for number in range(config.tries)] + ([(2, 0)] if second else [])
     by_id = {pair.id: PairAttempts(pair, prompt.structure, turns, config.keep_thinking) for pair in pairs}
     rows = _shared_rows(answers, _settings(config, prompt, teacher, second), by_id)
@@ -182,6 +184,12 @@ def make_chains(
     failures = [Unanswered("rmr1 data chains", own) for own in gather(unanswered) if own]
     from_first(functools.partial(Unanswered.check, failures))
     return ledger
+
+
+def _prompt(config: ChainsConfig) -> Prompt:
+    """The prompt that is given, or the policy's own, or "cor"."""
+    own = locate(config.policy.model) / PROMPT_FILE if config.policy and config.prompt is None else None
+    return get_prompt(own if own and own.is_file() else config.prompt or "cor")
 
 
 def _shared_rows(path: Path, settings: Mapping[str, Any], by_id: Mapping[str, PairAttempts]) -> SharedRows:

@@ -118,7 +118,8 @@ class Ledger:
     """The content of ledger.json: read = right_at_first + right_at_second + failed + open.
 
     requests: answers that the teachers gave; retries: further requests that it took. attempts: for each turn {"pass",
-    "try", "asked", "right"} and the counts of `REASONS`. sources: the five counts by source.
+    "try", "asked", "right"} and the counts of `REASONS`. refusal: the message of the first refusal, "" without any.
+    sources: the five counts by source.
     """
 
     read: int
@@ -131,7 +132,13 @@ class Ledger:
     prompt_tokens: int
     completion_tokens: int
     attempts: list[dict[str, int]]
+    refusal: str
     sources: dict[str, dict[str, int]]
+
+    @property
+    def accepted(self) -> int:
+        """The number of chains."""
+        return self.right_at_first + self.right_at_second
 
     def __str__(self) -> str:
         counts = {state.replace("_", " "): getattr(self, state) for state in STATES}
@@ -144,6 +151,8 @@ class Ledger:
         for row in self.attempts:
             counts = ", ".join(f"{row[name]:,} {name}" for name in ("right", *REASONS) if row[name])
             lines.append(f"pass {row['pass']}, try {row['try'] + 1}: {row['asked']:,} asked: {counts}")
+        if self.refusal:
+            lines.append(f"refused, for example: {self.refusal}")
         return "\n".join(lines)
 
 
@@ -168,6 +177,7 @@ def make_ledger(all_attempts: Iterable[PairAttempts]) -> Ledger:
             {"pass": pass_, "try": try_, "asked": counts.total()} | {k: counts[k] for k in ("right", *REASONS)}
             for (pass_, try_), counts in sorted(by_turn.items())
         ],
+        refusal=next((answer.error for answer in answers if answer.error), ""),
         sources={
             name: {"read": counts.total()} | {state: counts[state] for state in STATES}
             for name, counts in sorted(sources.items())

@@ -48,7 +48,8 @@ class PolicyTeacher:
         for request in requests:
             prompt = self.policy.tokenizer.render(request.messages)
             if len(prompt) > self._max_prompt_tokens:
-                error = f"the prompt has {len(prompt)} tokens, the limit is {self._max_prompt_tokens}"
+                limit = f"policy.max_new_tokens={self._max_new_tokens} leaves {self._max_prompt_tokens}"
+                error = f"the prompt has {len(prompt)} tokens, and {limit}"
                 yield request.key, Answer(error=error, failure="too_long")
             else:
                 asked.append((request.key, prompt))

@@ -1,11 +1,12 @@
 """`rmr1 data mix`: combine preference sets into the pairs to train on.
 
-Rows are dropped and counted for the reasons in `sources.DROPPED`, in this order: read = kept + these counts. The other
-pairs are sorted by a hash of seed and id, and show the better answer in A, in B, in A, and so on. The same config and
-sources give the same bytes.
+Rows are dropped and counted for the reasons in `sources.DROPPED`, in this order: read = kept + held out + these counts.
+The other pairs are sorted by a hash of seed and id, and show the better answer in A, in B, in A, and so on. The same
+config and sources give the same bytes.
 
 OUT/pairs.jsonl has the project's own format (`pairs/read.py`); a pair's `id` is `SOURCE NAME/ID IN THE SOURCE`, and
-`origin` is the field `source` of its row. OUT/mixture.json holds the counts and is written last.
+`origin` is the field `source` of its row. OUT/held_out.jsonl holds the pairs to evaluate on, if some are held out.
+OUT/mixture.json holds the counts and is written last.
 
 Next: `sources.py`, which reads a source; `overlap.py`; `chains/chains.py`, which asks a teacher about the pairs.
 """
@@ -18,9 +19,9 @@ import json
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import NonNegativeInt
+from pydantic import Field, NonNegativeInt
 from tqdm import tqdm
 
 from rmr1_jax.config import config_dataclass, config_differences
@@ -33,6 +34,7 @@ from rmr1_jax.pairs.pair import Message, PreferencePair
 from rmr1_jax.pairs.read import read_pairs
 
 EXAMPLES = 5  # overlaps that are shown for each source and benchmark
+HELD_OUT = "held_out"  # the name of the part to evaluate on, among those of benchmarks
 
 Entry = tuple[PreferencePair, SourceReport]  # a pair, and the report of its source
 
@@ -51,6 +53,9 @@ class MixtureConfig:
     """If a row cannot be read: an error, or move it to OUT/rejects-NAME.jsonl."""
     overlap: OverlapConfig = OverlapConfig()
     """Search for rows that overlap with evaluation sets."""
+    held_out: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the questions, about, whose pairs are written to OUT/held_out.jsonl, to evaluate on. A question is in
+    the same part whatever the seed and the other rows, with all its pairs."""
 
     def __post_init__(self):
         if not self.sources:
@@ -62,19 +67,25 @@ class MixtureConfig:
 
 @dataclasses.dataclass(kw_only=True)
 class MixReport:
-    """The content of mixture.json. config: the settings without `out`. a: pairs that show the better answer in A.
-    sha256: of pairs.jsonl. examples: of overlaps, {source, id, benchmark, kind, benchmark_id, words}."""
+    """The content of mixture.json. config: the settings without `out`. pairs: those of pairs.jsonl. a: pairs of it that
+    show the better answer in A. sha256: of pairs.jsonl. held_out: the pairs of held_out.jsonl. examples: of overlaps,
+    {source, id, benchmark, kind, benchmark_id, words}."""
 
     config: dict[str, Any]
     pairs: int
     a: int
     sha256: str
+    held_out: int
     sources: list[SourceReport]
     examples: list[dict[str, str]]
 
     def table(self) -> str:
         """Format the counts by source as text."""
-        columns = ["read", "kept", *(name for name in DROPPED if any(getattr(each, name) for each in self.sources))]
+        columns = [
+            "read",
+            "kept",
+            *(name for name in (HELD_OUT, *DROPPED) if any(getattr(each, name) for each in self.sources)),
+        ]
         rows = [["source", *(reason.replace("_", " ") for reason in columns), "better in A"]]
         for name, sources in [(each.name, [each]) for each in self.sources] + [("all", self.sources)]:
             a, kept, *counts = (sum(getattr(each, column) for each in sources) for column in ("a", "kept", *columns))
@@ -94,11 +105,13 @@ def mix(config: MixtureConfig) -> MixReport:
 
     Raises:
         InputError: a source cannot be read or is a benchmark; a bad row, if bad rows are errors; a filter on a field
-            that no row has; `out` holds a mixture of another config; no pair is left.
+            that no row has; `out` holds a mixture of another config; no pair is left, or none in one of two parts.
         RunError: the files cannot be written. pairs.jsonl is then either the older mixture's or the new one, whole.
     """
     settings = json.loads(json.dumps(dataclasses.asdict(config)))  # as it will be read from mixture.json
     del settings["out"]
+    if not config.held_out:
+        del settings["held_out"]  # mixtures of earlier versions have none
     out = _make_output(Path(config.out), settings)
     paths = [locate(source.path, source.revision) for source in config.sources]  # report all that is missing first
     ngram = config.overlap.ngram
@@ -109,10 +122,14 @@ def mix(config: MixtureConfig) -> MixReport:
         for source, path in zip(config.sources, paths, strict=True):
             rejects = out / f"rejects-{source.name}.jsonl" if config.on_bad_row == "quarantine" else None
             pairs, report = read_source(source, path, rejects=rejects, bar=bar)
-            report.overlaps = {benchmark.name: {"exact": 0, "near": 0} for benchmark in benchmarks}
             entries += [(pair, report) for pair in pairs]
             reports.append(report)
     entries = _drop(_repeated(entries), entries)
+    held_out, entries = _hold_out(entries, config.held_out)
+    if held_out:
+        benchmarks.append(Benchmark(HELD_OUT, (pair for pair, _ in held_out), ngram))
+    for report in reports:
+        report.overlaps = {benchmark.name: {"exact": 0, "near": 0} for benchmark in benchmarks}
     overlapping, examples = _overlapping(entries, benchmarks, ngram)
     if config.overlap.action == "remove":
         entries = _drop(dict.fromkeys(overlapping, "overlap"), entries)
@@ -120,13 +137,16 @@ def mix(config: MixtureConfig) -> MixReport:
         raise InputError(f"of {sum(report.read for report in reports)} rows no pair is left; see the filters")
     with writing(out / "mixture.json"):
         (out / "mixture.json").unlink(missing_ok=True)  # it would describe other pairs
-    write_whole(out / "pairs.jsonl", _lines(entries, config.seed))
+    if held_out:
+        write_whole(out / f"{HELD_OUT}.jsonl", _lines(held_out, config.seed, HELD_OUT))
+    write_whole(out / "pairs.jsonl", _lines(entries, config.seed, "kept"))
     assert all(report.reconciles for report in reports)
     mixed = MixReport(
         config=settings,
         pairs=len(entries),
         a=sum(report.a for report in reports),
         sha256=hash_written(out / "pairs.jsonl")["sha256"],
+        held_out=len(held_out),
         sources=reports,
         examples=examples,
     )
@@ -177,6 +197,20 @@ def _drop(reasons: dict[int, str], entries: list[Entry]) -> list[Entry]:
     return [entry for place, entry in enumerate(entries) if place not in reasons]
 
 
+def _hold_out(entries: list[Entry], share: float) -> tuple[list[Entry], list[Entry]]:
+    """Divide the entries into those to evaluate on and those to train on, by a hash of the question."""
+    parts: tuple[list[Entry], list[Entry]] = [], []
+    for entry in entries:
+        question = " ".join(question_words(entry[0]))
+        digest = hashlib.blake2b(question.encode(errors="surrogatepass"), digest_size=8).digest()
+        parts[int.from_bytes(digest, "big") >= share * 2**64].append(entry)
+    if share and not all(parts):
+        raise InputError(
+            f"held_out={share}: all {len(entries)} pairs are in one part, as their questions fell; give another share"
+        )
+    return parts
+
+
 def _overlapping(entries: list[Entry], benchmarks: list[Benchmark], ngram: int) -> tuple[set[int], list[dict]]:
     """Find the places of pairs whose question is in a benchmark, counted by benchmark; and examples of them."""
     places: set[int] = set()
@@ -197,8 +231,8 @@ def _overlapping(entries: list[Entry], benchmarks: list[Benchmark], ngram: int) 
     return places, examples
 
 
-def _lines(entries: list[Entry], seed: int) -> Iterator[str]:
-    """Yield the lines of pairs.jsonl, each of which is counted in its source's report."""
+def _lines(entries: list[Entry], seed: int, count: str) -> Iterator[str]:
+    """Yield the lines of a file of pairs. Each is counted in its source's report, as `count`."""
 
     def key(entry: Entry) -> bytes:  # a hash of the id: an added or removed row leaves the order of the others
         pair, report = entry
@@ -206,8 +240,8 @@ def _lines(entries: list[Entry], seed: int) -> Iterator[str]:
 
     for number, (pair, report) in enumerate(sorted(entries, key=key)):
         better = "AB"[number % 2]
-        report.kept += 1
-        report.a += better == "A"
+        setattr(report, count, getattr(report, count) + 1)
+        report.a += better == "A" and count == "kept"
         row = _row(report.name, pair if pair.better == better else pair.swapped())
         yield to_json(row, default=str) + "\n"  # Parquet has values that JSON has not, such as dates
 
@@ -222,4 +256,5 @@ def _row(source: str, pair: PreferencePair) -> dict[str, Any]:
     meta = dict(pair.meta)
     if "source" in meta:
         meta["origin"] = meta.pop("source")
-    return {"id": f"{source}/{pair.id}", "source": source, **shown, "better": pair.better, **meta}
+    row = {"id": f"{source}/{pair.id}", "source": source, **shown, "better": pair.better}
+    return row | {name: value for name, value in meta.items() if name not in row}

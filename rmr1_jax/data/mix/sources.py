@@ -6,6 +6,7 @@ Next: `mixture.py`, which combines sources.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,9 +18,10 @@ from tqdm import tqdm
 from rmr1_jax.config import config_dataclass
 from rmr1_jax.errors import InputError
 from rmr1_jax.files.hub import commit_of
+from rmr1_jax.pairs.benchmark_names import benchmark_of
 from rmr1_jax.pairs.pair import PreferencePair
 from rmr1_jax.pairs.read import BENCHMARKS, FORMATS, read_pairs, source_format
-from rmr1_jax.pairs.rows import ReadReport, Row
+from rmr1_jax.pairs.rows import BadRow, ReadReport, Row
 
 # The counts of a SourceReport for rows that are not kept, in the order in which rows are tested.
 DROPPED = ("rejected", "filtered", "not_drawn", "ties", "alike", "duplicates", "contradictory", "overlap")
@@ -29,14 +31,14 @@ Filters = dict[str, tuple[Value, ...]]
 
 @config_dataclass
 class SourceConfig:
-    """A data set of a mixture. Benchmarks are refused."""
+    """A data set of a mixture. Benchmarks are refused, by the values in their rows."""
 
     path: str
     """A file, a folder or a hub id."""
     name: str = ""
     """Name in the counts. Defaults to the last part of the path."""
     format: str = "auto"
-    """Format of the rows; auto finds it from the names of the fields."""
+    """Format of the rows; auto finds it from the first rows."""
     revision: str | None = None
     """Branch, tag or commit of a hub id. null: the newest."""
     count: PositiveInt | None = None
@@ -62,10 +64,12 @@ class SourceConfig:
 
 @dataclass(kw_only=True)
 class SourceReport:
-    """The counts of a source's rows: read = kept + those in `DROPPED`.
+    """The counts of a source's rows: read = kept + held_out + those in `DROPPED`. A row that makes several pairs, as
+    its answers are lists, counts once for each of them.
 
     a: kept pairs that show the better answer in A. both_empty: part of alike. overlaps: rows by benchmark and kind,
-    counted whether or not they are removed. notes: what looks like a mistake in the config.
+    and those with a held-out question, counted whether or not they are removed. notes: what looks like a mistake in
+    the config.
     """
 
     name: str
@@ -74,6 +78,7 @@ class SourceReport:
     commit: str | None
     read: int = 0
     kept: int = 0
+    held_out: int = 0
     rejected: int = 0
     filtered: int = 0
     not_drawn: int = 0
@@ -90,7 +95,7 @@ class SourceReport:
     @property
     def reconciles(self) -> bool:
         """Whether every row that was read is counted exactly once."""
-        return self.read == self.kept + sum(getattr(self, reason) for reason in DROPPED)
+        return self.read == self.kept + self.held_out + sum(getattr(self, reason) for reason in DROPPED)
 
 
 def read_source(
@@ -104,17 +109,17 @@ def read_source(
     """
     format = source_format(path) if source.format == "auto" else source.format
     report = SourceReport(name=source.name, path=source.path, format=format, commit=commit_of(path))
-    if report.format in BENCHMARKS:
-        raise InputError(
-            f"source {source.name}: {source.path} is an evaluation set ({report.format}); a judge that trains on it "
-            "cannot be measured by it: it belongs in overlap.benchmarks"
-        )
     row_filter, read = _RowFilter(source, report, bar), ReadReport()
-    pairs = list(read_pairs(path, report.format, select=row_filter, labelled=True, rejects=rejects, report=read))
+    try:
+        pairs = list(read_pairs(path, report.format, select=row_filter, labelled=True, rejects=rejects, report=read))
+    except BadRow:
+        row_filter.check_benchmarks()  # that a row lacks something matters less
+        raise
     if rejects and not read.rejected:
         rejects.unlink()
-    report.read, report.rejected = read.read, read.rejected
+    report.read, report.rejected = read.made + read.rejected + report.filtered, read.rejected
     row_filter.check_names()
+    row_filter.check_benchmarks()
     if source.count is not None:
         n = len(pairs)
         if n < source.count:
@@ -137,9 +142,11 @@ class _RowFilter:
         self.source, self.report, self.bar = source, report, bar
         self.fields: set[str] = set()
         self.values: dict[str, set[Value]] = {name: set() for name in (*source.where, *source.exclude)}
+        self.benchmarks: Counter[str | None] = Counter()  # the rows of each benchmark; None: of no benchmark
 
     def __call__(self, row: Row) -> bool:
         self.bar.update()
+        self.benchmarks[benchmark_of(row)] += 1
         self.fields |= row.value.keys()
         for name, values in self.values.items():
             if isinstance(value := row.value.get(name), Hashable):
@@ -160,3 +167,16 @@ class _RowFilter:
             for field_name, values in getattr(self.source, kind).items():
                 missing = [value for value in values if value not in self.values[field_name]]
                 self.report.notes += [f"{kind}: no row has {value!r} in {field_name!r}" for value in missing]
+
+    def check_benchmarks(self) -> None:
+        """Refuse a source most of whose rows are of a benchmark, by their values, and note a few such rows."""
+        name, path, total = self.source.name, self.source.path, self.benchmarks.total()
+        for benchmark, count in self.benchmarks.items():
+            if benchmark and 2 * count > total:
+                raise InputError(
+                    f"source {name}: {path} is an evaluation set: {count} of {total} rows have values of "
+                    f"{benchmark} (pairs/benchmark_names.py); a judge that trains on it cannot be measured by it: it "
+                    "belongs in overlap.benchmarks"
+                )
+            if benchmark:
+                self.report.notes.append(f"{count} rows have values of {benchmark}, an evaluation set")

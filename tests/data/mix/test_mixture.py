@@ -10,46 +10,13 @@ import sys
 import numpy as np
 import pytest
 import yaml
+from mixtures import SOURCES, code, counts, error_of, made, math_step, own, said, simple, skywork, write
 
 from rmr1_jax.cli import main as cli
-from rmr1_jax.config import load_config
 from rmr1_jax.data.mix import mixture
-from rmr1_jax.data.mix.mixture import MixtureConfig, mix
 from rmr1_jax.data.mix.sources import DROPPED
 from rmr1_jax.errors import InputError, RunError
-from rmr1_jax.pairs.read import read_pairs
 from rmr1_jax.pairs.rows import BadRow
-
-SOURCES = ("helpsteer2", "wildguard", "magpie_ultra", "offsetbias")
-
-
-def said(*texts):
-    return [{"role": ("user", "assistant")[k % 2], "content": text} for k, text in enumerate(texts)]
-
-
-def write(path, rows):
-    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
-    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-    return str(path)
-
-
-def skywork(k: int) -> dict:
-    turns = (f"question {k}",) if k % 5 else (f"hello {k}", "hi", f"question {k}")
-    sides = {"chosen": said(*turns, f"good {k}"), "rejected": said(*turns, f"bad {k}")}
-    return {**sides, "source": SOURCES[k % 4]}
-
-
-def code(k: int) -> dict:
-    return {"instruction": "i", "input": f"write {k}", "accepted": f"right {k}", "rejected": f"wrong {k}", "ID": k}
-
-
-def math_step(k: int) -> dict:
-    full = {"full_chosen": f"so {k}", "full_rejected": f"so {k + 1}"}
-    return {"prompt": f"is {k}?", "initial_reason_steps": "step\n", "chosen": "x", "rejected": "y", **full, "answer": k}
-
-
-def own(k: int, better: str = "A", **more) -> dict:
-    return {"id": f"p{k}", "question": f"q{k}", "response_a": f"a{k}", "response_b": f"b{k}", "better": better, **more}
 
 
 @pytest.fixture
@@ -63,36 +30,6 @@ def paper(tmp_path):
             {"path": write(tmp_path / "math.jsonl", map(math_step, range(41)))},
         ],
     }
-
-
-def made(tree, tmp_path, *overrides):
-    """Mix, and return the report, the pairs and the content of mixture.json."""
-    path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump(tree))
-    config = load_config(MixtureConfig, path, overrides)
-    report = mix(config)
-    assert all(source.reconciles for source in report.sources)
-    out = config.out
-    with open(f"{out}/mixture.json", encoding="utf-8") as file:
-        return report, list(read_pairs(f"{out}/pairs.jsonl")), json.load(file)
-
-
-def simple(tmp_path, rows, **more):
-    """The tree of a config with one source of rows in the project's own format."""
-    return {"out": str(tmp_path / "out"), "sources": [{"path": write(tmp_path / "own.jsonl", rows), **more}]}
-
-
-def counts(report) -> dict[str, int]:
-    """The counts of a mixture's only source, without zeros."""
-    (source,) = report.sources
-    names = ("read", "kept", *DROPPED, "both_empty")
-    return {name: count for name in names if (count := getattr(source, name))}
-
-
-def error_of(call, *args) -> str:
-    with pytest.raises(InputError) as caught:
-        call(*args)
-    return str(caught.value)
 
 
 # ---- the paper's mixture ----
@@ -278,8 +215,8 @@ def test_duplicates_across_sources_belong_to_the_later_one(tmp_path):
 def test_overlap_is_counted_by_benchmark_and_source(tmp_path):
     long = "please write a short poem about the sea and the old man who lives alone there"
     first = [
-        {"prompt": long, "chosen": "x", "rejected": "y", "subset": "s", "id": 1},
-        {"prompt": "What is Rust?", "chosen": "x", "rejected": "y", "subset": "s", "id": 2},
+        {"prompt": long, "chosen": "x", "rejected": "y", "subset": "hep-rust", "id": 1},
+        {"prompt": "What is Rust?", "chosen": "x", "rejected": "y", "subset": "hep-rust", "id": 2},
     ]
     second = [
         {"id": "c/1", "prompt": f"{long} by the pier", "chosen": ["x"] * 3, "rejected": ["y"] * 3, "domain": "chat"}
@@ -298,7 +235,7 @@ def test_overlap_is_counted_by_benchmark_and_source(tmp_path):
         "id": "own/p2",
         "benchmark": benchmarks[0],
         "kind": "near",
-        "benchmark_id": "s/1",
+        "benchmark_id": "hep-rust/1",
         "words": words,
     } in written["examples"]
     report, pairs, _ = made(tree, tmp_path, "overlap.action=remove", f"out={tmp_path / 'o'}")
@@ -393,12 +330,6 @@ def test_invalid_configs_are_refused(tmp_path, change, message):
 def test_an_absent_benchmark_is_refused(tmp_path):
     tree = simple(tmp_path, [own(0)]) | {"overlap": {"benchmarks": [str(tmp_path / "none")]}}
     assert "is neither a file or folder nor a hub id" in error_of(made, tree, tmp_path)
-
-
-def test_a_benchmark_is_refused_as_a_source(tmp_path):
-    row = {"prompt": "q", "chosen": "x", "rejected": "y", "subset": "s", "id": 1}
-    message = error_of(made, simple(tmp_path, [row]), tmp_path)
-    assert "is an evaluation set (rewardbench)" in message and "overlap.benchmarks" in message
 
 
 def test_a_mixture_of_another_config_is_not_overwritten(tmp_path):
