@@ -3,6 +3,7 @@
     python scripts/bench.py sample --peer hf --peer tunix    the sampler
     python scripts/bench.py steps                            decode steps, by the length of the longest sample
     python scripts/bench.py train --peer hf --peer tunix     a training step
+    python scripts/bench.py update                           a GRPO update, with both peers
 
 Each peer runs alone, in an environment of its own that `bash scripts/peers` installs. Read next: `bench_common.py`.
 """
@@ -23,11 +24,13 @@ sys.path.insert(0, str(Path(__file__).parent))  # for tests, which import this f
 
 from bench_sample import Sample, Steps
 from bench_train import Train
+from bench_update import GrpoUpdate
 
 Command = (
     Annotated[Sample, subcommand("sample")]
     | Annotated[Steps, subcommand("steps")]
     | Annotated[Train, subcommand("train")]
+    | Annotated[GrpoUpdate, subcommand("update")]
 )
 
 

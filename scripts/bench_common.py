@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -9,9 +10,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 from tyro.conf import UseAppendAction
 from tyro.constructors import PrimitiveConstructorSpec
@@ -68,13 +69,7 @@ class Shape:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Comparison(Shape):
-    """Compares our code with peers on one workload.
-
-    A subclass defines the workload, measures our code, turns a system's measurements into one line, and formats the
-    lines as a table. `speed` is the key of a line whose values are compared.
-    """
-
-    speed: ClassVar[str]
+    """Compares our code with peers on one workload. A subclass measures, and formats its lines as a table."""
 
     seed: int = 0
     """Seed of the weights and of the workload."""
@@ -93,26 +88,7 @@ class Comparison(Shape):
             print(self.table(lines))
 
     def measure(self) -> Iterator[dict[str, Any]]:
-        """Yields one line for each system, ours first; a peer's has the ratio of our speed to its own."""
-        peers = {name: peer_python(name) for name in dict.fromkeys(self.peer)}
-        warn_of_load()
-        with tempfile.TemporaryDirectory(prefix="rmr1-bench-") as folder:
-            ours = self.measure_ours(Path(folder) / "model" if peers else None)
-            yield ours
-            if peers:
-                (Path(folder) / "workload.json").write_text(json.dumps(self.workload()))
-            for name, python in peers.items():
-                line = self.line(name, run_peer(name, python, Path(folder)))
-                yield line | {"ratio": round(ours[self.speed] / line[self.speed], 2)}
-
-    def workload(self) -> dict[str, Any]:
-        raise NotImplementedError
-
-    def measure_ours(self, model_dir: Path | None) -> dict[str, Any]:
-        """Measures our code; saves the weights to `model_dir`, if given, for the peers."""
-        raise NotImplementedError
-
-    def line(self, name: str, result: dict[str, Any]) -> dict[str, Any]:
+        """Yields the lines of the systems, ours first."""
         raise NotImplementedError
 
     def table(self, lines: list[dict[str, Any]]) -> str:
@@ -153,15 +129,61 @@ def peer_python(name: str) -> Path:
     return python
 
 
+def peer_pythons(names: Iterable[str]) -> dict[str, Path]:
+    """Finds the interpreters of peers, each once. Raises InputError as `peer_python`."""
+    return {name: peer_python(name) for name in dict.fromkeys(names)}
+
+
 def run_peer(name: str, python: Path, folder: Path) -> dict[str, Any]:
-    """Runs `bench_peers.py` on the workload and the model in `folder`; returns its measurements."""
-    say(f"{name}: warming up and running; this can take minutes")
-    command = [python, ROOT / "scripts" / "bench_peers.py", name, folder]
-    done = subprocess.run(command, env=os.environ | {"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True)
-    if done.returncode:
-        sys.stderr.write(done.stderr)
-        raise RunError(f"the peer {name} failed with exit code {done.returncode}; its error output is above")
-    return json.loads((folder / "result.json").read_text())
+    """Runs a peer on the workload and the model in `folder`; returns its measurements."""
+    with PeerProcess(name, python, folder) as peer:
+        return peer.facts
+
+
+class PeerProcess:
+    """`bench_peers.py` in a process of its own, which has warmed up and makes one update for each call.
+
+    facts: the measurements that it began with; of a peer that samples, all of them.
+    """
+
+    def __init__(self, name: str, python: Path, folder: Path):
+        say(f"{name}: warming up; this can take minutes")
+        self._name, self._errors = name, tempfile.TemporaryFile("w+")  # noqa: SIM115, closed by __exit__
+        self._process = subprocess.Popen(
+            [python, ROOT / "scripts" / "bench_peers.py", name, folder],
+            env=os.environ | {"HF_HUB_OFFLINE": "1"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+        )
+        try:
+            self.facts = self._answer()
+        except BaseException:
+            self.__exit__()
+            raise
+
+    def __call__(self) -> dict[str, float]:
+        """Makes one update. Returns its seconds and its loss."""
+        with contextlib.suppress(BrokenPipeError):  # a peer that has ended gives no answer
+            print("update", file=self._process.stdin, flush=True)
+        return self._answer()
+
+    def _answer(self) -> dict[str, Any]:
+        if line := self._process.stdout.readline():
+            return json.loads(line)
+        code = self._process.wait()
+        self._errors.seek(0)
+        sys.stderr.write(self._errors.read())
+        raise RunError(f"the peer {self._name} failed with exit code {code}; its error output is above")
+
+    def __enter__(self) -> PeerProcess:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.communicate()
+        self._errors.close()
 
 
 def timed(call: Callable[[], Any]) -> float:

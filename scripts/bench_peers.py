@@ -3,17 +3,20 @@
 python scripts/bench_peers.py hf|tunix FOLDER
 
 bench.py starts it in the peer's own environment, where this project is not installed, so it imports nothing from it.
-FOLDER contains `workload.json` (the task and its arguments) and `model/` (the weights as a Hugging Face directory). The
-samples or losses and the seconds are written to `FOLDER/result.json`. A first call compiles and allocates; it is timed
-separately.
+FOLDER contains `workload.json` (the task and its arguments) and `model/` (the weights as a Hugging Face directory). It
+answers with one line of JSON when it has warmed up (compiled and allocated), which has the samples and seconds of a
+task that samples. Of a task that trains it then makes one update for each line of its standard input, and answers with
+one line for each. Read next, for GRPO: `bench_peer_updates.py`.
 """
 
 import json
 import os
 import sys
 import time
-from importlib.metadata import version
 from pathlib import Path
+
+from bench_peer_models import hf_version, load_hf, load_tunix, tunix_version
+from bench_peer_updates import update_hf, update_tunix
 
 
 def sample_hf(work: dict, model_dir: Path) -> dict:
@@ -48,7 +51,7 @@ def sample_hf(work: dict, model_dir: Path) -> dict:
     return {"seconds": seconds, "rows": rows, "warm_up_seconds": warm_up_seconds} | facts
 
 
-def train_hf(work: dict, model_dir: Path) -> dict:
+def train_hf(work: dict, model_dir: Path) -> tuple:
     """Transformers' own loss, torch's AdamW and clipping, `sdpa` attention, no rematerialization."""
     import torch
 
@@ -56,34 +59,16 @@ def train_hf(work: dict, model_dir: Path) -> dict:
     model = model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=work["lr"], betas=(0.9, 0.95), weight_decay=0.0)
     rows = torch.tensor(work["rows"], device=device)
-    losses = []
 
-    def step() -> None:
+    def step() -> dict:
         loss = model(input_ids=rows, labels=rows, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        losses.append(loss.item())
+        return {"loss": loss.item()}
 
-    step()
-    seconds = [timed(step)[0] for _ in range(work["steps"])]
-    return {"seconds": seconds, "first_loss": losses[0], "device": device, "version": hf_version()}
-
-
-def load_hf(model_dir: Path) -> tuple:
-    """Loads the model in float32; returns it with the name of its device."""
-    import torch
-    from transformers import Qwen2ForCausalLM
-
-    # By default torch uses one thread for each physical core, and JAX one for each logical core.
-    torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return Qwen2ForCausalLM.from_pretrained(model_dir, dtype=torch.float32).to(device), device
-
-
-def hf_version() -> str:
-    return f"transformers {version('transformers')}, torch {version('torch')}"
+    return {"first_loss": step()["loss"], "device": device, "version": hf_version()}, step
 
 
 def sample_tunix(work: dict, model_dir: Path) -> dict:
@@ -146,7 +131,7 @@ def sample_tunix(work: dict, model_dir: Path) -> dict:
     }
 
 
-def train_tunix(work: dict, model_dir: Path) -> dict:
+def train_tunix(work: dict, model_dir: Path) -> tuple:
     """The compiled step of tunix's own trainer, with its default loss and optax's AdamW."""
     import jax
     import numpy as np
@@ -165,36 +150,8 @@ def train_tunix(work: dict, model_dir: Path) -> dict:
         "positions": np.broadcast_to(np.arange(T, dtype=np.int32), (B, T)),
         "attention_mask": np.broadcast_to(np.tril(np.ones((T, T), bool)), (B, T, T)),
     }
-    first = float(step(batch)[0])
-    seconds = [timed(lambda: jax.block_until_ready(step(batch)))[0] for _ in range(work["steps"])]
-    facts = {"device": jax.default_backend(), "version": tunix_version()}
-    return {"seconds": seconds, "first_loss": first} | facts
-
-
-def load_tunix(model_dir: Path) -> tuple:
-    """Loads the model in float32; returns it with its configuration."""
-    import jax.numpy as jnp
-    from tunix.models.qwen2.model import ModelConfig
-    from tunix.models.qwen2.params import create_model_from_safe_tensors
-
-    hf = json.loads((model_dir / "config.json").read_text())
-    config = ModelConfig(
-        num_layers=hf["num_hidden_layers"],
-        vocab_size=hf["vocab_size"],
-        embed_dim=hf["hidden_size"],
-        hidden_dim=hf["intermediate_size"],
-        num_heads=hf["num_attention_heads"],
-        head_dim=hf.get("head_dim", hf["hidden_size"] // hf["num_attention_heads"]),
-        num_kv_heads=hf["num_key_value_heads"],
-        rope_theta=hf["rope_theta"],
-        norm_eps=hf["rms_norm_eps"],
-        use_tied_embedding=hf["tie_word_embeddings"],
-    )
-    return create_model_from_safe_tensors(str(model_dir), config, dtype=jnp.float32), config
-
-
-def tunix_version() -> str:
-    return f"google-tunix {version('google-tunix')}, jax {version('jax')}"
+    facts = {"first_loss": float(step(batch)[0]), "device": jax.default_backend(), "version": tunix_version()}
+    return facts, lambda: {"loss": float(jax.block_until_ready(step(batch))[0])}
 
 
 class PromptNumbers:
@@ -226,15 +183,22 @@ def timed(call):
 
 
 def main(peer: str, folder: Path) -> None:
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what a library prints is not an answer
     work = json.loads((folder / "workload.json").read_text())
     runs = {
-        ("sample", "hf"): sample_hf,
-        ("sample", "tunix"): sample_tunix,
+        ("sample", "hf"): lambda *given: (sample_hf(*given), None),
+        ("sample", "tunix"): lambda *given: (sample_tunix(*given), None),
         ("train", "hf"): train_hf,
         ("train", "tunix"): train_tunix,
+        ("update", "hf"): update_hf,
+        ("update", "tunix"): update_tunix,
     }
-    result = runs[work["task"], peer](work, folder / "model")
-    (folder / "result.json").write_text(json.dumps(result))
+    facts, step = runs[work["task"], peer](work, folder / "model")
+    print(json.dumps(facts), file=answers, flush=True)
+    for _ in sys.stdin:
+        seconds, made = timed(step)
+        print(json.dumps({"seconds": seconds} | made), file=answers, flush=True)
 
 
 if __name__ == "__main__":

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench_common import Comparison, Range, Shape, model_config, say, timed
+from bench_common import Comparison, Range, Shape, model_config, peer_pythons, run_peer, say, timed, warn_of_load
 
 from rmr1_jax.errors import InputError
 
@@ -22,8 +23,6 @@ from rmr1_jax.errors import InputError
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sample(Comparison):
     """Measure useful tokens per second: several samples of each of a few long prompts, of very unequal lengths."""
-
-    speed = "useful_tok_s"
 
     prompts: int = 8
     """Number of prompts."""
@@ -63,6 +62,19 @@ class Sample(Comparison):
             "stop_ids": list(range(self.vocab - self.stop_ids, self.vocab)),
             "seed": self.seed,
         }
+
+    def measure(self) -> Iterator[dict[str, Any]]:
+        """Yields one line for each system, ours first; a peer's has the ratio of our speed to its own."""
+        peers = peer_pythons(self.peer)
+        warn_of_load()
+        with tempfile.TemporaryDirectory(prefix="rmr1-bench-") as folder:
+            ours = self.measure_ours(Path(folder) / "model" if peers else None)
+            yield ours
+            if peers:
+                (Path(folder) / "workload.json").write_text(json.dumps(self.workload()))
+            for name, python in peers.items():
+                line = self.line(name, run_peer(name, python, Path(folder)))
+                yield line | {"ratio": round(ours["useful_tok_s"] / line["useful_tok_s"], 2)}
 
     def line(self, name: str, result: dict[str, Any]) -> dict[str, Any]:
         """Computes a system's line from its seconds, its rows of new tokens, and its other measurements."""

@@ -8,49 +8,50 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import time
-from collections.abc import Callable
+import statistics
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from bench_common import Comparison, model_config, say, timed
+from bench_alternation import Alternated, CompiledUpdate
+from bench_common import model_config, say, timed
 
 LEARNING_RATE = 1e-4
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Train(Comparison):
+class Train(Alternated):
     """Measure the tokens per second of a training step."""
-
-    speed = "tok_s"
 
     batch: int = 4
     """Rows in a step."""
     length: int = 1024
     """Tokens in a row."""
     steps: int = 5
-    """Steps to time; the result is their median."""
+    """Steps of each system, made in alternation; the result is their median."""
     remat: Literal["none", "dots", "full"] = "dots"
     """Rematerialization in our backward pass. The peers keep all activations."""
 
-    def rows(self):
-        """[B, T] int32 random ids."""
-        import numpy as np
-
-        return np.random.default_rng(self.seed).integers(0, self.vocab, (self.batch, self.length), np.int32)
-
-    def workload(self) -> dict[str, Any]:
-        """The rows and settings for every trainer."""
-        return {"task": "train", "rows": self.rows().tolist(), "steps": self.steps, "lr": LEARNING_RATE}
+    def measure(self) -> Iterator[dict[str, Any]]:
+        """Yields one line for each system, ours first; a peer's has the ratio of our speed to its own."""
+        results = self.alternated(self.steps)
+        say("rmr1_jax: timing the matrix products alone")
+        products, flops = self.products()
+        lines = [self.line(name, result) for name, result in results.items()]
+        ours = lines[0]
+        speeds = {"gflop_s": flops / ours["seconds"] / 1e9, "products_gflop_s": flops / products / 1e9}
+        speeds |= {"limit_tok_s": ours["tokens"] / products, "share_of_limit": products / ours["seconds"]}
+        yield ours | {k: round(v, 4) for k, v in speeds.items()}
+        for line in lines[1:]:
+            yield line | {"ratio": round(ours["tok_s"] / line["tok_s"], 2)}
 
     def line(self, name: str, result: dict[str, Any]) -> dict[str, Any]:
-        seconds = sorted(result.pop("seconds"))[self.steps // 2]
-        tokens = self.batch * self.length
+        seconds, tokens = statistics.median(result["seconds"]), self.batch * self.length
         speed = {"name": name, "tok_s": round(tokens / seconds, 1), "seconds": round(seconds, 4), "tokens": tokens}
-        return speed | {k: round(v, 4) if isinstance(v, float) else v for k, v in result.items()}
+        facts = {k: v for k, v in result.items() if not isinstance(v, list)}
+        return speed | {k: round(v, 4) if isinstance(v, float) else v for k, v in facts.items()}
 
-    def measure_ours(self, model_dir: Path | None) -> dict[str, Any]:
-        """Times the step and its matrix products; saves the weights to `model_dir`, if given, for the peers."""
+    def prepare(self, model_dir: Path | None) -> tuple[dict[str, CompiledUpdate], dict[str, Any]]:
         import jax
         import numpy as np
 
@@ -64,34 +65,17 @@ class Train(Comparison):
         params = init_params(Qwen(config), jax.random.key(self.seed), mesh=mesh)
         if model_dir:
             save_params(model_dir, Qwen(config), params, dtype="float32")
-        rows = self.rows()[None]
+        shape = (1, self.batch, self.length)
+        rows = np.random.default_rng(self.seed).integers(0, self.vocab, shape, np.int32)
         places = np.broadcast_to(np.arange(self.length, dtype=np.int32), rows.shape)
         weights = np.full(rows.shape, 1 / (self.batch * (self.length - 1)), np.float32) * (places > 0)
         batch = {"tokens": rows, "positions": places, "segment_ids": np.ones_like(rows), "weights": weights}
         optimizer = make_optimizer(OptimConfig(lr=LEARNING_RATE, schedule="constant", warmup_ratio=0.0), self.steps)
         with jax.set_mesh(mesh):
             loss = functools.partial(sft_micro_loss, split(Qwen(config))[0], remat=self.remat)
-            update = Update(init_state(params, optimizer), batch, 1, loss=loss, optimizer=optimizer)
-            update()
-            seconds = [timed(update) for _ in range(self.steps)]
-        say("rmr1_jax: timing the matrix products alone")
-        products, flops = self.products()
-        tokens, ours = self.batch * self.length, sorted(seconds)[self.steps // 2]
-        return self.line(
-            "rmr1_jax",
-            {
-                "seconds": seconds,
-                "first_loss": update.losses[0],
-                "compile_seconds": update.compile_seconds,
-                "temporaries_mib": update.temporaries / 2**20,
-                "gflop_s": flops / ours / 1e9,
-                "products_gflop_s": flops / products / 1e9,
-                "limit_tok_s": tokens / products,
-                "share_of_limit": products / ours,
-                "device": jax.default_backend(),
-                "version": f"jax {jax.__version__}",
-            },
-        )
+            update = CompiledUpdate(init_state(params, optimizer), batch, 1, loss=loss, optimizer=optimizer)
+        update.facts["first_loss"] = update()["loss"]
+        return {"rmr1_jax": update}, {"task": "train", "rows": rows[0].tolist(), "lr": LEARNING_RATE}
 
     def products(self) -> tuple[float, float]:
         """Times each kind of a step's matrix products alone; returns (seconds, FLOPs) of all of them.
@@ -137,28 +121,6 @@ class Train(Comparison):
         )
         text += [f"{line['name']}: {line['version']}; {line['note']}" for line in lines if "note" in line]
         return "\n".join(text)
-
-
-class Update:
-    """A compiled update of training, as a call that makes one and waits for its loss.
-
-    losses: of the updates so far. compile_seconds: for tracing and compiling. temporaries: bytes on the device.
-    """
-
-    def __init__(self, state: Any, batch: dict[str, Any], count: int, *, loss: Callable, optimizer: Any):
-        from rmr1_jax.train.optim import compile_update
-
-        start = time.perf_counter()
-        update = compile_update(state, loss=loss, optimizer=optimizer, clip=1.0)
-        self._step = update.lower(state, batch, count).compile()
-        self.compile_seconds = time.perf_counter() - start
-        self.temporaries = self._step.memory_analysis().temp_size_in_bytes
-        self.losses: list[float] = []
-        self._state, self._batch, self._count = state, batch, count
-
-    def __call__(self) -> None:
-        self._state, metrics = self._step(self._state, self._batch, self._count)
-        self.losses.append(float(metrics["loss"]))
 
 
 def _product(equation: str, *shapes: tuple[int, ...]) -> float:

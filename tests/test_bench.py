@@ -99,14 +99,14 @@ def test_a_peer_draws_the_same_samples(bench, sampling, common, peer, monkeypatc
     assert theirs["ratio"] == pytest.approx(ours["useful_tok_s"] / theirs["useful_tok_s"], abs=0.01)
 
 
-def test_the_printed_table(bench, common, monkeypatch, capsys):
+def test_the_printed_table(bench, common, sampling, monkeypatch, capsys):
     ours = {"name": "rmr1_jax", "useful_tok_s": 100.0, "seconds": 3.0, "useful": 300, "samples": 56, "slots": 56}
     ours |= {"occupancy": 0.95, "compiles": 0, "warm_up_seconds": 9.0, "cache_bytes": 3 * 2**20}
     ours |= {"prefill_tokens": 40, "unique_prompt_tokens": 39}
     peer = {"seconds": 10.0, "rows": [[1] * 5] * 56, "warm_up_seconds": 1.0, "version": "tunix 1", "note": "one by one"}
     monkeypatch.setattr(bench.Sample, "measure_ours", lambda self, model_dir: ours)
     monkeypatch.setattr(common, "peer_python", lambda name: Path(sys.executable))
-    monkeypatch.setattr(common, "run_peer", lambda name, python, folder: dict(peer))
+    monkeypatch.setattr(sampling, "run_peer", lambda name, python, folder: dict(peer))
     assert bench.main(["sample", "--peer", "tunix", "--peer", "hf", "--peer", "tunix"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split() for line in lines[1:4]] == [
@@ -221,3 +221,126 @@ def test_the_matrix_products_of_a_step(bench, monkeypatch):
     assert flops == 6 * 14 * weights + attention
     assert seconds == 3 * (3 * (2 + 2 + 3) + 6 / 2) + 3
     assert sorted(set(counted)) == sorted({2 * 14 * n for n in (8 * 20, 8 * 10, 8 * 16, 8 * 32)} | {2 * 2 * 4 * 49 * 5})
+
+
+TINY_UPDATE = {
+    **{"layers": 2, "width": 32, "mlp": 64, "heads": 4, "kv_heads": 2, "head_dim": 8, "vocab": 64},
+    **{"groups": 2, "group": 3, "prompt_length": (5, 9), "response_length": (1, 16), "median": 6.0, "row_length": 25},
+}
+
+
+def test_an_update_beside_transformers_written_out(bench, tmp_path):
+    """Two updates of ours have the losses, and the first the gradient's norm, of torch's autograd over whole logits of
+    one sample after the other."""
+    torch, F = pytest.importorskip("torch"), pytest.importorskip("torch.nn.functional")
+    from transformers import Qwen2ForCausalLM
+
+    systems, work = bench.GrpoUpdate(**TINY_UPDATE, peer=("none",)).prepare(tmp_path)
+    model = Qwen2ForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=work["lr"], betas=(0.9, 0.95), weight_decay=0.0)
+    made = [systems["rmr1_jax"]() for _ in range(2)]
+    for update in made:
+        losses = []
+        for p, prompt in enumerate(work["prompts"]):
+            for r, response in enumerate(work["responses"][p]):
+                ids = torch.tensor([prompt + response])
+                logp = F.log_softmax(model(ids).logits, -1)[0, range(len(prompt) - 1, ids.shape[1] - 1), response]
+                ratio = torch.exp(logp - torch.tensor(work["old_logp"][p][r]))
+                advantage = work["advantages"][p][r]
+                losses.append(-torch.min(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage).mean())
+        loss = torch.stack(losses).mean()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        assert update["loss"] == pytest.approx(loss.item(), abs=1e-6)
+        assert update["grad_norm"] == pytest.approx(norm.item(), rel=1e-5)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert abs(made[0]["loss"]) > 0.01 and made[1]["loss"] < made[0]["loss"]
+
+
+def as_flags(values: dict) -> list[str]:
+    texts = {k: ":".join(map(str, v)) if isinstance(v, tuple) else str(v) for k, v in values.items()}
+    return [part for k, text in texts.items() for part in ("--" + k.replace("_", "-"), text)]
+
+
+def test_the_lengths_of_an_update(bench):
+    """The lognormal distribution, cut where 4.3% of it lie above 1,024 and next to nothing below 16."""
+    prompts, responses = bench.GrpoUpdate(groups=300).lengths()
+    flat = sorted(n for group in responses for n in group)
+    assert len(prompts) == 300 and set(prompts) == set(range(448, 513))
+    assert len(flat) == 2100 and 16 <= flat[0] < 40 and 1000 < flat[-1] <= 1024
+    shares = [sum(n <= 260 * math.exp(sigma * 0.8) for n in flat) / 2100 for sigma in (-1, 0, 1)]
+    assert shares == pytest.approx([0.1587 / 0.957, 0.5 / 0.957, 0.8413 / 0.957], abs=0.03)
+    again, other = (bench.GrpoUpdate(groups=300, seed=seed).lengths() for seed in (8, 0))
+    assert (prompts, responses) == again != other
+
+
+def test_the_default_lengths_of_an_update(bench):
+    prompts, responses = bench.GrpoUpdate().lengths()
+    assert sum(prompts) + sum(map(sum, responses)) == 18101
+    assert 56 * (max(prompts) + max(map(max, responses))) == 81312
+
+
+@pytest.mark.parametrize("peer", ["hf", pytest.param("tunix", marks=pytest.mark.slow)])
+def test_a_peer_makes_the_same_update(bench, common, peer, capsys):
+    """The command itself fails if the first losses differ; the second ones agree if the updates do."""
+    try:
+        common.peer_python(peer)
+    except bench.InputError as e:
+        pytest.skip(str(e))
+    assert bench.main(["update", *as_flags(TINY_UPDATE), "--runs", "2", "--peer", peer, "--json"]) == 0
+    (line,) = lines_of(capsys)
+    work = bench.GrpoUpdate(**TINY_UPDATE)
+    prompts, responses = work.lengths()
+    assert line["distinct_tokens"] == sum(prompts) + sum(map(sum, responses))
+    ours, theirs = line["systems"]["rmr1_jax"], line["systems"][peer]
+    assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-6)
+    assert abs(ours["loss"][1] - ours["loss"][0]) > 1e-3  # the update changed something
+    assert ours["positions"] % 25 == 0
+    longest = {"hf": max(prompts) + max(map(max, responses)), "tunix": 9 + 16}[peer]
+    assert theirs["positions"] == 6 * longest
+    assert line["tok_s"] == pytest.approx(line["distinct_tokens"] / ours["median"], rel=0.05)  # both are rounded
+    assert line[f"over_{peer}"] == pytest.approx(theirs["median"] / ours["median"], rel=0.05)
+
+
+def test_losses_that_differ_are_an_error(bench, monkeypatch, capsys):
+    made = {"distinct_tokens": 9, "seconds": [2.0, 1.0, 3.0], "loss": [-0.08, 0.0, 0.0]}
+    results = {"rmr1_jax": made, "hf": made | {"seconds": [8.0]}, "tunix": made | {"seconds": [10.0]}}
+    monkeypatch.setattr(bench.GrpoUpdate, "alternated", lambda self, runs: results)
+    assert bench.main(["update", "--json"]) == 0
+    (line,) = lines_of(capsys)
+    assert (line["tok_s"], line["over_hf"], line["over_tunix"]) == (4.5, 4.0, 5.0)
+    for loss in (-0.0801, math.nan):
+        results["tunix"] = made | {"loss": [loss]}
+        assert bench.main(["update", "--json"]) == 1
+        assert "error: the losses of the first update differ by more than 1e-05" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--response-length", "9:3"], "--response-length 9:3 must be LOW:HIGH"),
+        (["--group", "1"], "--group 1 must be at least 2"),
+        (["--sigma", "0"], "--sigma 0.0 must be positive"),
+        (["--runs", "0"], "--runs 0 must be at least 1"),
+        (["--row-length", "100"], "row_length=100 cannot hold a prompt and its response"),
+        (["--peer", "trl"], "invalid choice 'trl'"),
+    ],
+)
+def test_a_wrong_command_line_of_update_exits_with_2(bench, argv, words, capsys):
+    try:
+        code = bench.main(["update", "--peer", "none", *argv])
+    except SystemExit as e:
+        code = e.code
+    assert code == 2 and words in " ".join(capsys.readouterr().err.replace("│", "").split())
+
+
+def test_systems_take_turns(bench):
+    made = []
+
+    def system(name):
+        return lambda: made.append(name) or {"seconds": len(made), "loss": 0.5}
+
+    results = sys.modules["bench_alternation"].alternate({name: system(name) for name in "ab"}, 3)
+    assert made == list("ababab")
+    assert results == {"a": {"seconds": [1, 3, 5], "loss": [0.5] * 3}, "b": {"seconds": [2, 4, 6], "loss": [0.5] * 3}}
