@@ -32,12 +32,9 @@ _MODULES = MappingProxyType(
 
 def __getattr__(name: str):
     if name == "__version__":
-        from importlib.metadata import PackageNotFoundError, version
+        from rmr1_jax.files.write import package_version
 
-        try:
-            return version("rmr1-jax")
-        except PackageNotFoundError:  # a checkout on the path that was not installed
-            return "0+unknown"
+        return package_version()
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module

@@ -29,7 +29,7 @@ from rmr1_jax.eval.registry import scoring_of
 from rmr1_jax.eval.scores import Items, Scoring, Statistic, items_in, score
 from rmr1_jax.files.append import settings_file
 from rmr1_jax.files.untrusted import read_object
-from rmr1_jax.files.write import write_whole
+from rmr1_jax.files.write import provenance, write_whole
 from rmr1_jax.judge.judgement import RULES
 
 SUMMARY = "summary.json"
@@ -88,7 +88,7 @@ def write_summary(
     rows, forced = read_judgements(judgements), read_forced(out_dir)
     summary = summarize(rows, settings, scores, judge=judge, scoring=scoring, cut=cut, forced=forced)
     path = out_dir / SUMMARY
-    write_whole(path, json.dumps(summary, indent=2, allow_nan=False) + "\n")
+    write_whole(path, json.dumps(summary | provenance(), indent=2, allow_nan=False) + "\n")
     return path
 
 

@@ -12,6 +12,8 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +53,19 @@ def write_whole(path: Path, text: str | Iterable[str]) -> None:
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
+
+
+def provenance() -> dict[str, str]:
+    """Return the version of this package and the present time (UTC, to the second), to be kept with a result."""
+    return {"version": package_version(), "written": datetime.now(UTC).isoformat(timespec="seconds")}
+
+
+def package_version() -> str:
+    """Return the version of this package, or "0+unknown" for a checkout that is not installed."""
+    try:
+        return version("rmr1-jax")
+    except PackageNotFoundError:
+        return "0+unknown"
 
 
 def to_json(value: Any, **options: Any) -> str:

@@ -17,14 +17,17 @@ from typing import Any
 
 from rmr1_jax.config import read_yaml
 from rmr1_jax.errors import InputError
+from rmr1_jax.eval.attacks.injection import RESULT
 from rmr1_jax.eval.compare import compare
 from rmr1_jax.eval.logs import JUDGEMENTS, settings_of
 from rmr1_jax.eval.summary import SUMMARY
 from rmr1_jax.files.untrusted import read_object
 from rmr1_jax.report.curves import make_chart
+from rmr1_jax.report.evaluation_facts import attack_rows, headline, is_silent, judge_facts
 from rmr1_jax.report.judgements import FILTERS, STYLES, pack, shown_judgements
 from rmr1_jax.report.reading import find_holders
 
+MOST_FACTS = 3  # judges whose facts are at the top of the page; those of all are below
 PAPER = Path(__file__).parent / "paper.yaml"  # the published results
 TITLES = {"rewardbench": "RewardBench", "rm-bench": "RM-Bench", "rmb": "RMB", "judgebench": "JudgeBench"}
 # Table of summary.json -> title, what it counts, what its percentages are.
@@ -75,6 +78,9 @@ def evaluation_page(roots: Sequence[tuple[str, Path]], evaluated: Mapping[str, S
             quotes = [found for row in rows for found in row["quotes"]]
             judge = {"name": "/".join((name, *path.relative_to(root).parts)), "path": path}
             judge["quotes"] = 100 * quotes.count("found") / len(quotes) if quotes else None
+            judge["reasons"] = dict(Counter(row["reason"] for row in rows if row["reason"]).most_common())
+            judge["named"] = Counter(row["winner"] for row in rows)
+            judge["attacks"] = read_object(path / RESULT) if (path / RESULT).is_file() else None
             judges.append(judge | _summary(path, rows, warnings))
     index, pieces = pack(judged)
     names, paper = [judge["name"] for judge in judges], read_yaml(PAPER)
@@ -93,6 +99,8 @@ def evaluation_page(roots: Sequence[tuple[str, Path]], evaluated: Mapping[str, S
             group["comparisons"].append(_comparison(judges[first], judges[second], right, warnings))
     return {
         "names": names,
+        "headline": headline(groups),
+        "facts_of": {judge["name"]: judge_facts(judge) for judge in judges} if len(judges) <= MOST_FACTS else {},
         "groups": groups,
         "judges": judges,
         "warnings": warnings,
@@ -108,7 +116,7 @@ def evaluation_page(roots: Sequence[tuple[str, Path]], evaluated: Mapping[str, S
 
 def _summary(path: Path, rows: Sequence[Mapping[str, Any]], warnings: list[str]) -> dict[str, Any]:
     """Returns summary.json or, if there is none yet, what the judgements alone say."""
-    file, settings = path / SUMMARY, {}
+    file = path / SUMMARY
     if file.is_file():
         found = read_object(file)
         missing = [name for name in ("benchmark", "n", *EMPTY) if name not in found]
@@ -118,15 +126,14 @@ def _summary(path: Path, rows: Sequence[Mapping[str, Any]], warnings: list[str])
                 "with `rmr1 score`"
             )
         return found
-    if path.is_file():
-        settings = settings_of(path)
-    else:
+    settings = settings_of(path if path.is_file() else path / JUDGEMENTS)
+    if path.is_dir() and not (path / RESULT).is_file():
         warnings.append(f"{path}: no {SUMMARY} yet, so no scores; `rmr1 score` makes them of its logs")
     status = [row["status"] for row in rows]
     known = [row["winner"] == row["better"] for row in rows if row["better"]]
     return EMPTY | {
         "benchmark": rows[0]["meta"].get("benchmark", "judgements") if rows else "judgements",
-        "judge": settings.get("model", ""),
+        "judge": str(settings.get("judge") or settings.get("model", "")),
         "settings": settings,
         "n": len(rows),
         "headline": 100 * sum(known) / len(known) if known else None,
@@ -166,6 +173,8 @@ def _group(benchmark: str, judges: Sequence[dict[str, Any]], published: Mapping[
         "paper": paper,
         "size": size,
         "partial": [judge["name"] for judge in judges if size and 0 < judge["n"] < size],
+        "silent": all(is_silent(judge) for judge in judges),
+        "attacks": attack_rows(judges),
         "breakdowns": breakdowns,
         "charts": [
             {"title": title, "text": text, "chart": make_chart(lines, log=title.endswith("budget"))}

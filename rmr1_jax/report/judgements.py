@@ -13,14 +13,17 @@ and filters the judgements.
 from __future__ import annotations
 
 import base64
+import itertools
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from rmr1_jax.eval.logs import JUDGEMENTS, Judged, read_any_rows, read_judgements
+from rmr1_jax.eval.logs import JUDGEMENTS, Judged, read_any_rows, read_judgements, settings_of
 from rmr1_jax.files.write import to_json
+from rmr1_jax.judge.judgement import RULES, main_reason, why_no_verdict
 from rmr1_jax.prompts.trace import parse_trace
 from rmr1_jax.report.trace import QuoteFinder, blocks_of
 
@@ -30,7 +33,18 @@ UNDECIDED = {"tie": "tie", "too_long": "too long"}  # status -> outcome without 
 ROLES = {"system": "System", "user": "User", "assistant": "Chatbot"}
 STYLES = ("concise", "detailed", "markdown")  # of RM-Bench's answers
 META = ("section", "subset", "domain", "category")  # fields of `meta` that the page filters by
-FILTERS = ("outcome", *META, "difficulty", "better_style", "worse_style", "kind", "better", "orders", "quotes")
+FILTERS = (
+    "outcome",
+    "reason",
+    *META,
+    "difficulty",
+    "better_style",
+    "worse_style",
+    "kind",
+    "better",
+    "orders",
+    "quotes",
+)
 
 
 def shown_judgements(file: Path, warnings: list[str]) -> Iterator[dict[str, Any]]:
@@ -42,10 +56,12 @@ def shown_judgements(file: Path, warnings: list[str]) -> Iterator[dict[str, Any]
     Raises:
         InputError: a row is malformed (the message names file, line and field).
     """
+    settings = settings_of(file)
     for row in (read_judgements if file.name == JUDGEMENTS else read_any_rows)(file, warnings):
         found: dict[str, Any] = {name: row[name] for name in ("better", "winner", "status", "meta")}
         found |= {"id": str(row["id"]), **_texts(row)}
         found |= {name: row.get(name) for name in ("votes", "tokens", "scores", "note", "reasons")}
+        found["reason"] = _reason(row, settings)
         found["verdicts"] = row.get("verdicts", [])
         traces = [[_trace(text, found, order) for text in votes] for order, votes in enumerate(row.get("texts", []))]
         found["traces"] = to_json(traces, separators=(",", ":"))  # takes a tenth of the objects' memory
@@ -57,9 +73,9 @@ def shown_judgements(file: Path, warnings: list[str]) -> Iterator[dict[str, Any]
 def pack(judges: Sequence[Sequence[dict[str, Any]]]) -> tuple[dict[str, Any], list[str]]:
     """Packs the rows of each judge into (index, pieces).
 
-    The index is {"filters": {name: values}, "rows": by judge, [id, brief, piece, position in it, *index of the value of
-    each filter, or -1]}. A piece is the base64 of the zlib-compressed JSON {"texts": [...], "rows": [...]}, in which a
-    row refers to its texts by their index.
+    The index is {"filters": {name: values}, "rows": by judge, [id, brief, piece, position in it, length of its texts,
+    contest in percent, *index of the value of each filter, or -1]}; see `_contests`. A piece is the base64 of the
+    zlib-compressed JSON {"texts": [...], "rows": [...]}, in which a row refers to its texts by their index.
     """
     numbers: dict[str, dict[str, int]] = {name: {} for name in FILTERS}
     where: dict[tuple[int, int], tuple[int, int]] = {}
@@ -72,7 +88,7 @@ def pack(judges: Sequence[Sequence[dict[str, Any]]]) -> tuple[dict[str, Any], li
             packed.append(_packed(judges[judge][number], pool, [judge, number]))
         raw = f'{{"texts":{to_json(list(pool))},"rows":[{",".join(packed)}]}}'
         pieces.append(base64.b64encode(zlib.compress(raw.encode(), 6)).decode())
-    index = []
+    index, contests = [], _contests(judges)
     for judge, judged in enumerate(judges):
         index.append([])
         for number, row in enumerate(judged):
@@ -81,8 +97,26 @@ def pack(judges: Sequence[Sequence[dict[str, Any]]]) -> tuple[dict[str, Any], li
                 for name in FILTERS
             ]
             brief = " ".join(row["question"][: 2 * BRIEF].split())[:BRIEF]
-            index[-1].append([row["id"], brief, *where[judge, number], *facets])
+            at = [*where[judge, number], _length(row), contests[row["id"]]]
+            index[-1].append([row["id"], brief, *at, *facets])
     return {"filters": {name: list(values) for name, values in numbers.items()}, "rows": index}, pieces
+
+
+def _length(row: dict[str, Any]) -> int:
+    """Returns the tokens of the row's texts or, where they are not known, a quarter of the characters of what is shown
+    of them."""
+    tokens = sum(map(sum, row["tokens"] or ()))
+    return tokens or len(row["traces"]) // 4
+
+
+def _contests(judges: Sequence[Sequence[dict[str, Any]]]) -> dict[str, int]:
+    """Returns how contested each pair is, by its id: 100 where all texts of all judges name A as often as B, and 0
+    where all that have a verdict name the same answer."""
+    votes: dict[str, Counter[str | None]] = {}
+    for row in itertools.chain(*judges):
+        verdicts = list(itertools.chain(*row["verdicts"])) or [row["winner"]]
+        votes.setdefault(row["id"], Counter()).update(verdicts)
+    return {name: round(200 * min(given["A"], given["B"]) / given.total()) for name, given in votes.items()}
 
 
 def _pieces(judges: Sequence[Sequence[dict[str, Any]]]) -> Iterator[list[tuple[int, int]]]:
@@ -108,9 +142,26 @@ def _pieces(judges: Sequence[Sequence[dict[str, Any]]]) -> Iterator[list[tuple[i
 def _packed(row: dict[str, Any], pool: dict[str, int], at: list[int]) -> str:
     """Returns the row as JSON with its texts' indices in the pool. `at`: the judge and the row's number."""
     kept = {name: row[name] for name in ("better", "winner", "status", "verdicts")} | {"at": at}
-    kept |= {name: row[name] for name in ("votes", "tokens", "scores", "note", "meta", "reasons") if row[name]}
+    kept |= {
+        name: row[name] for name in ("votes", "tokens", "scores", "note", "meta", "reasons", "reason") if row[name]
+    }
     kept |= {name: pool.setdefault(row[name], len(pool)) for name in ("question", "a", "b")}
     return f'{to_json(kept, separators=(",", ":"))[:-1]},"traces":{row["traces"]}}}'
+
+
+def _reason(row: Judged, settings: dict[str, Any]) -> str | None:
+    """Returns why a row has no verdict. Rows of earlier versions do not say it: it is read from the texts again, and a
+    text of as many tokens as the limit in the settings was cut off there."""
+    if row["status"] != "invalid" or row.get("reason"):
+        return row.get("reason")
+    texts, verdicts, tokens = (row.get(name) or [] for name in ("texts", "verdicts", "tokens"))
+    if not [*map(len, texts)] == [*map(len, verdicts)] == [*map(len, tokens)]:
+        return None
+    limit, rule = settings.get("max_new_tokens"), settings.get("rule")
+    ends = row.get("finish_reasons") or [["length" if n == limit else "" for n in own] for own in tokens]
+    if [*map(len, ends)] != [*map(len, texts)]:
+        return None
+    return main_reason("invalid", why_no_verdict(texts, verdicts, ends, rule if rule in RULES else "eval"))
 
 
 def _texts(row: Judged) -> dict[str, str]:
@@ -167,7 +218,7 @@ def _facets(row: dict[str, Any], kind: str | None) -> dict[str, str | None]:
         facets |= {"better_style": STYLES[chosen], "worse_style": STYLES[rejected]}
     right = "right" if row["winner"] == row["better"] else "wrong" if row["better"] else "not known"
     facets["outcome"] = right if row["winner"] else UNDECIDED.get(row["status"], "no verdict")
-    facets |= {"better": row["better"] and f"shown as {row['better']}", "kind": kind}
+    facets |= {"better": row["better"] and f"shown as {row['better']}", "kind": kind, "reason": row["reason"]}
     if len(verdicts) == 2:
         first, second = (max(votes, key=votes.count, default=None) for votes in verdicts)
         facets["orders"] = "agree" if first == second else "disagree"

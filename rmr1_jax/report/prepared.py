@@ -37,7 +37,17 @@ def prepared_page(roots: Sequence[tuple[str, Path]]) -> dict[str, Any]:
             raise InputError(f"{root} is not a prepared set, but another of the directories is; write two reports")
     warnings: list[str] = []
     sets = [_set(name, root, warnings) for name, root in roots]
-    return {"names": [name for name, _ in roots], "sets": sets, "warnings": warnings}
+    kept = sum(found["counts"]["kept"] for found in sets)
+    headline = (
+        f"{kept:,} rows are ready for training, of {sum(found['counts']['read'] for found in sets):,} that were read."
+    )
+    return {
+        "names": [name for name, _ in roots],
+        "headline": headline,
+        "facts_of": {},
+        "sets": sets,
+        "warnings": warnings,
+    }
 
 
 def _set(name: str, root: Path, warnings: list[str]) -> dict[str, Any]:

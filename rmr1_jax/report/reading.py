@@ -12,6 +12,7 @@ from pathlib import Path
 from rmr1_jax.errors import InputError
 from rmr1_jax.pairs.rows import Row
 
+STAGES = ("before", "sft", "grpo", "control")
 DEPTH = 2  # levels of sub-directories that are searched for parts of a run
 
 
@@ -63,3 +64,9 @@ def as_number(value: object) -> float | None:
         return float(value)
     except OverflowError:
         return math.inf
+
+
+def stage_order(name: str) -> tuple[int, str]:
+    """Returns the sort key of a stage: the known ones in the order of training, then the others by name."""
+    last = name.rsplit("/", 1)[-1]
+    return (STAGES.index(last) if last in STAGES else len(STAGES), name)

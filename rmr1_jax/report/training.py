@@ -1,16 +1,17 @@
-"""Reads training runs for their page: results, curves, traces and settings.
+"""Reads training runs for their page: result, facts, curves, traces and settings.
 
 A run directory holds any of `FILES`; its sub-directories (`sft`, `grpo`, ...) are parts of the run in the same form. A
 run may still be in progress, so an incomplete last line of a JSONL file is a warning, not an error.
 
-Read next: `curves.py` and `trace.py`, which prepare what is drawn; `templates/training.html.j2`, which shows it.
+Read next: `results.py`, `about.py`, `curves.py` and `samples.py`, which read its parts; `templates/training.html.j2`,
+which shows them.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,21 +19,15 @@ from typing import Any
 from rmr1_jax.errors import InputError
 from rmr1_jax.eval.logs import whole_rows
 from rmr1_jax.files.append import settings_file
-from rmr1_jax.files.untrusted import read_object
 from rmr1_jax.pairs.rows import describe
-from rmr1_jax.prompts.trace import parse_trace
-from rmr1_jax.report.curves import PLOT, make_panel, order_of
-from rmr1_jax.report.reading import DEPTH, as_number, find_holders, text_of
-from rmr1_jax.report.trace import blocks_of
+from rmr1_jax.report.about import run_facts, shown_facts
+from rmr1_jax.report.curves import PLOT, make_groups
+from rmr1_jax.report.reading import DEPTH, as_number, find_holders, stage_order, text_of
+from rmr1_jax.report.results import headline, read_results
+from rmr1_jax.report.samples import cards_of, chosen_rollouts, chosen_samples, filters_of
 
-FILES = ("results.json", "metrics.jsonl", "samples.jsonl", "verdicts.jsonl", "config.yaml")
-STAGES = ("before", "sft", "grpo", "control")
-BASELINE = {"sft": "before", "grpo": "sft", "control": "sft"}  # the stage that a stage started from, for its gain
-SHARES = ("accuracy", "reasoning", "chat", "tempted", "valid")  # columns of results.json that are from 0 to 1
-COLUMNS = (*SHARES, "mean_tokens", "seconds")
-SAMPLE_TEXTS = ("stage", "kind", "task", "question", "response_a", "response_b", "better", "winner", "status", "text")
-FILTERS = ("run", "stage", "kind", "task", "temptation", "outcome")
-FILTER_OPTIONS = 24  # a field with more values than this gets no filter
+ROLLOUTS = "rollouts.jsonl"
+FILES = ("results.json", "metrics.jsonl", "samples.jsonl", "verdicts.jsonl", ROLLOUTS, "config.yaml")
 
 
 def holds_run(root: Path) -> bool:
@@ -72,12 +67,15 @@ def training_page(
 
 @dataclass(frozen=True, kw_only=True)
 class _Page:
-    """The contents of the page, gathered part by part. `curves`: (section, metric, run) -> finite values by step."""
+    """The contents of the page, gathered part by part. `curves`: (section, metric, run) -> finite values by step.
+    `parts`: the facts of the parts of each run."""
 
     max_traces: int
     results: list[dict[str, Any]] = field(default_factory=list)
     curves: dict[tuple[str, str, str], dict[int, float]] = field(default_factory=dict)
+    parts: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     samples: list[dict[str, Any]] = field(default_factory=list)
+    rollouts: list[dict[str, Any]] = field(default_factory=list)
     tallies: list[dict[str, Any]] = field(default_factory=list)
     configs: list[tuple[str, str]] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
@@ -85,8 +83,9 @@ class _Page:
     def add(self, root_name: str, below: tuple[str, ...], path: Path) -> None:
         """Reads one directory: the run itself (`below` is empty), or a part of it, which becomes a section."""
         title, run, section = "/".join((root_name, *below)), "/".join((root_name, *below[:-1])), "".join(below[-1:])
+        facts: dict[str, Any] = {}
         if (file := path / "results.json").is_file():
-            self.results.append({"title": title, **read_results(file)})
+            self.results.append({"title": title, "run": root_name, **read_results(file)})
         if (file := path / "metrics.jsonl").is_file():
             stages = read_metrics(file, self.warnings)
             for stage, metrics in stages.items():
@@ -94,57 +93,57 @@ class _Page:
                 alone = section and len(stages) == 1
                 name = section if alone else "/".join(filter(None, (section, stage))) or "steps"
                 self.curves.update({(name, metric, run): line for metric, line in metrics.items() if line})
+            facts = _length_of(stages) | run_facts(path)
         for file in (path / "samples.jsonl", path / "verdicts.jsonl"):
             if file.is_file():
-                self._add_samples(file, title, run, section)
+                found, outcomes = chosen_samples(file, run, section, self.max_traces, self.warnings)
+                self.samples.extend(found)
+                tally = {"title": title, "shown": len(found), "total": outcomes.total(), "outcomes": outcomes}
+                self.tallies.append(tally)
                 break
+        if (file := path / ROLLOUTS).is_file():
+            found, total = chosen_rollouts(file, run, section, self.max_traces // 2, self.warnings)
+            self.rollouts.extend(found)
+            self.tallies.append({"title": f"{title}/{ROLLOUTS}", "shown": len(found), "total": total, "outcomes": None})
         if (file := path / "config.yaml").is_file():
             self.configs.append((title, file.read_text(encoding="utf-8", errors="replace")))
-
-    def _add_samples(self, file: Path, title: str, run: str, section: str) -> None:
-        buckets: dict[tuple[str, ...], list[tuple[int, dict[str, Any]]]] = {}
-        outcomes: Counter[str] = Counter()
-        for number, sample in enumerate(read_samples(file, self.warnings)):
-            trace = parse_trace(sample["text"])
-            sample |= {"run": run, "stage": sample["stage"] or section, "flaws": trace.flaws}
-            sample["kind"] = (sample["kind"] or trace.kind or "").lower()
-            outcomes[sample["outcome"]] += 1
-            bucket = buckets.setdefault((sample["stage"], sample["kind"], sample["outcome"]), [])
-            if len(bucket) < self.max_traces:  # memory does not grow with the file
-                bucket.append((number, sample))
-        # The first of every bucket is chosen, then the second of every bucket, and so on; shown in the file's order.
-        turns = sorted((turn, number) for bucket in buckets.values() for turn, (number, _) in enumerate(bucket))
-        chosen = {number for _, number in turns[: self.max_traces]}
-        kept = {number: sample for bucket in buckets.values() for number, sample in bucket if number in chosen}
-        self.samples.extend(sample | {"blocks": blocks_of(sample["text"])} for _, sample in sorted(kept.items()))
-        self.tallies.append({"title": title, "shown": len(kept), "total": outcomes.total(), "outcomes": outcomes})
+        if facts:
+            self.parts.setdefault(root_name, []).append({"stage": section.upper() or "run"} | facts)
 
     def variables(self) -> dict[str, Any]:
         """Returns the variables of the template, without the names of the runs."""
-        options = {name: sorted({s[name] for s in self.samples} - {""}, key=_stage_order) for name in FILTERS}
+        cards, rollouts = cards_of(self.samples), cards_of(self.rollouts)
         legend = list(dict.fromkeys(run for _, _, run in self.curves))
-        names = sorted({section for section, _, _ in self.curves}, key=_stage_order)
-        sections = [{"name": name, "panels": self._panels(name, legend)} for name in names]
+        names = sorted({section for section, _, _ in self.curves}, key=stage_order)
+        sections = [{"name": name, "groups": self._groups(name, legend)} for name in names]
+        outcomes = sum((tally["outcomes"] or Counter() for tally in self.tallies), Counter[str]())
+        panels = [panel for section in sections for group in section["groups"] for panel in group["panels"]]
         return vars(self) | {
+            "headline": headline(self.results, self.curves, outcomes),
+            "facts_of": {name: facts for name, parts in self.parts.items() if (facts := shown_facts(parts))},
             "sections": sections,
-            "curves_data": [panel["data"] for section in sections for panel in section["panels"]],
+            "curves_data": [panel["data"] for panel in panels],
             "plot_data": PLOT | {"legend": legend},
             "runs": legend,
-            "filters": {name: values for name, values in options.items() if 1 < len(values) <= FILTER_OPTIONS},
+            "cards": sorted(cards, key=lambda card: card["order"]),
+            "rollout_cards": rollouts,
+            "filters": filters_of([*cards, *rollouts]),
         }
 
-    def _panels(self, section: str, legend: list[str]) -> list[dict[str, Any]]:
+    def _groups(self, section: str, legend: list[str]) -> list[dict[str, Any]]:
         metrics: dict[str, dict[int, dict[int, float]]] = {}
         for (name, metric, run), line in self.curves.items():
             if name == section:
                 metrics.setdefault(metric, {})[legend.index(run)] = line
-        return [make_panel(metric, metrics[metric]) for metric in sorted(metrics, key=order_of)]
+        return make_groups(metrics)
 
 
-def _stage_order(name: str) -> tuple[int, str]:
-    """Returns the sort key of a stage: the known ones in the order of training, then the others by name."""
-    last = name.rsplit("/", 1)[-1]
-    return (STAGES.index(last) if last in STAGES else len(STAGES), name)
+def _length_of(stages: Mapping[str, Mapping[str, Mapping[int, float]]]) -> dict[str, Any]:
+    """Returns the steps and the seconds of a part; the seconds of checkpoints are those before each step."""
+    steps = max((max(line) + 1 for metrics in stages.values() for line in metrics.values() if line), default=0)
+    spent = [metrics.get(name, {}) for metrics in stages.values() for name in ("seconds", "checkpoint_seconds")]
+    seconds = sum(sum(line.values()) for line in spent)
+    return {name: value for name, value in (("steps", steps), ("seconds", seconds)) if value}
 
 
 def read_metrics(file: Path, warnings: list[str]) -> dict[str, dict[str, dict[int, float]]]:
@@ -167,70 +166,3 @@ def read_metrics(file: Path, warnings: list[str]) -> dict[str, dict[str, dict[in
             if missing := len(values) - len(metrics[name]):
                 warnings.append(f"{file}: {name} is null or not finite in {missing} of {len(values)} steps.")
     return stages
-
-
-def read_samples(file: Path, warnings: list[str]) -> Iterator[dict[str, Any]]:
-    """Reads samples.jsonl or verdicts.jsonl: rows with texts ("" if absent), `better` ("A", "B", "") and `outcome`.
-
-    `outcome` is "right", "wrong", "no verdict", or "not known" if the row does not say which answer is better.
-    """
-    for row in whole_rows(file, warnings):
-        sample: dict[str, Any] = {name: text_of(row, name) for name in SAMPLE_TEXTS}
-        sample["id"] = row.identifier("id") if row.value.get("id") is not None else ""
-        for name in ("winner", "better"):
-            if sample[name] not in ("A", "B", ""):
-                raise row.bad(name, f"is {sample[name]!r}, expected A or B")
-        correct, tempted = (row.value.get(name) for name in ("correct", "tempted"))
-        if not isinstance(correct, bool | None):
-            raise row.bad("correct", f"is {describe(correct)}, expected true, false or null")
-        if correct is None and sample["better"]:
-            correct = sample["better"] == sample["winner"]
-        known = {True: "right", False: "wrong", None: "not known"}[correct]
-        sample["outcome"] = known if sample["winner"] else "no verdict"
-        sample["temptation"] = {True: "tempted", False: "not tempted"}[tempted] if isinstance(tempted, bool) else ""
-        yield sample
-
-
-def read_results(file: Path) -> dict[str, Any]:
-    """Reads results.json: a row for each stage, the columns, the notes, and every other key as a fact.
-
-    Raises:
-        InputError: the file is not a JSON object, or a share is not a number from 0 to 1.
-    """
-    found = read_object(file)
-    notes, seconds = found.pop("notes", []), found.pop("seconds", {})
-    if not isinstance(notes, list) or not all(isinstance(note, str) for note in notes):
-        raise InputError(f"{file}: field 'notes' is {describe(notes)}, expected a list of texts")
-    stages: dict[str, dict[str, Any]] = {}
-    facts: dict[str, Any] = {}
-    for name, value in found.items():
-        if isinstance(value, dict) and "accuracy" in value:
-            stages[name] = value | ({"seconds": seconds[name]} if name in seconds else {})
-        elif name in STAGES:
-            raise InputError(f"{file}: field {name!r} is {describe(value)}, expected an object with accuracy and so on")
-        elif name != "n":
-            facts[name] = value
-    for stage, row in stages.items():
-        for column, value in row.items():
-            number = as_number(value)
-            if column in SHARES and value is not None and not (number is not None and 0 <= number <= 1):
-                raise InputError(f"{file}: field '{stage}.{column}' is {describe(value)}, expected a share from 0 to 1")
-            if number is None and value is not None:
-                facts[f"{stage}.{column}"] = value
-    facts |= {f"seconds, {name}": value for name, value in seconds.items() if name not in stages}
-    present = {column for row in stages.values() for column, value in row.items() if as_number(value) is not None}
-    columns = [*(c for c in COLUMNS if c in present), *sorted(present - set(COLUMNS))]
-    rows = [_result_row(stage, stages, columns) for stage in sorted(stages, key=_stage_order)]
-    return {"columns": columns, "rows": rows, "notes": notes, "facts": facts, "n": found.get("n")}
-
-
-def _result_row(stage: str, stages: dict[str, dict], columns: list[str]) -> dict[str, Any]:
-    """Returns a stage's cells, with the gain over the stage that it started from in the columns that are shares."""
-    earlier = [name for name in sorted(stages, key=_stage_order) if _stage_order(name) < _stage_order(stage)]
-    baseline = BASELINE.get(stage, earlier[-1] if earlier else "")
-    cells = []
-    for column in columns:
-        value, base = (as_number(stages.get(name, {}).get(column)) for name in (stage, baseline))
-        gain = value - base if column in SHARES and value is not None and base is not None else None
-        cells.append({"column": column, "value": value, "share": column in SHARES, "gain": gain})
-    return {"stage": stage, "baseline": baseline if baseline in stages else "", "cells": cells}

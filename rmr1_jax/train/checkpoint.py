@@ -29,7 +29,7 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, L
 from rmr1_jax.distributed.exchange import any_of, first, gather, own_share
 from rmr1_jax.distributed.terminal import say, waiting
 from rmr1_jax.errors import InputError, RunError
-from rmr1_jax.files.write import refusal, to_disk, writing
+from rmr1_jax.files.write import provenance, refusal, to_disk, writing
 from rmr1_jax.train import manifest
 from rmr1_jax.train.config import BestConfig
 from rmr1_jax.train.manifest import Damage
@@ -110,7 +110,7 @@ class Checkpointer:
         if step == self._verified:
             return 0.0
         size = sum(x.nbytes for x in jax.tree.leaves(state))
-        about = self._about | {"step": step, "cursor": dict(cursor), **_placement(state)}
+        about = self._about | {"step": step, "cursor": dict(cursor), **_placement(state), **provenance()}
         if self._best and metrics is not None:
             about["best"] = _metric_value(metrics, self._best.metric)
         path = self.root / f"{step}{SAVING}"

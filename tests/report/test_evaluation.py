@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from evaluations import HOSTILE, judgement, make_evaluation, trace
 from headless import CONTRASTS, chromium
-from run_directories import words_of
+from run_directories import words_of, write_lines
 
 from rmr1_jax.cli.main import main
 from rmr1_jax.errors import InputError
@@ -55,12 +55,60 @@ def test_scores_are_above_the_published_rows_in_the_same_columns(tmp_path):
     assert ["RM-R1 Qwen-32B", "91.4", "95.3", "83.1", "91.9", "95.2"] in scores
     assert ["GPT-4o-0806", "86.7", dash, dash, dash, dash] in scores
     found = "50.0%"  # each trace has two quotations, and only that from A is in its answer
-    assert counts[1] == ["mine", "40", "3", "2", "1", "626", "580", "1,171", "2,210", found]
+    assert counts[1] == ["mine", "40", "3 10 names no answer", "2", "1", "626", "580", "1,171", "2,210", found]
     assert orders[1] == ["mine", "41", "83.5%", "55.5%", "71.0%", "69.0%"]
     words = words_of(page_of(tmp_path / "mine"))
     assert "Judged on a part of the benchmark" in words
     assert "2,985 pairs, so not comparable with the published rows: mine." in words
     assert "Judged on a part" not in words_of(page_of(make_evaluation(tmp_path / "mine", n=2985)))
+
+
+def test_the_page_begins_with_the_result_and_what_it_is_of(tmp_path):
+    made = {"version": "1.2.3", "written": "2026-05-03T10:20:30+00:00"}
+    page = page_of(make_evaluation(tmp_path / "mine", **made, settings={"prompt": "cor (sha256 ab)", "rule": "strict"}))
+    assert "<h1>RewardBench: a score of 70.0% (95% interval 61.5 to 78.2, n = 36).</h1>" in page
+    facts = (
+        "Judge some/judge-7B Judgements 40 Prompt cor Rule strict Finished 2026-05-03 10:20 UTC Version rmr1_jax 1.2.3"
+    )
+    assert facts in words_of(page.split("</header>")[0])
+    page = page_of(tmp_path / "mine", make_evaluation(tmp_path / "other", headline=80.25))
+    assert "<h1>RewardBench: other 80.2% (n = 36), mine 70.0% (n = 36).</h1>" in page
+    colours = re.findall(r'class="bar (\w*)"', page.split("By kind")[-1].split("</table>")[0])
+    assert colours == ["c0", "c1"]  # those of the legend
+
+
+def test_an_evaluation_without_a_verdict_says_that_nothing_was_measured(tmp_path):
+    rows = [judgement(i, None) for i in range(4)]
+    page = page_of(make_evaluation(tmp_path / "mine", rows, n=4, invalid=4, too_long=0, ties=0))
+    words = words_of(page)
+    assert "<h1>No verdicts: nothing measured.</h1>" in page and "None of the judgements names an answer" in words
+    assert "Score by token budget" not in words and "70.0" not in words.split("Settings and notes")[0]
+
+
+def test_attacks_are_a_table_and_an_unmeasured_one_is_not(tmp_path):
+    def row(name: str, kind: str, counted: int) -> dict:
+        measured = {"rate": 25.0, "interval": [10.0, 50.0]} if counted else {"rate": None, "interval": None}
+        return {"name": name, "kind": kind, "cases": 9, "counted": counted, "succeeded": 2, "silenced": 1, **measured}
+
+    root = make_evaluation(tmp_path / "mine", [judgement(i, meta={"benchmark": "injection"}) for i in range(4)])
+    (root / "summary.json").unlink()
+    result = {"families": [row("forged turn", "structure", 8), row("praise", "persuasion", 0)]}
+    (root / "injection.json").write_text(json.dumps(result | {"kinds": [row("structure", "structure", 8)]}))
+    page = page_of(root)
+    table = tables_of(page)[0]
+    assert table[0] == ["Attack", "mine", "Silenced"]
+    assert table[1:] == [
+        ["all structure", "25.0% 10.0 to 50.0, n = 8", "1"],
+        ["forged turn", "25.0% 10.0 to 50.0, n = 8", "1"],
+        ["praise", "nothing measured", "\N{EN DASH}"],
+    ]
+    assert "rmr1 score" not in page  # which makes no summary of attacks
+    rows = [judgement(i, None, meta={"benchmark": "injection"}) for i in range(4)]
+    write_lines(root / "judgements.jsonl", rows)
+    assert "<h1>No verdicts: nothing measured.</h1>" in page_of(root) and "Silenced" not in page_of(root)
+    (root / "injection.json").write_text('{"kinds": [{"name": "x"}]}')
+    with pytest.raises(InputError, match=r"injection\.json: 'kinds' is not what `rmr1 eval injection` writes"):
+        page_of(root)
 
 
 def test_lenses_notes_and_settings_are_shown(tmp_path):
@@ -252,7 +300,9 @@ def test_judgements_are_filtered_searched_and_paged(tmp_path):
         browser.wait_for(f"{LISTED} === 40")
         assert browser.evaluate(COUNT) == "100 judgements"
         browser.evaluate("document.querySelectorAll('.pager button')[1].click()")
-        assert browser.evaluate("document.querySelector('.sample .id').textContent") == "q40"
+        assert (
+            browser.evaluate("document.querySelector('.sample .id').textContent") == "q26"
+        )  # the wrong ones were first
         assert browser.evaluate("document.querySelector('.pager .place').textContent") == "41 to 80 of 100"
         browser.evaluate(CHOOSE.format("outcome", "wrong"))
         assert browser.evaluate(COUNT) == "10 of 100 judgements" and browser.evaluate(LISTED) == 10
@@ -353,12 +403,96 @@ def test_a_count_of_the_comparison_lists_its_judgements(tmp_path):
             assert browser.evaluate(COUNT) == f"{n} of 100 judgements" and browser.evaluate(LISTED) == n
         browser.evaluate(CHOOSE.format("cell", "only first right"))
         open_first(browser)
-        tabs = browser.evaluate("[...document.querySelectorAll('.tabs button')].map(tab => tab.textContent)")
-        assert tabs == ["first → A ✓", "second → B ✗"]
-        browser.evaluate("document.querySelectorAll('.tabs button')[1].click()")
-        assert browser.evaluate("document.querySelector('.in-answer .words').textContent") == "<answer>[[B]]</answer>"
+        heads = browser.evaluate("[...document.querySelectorAll('.beside h4')].map(head => head.textContent)")
+        assert [head for head in heads if "→" in head] == ["first → A ✓", "second → B ✗"]
+        verdicts = "[...document.querySelectorAll('.beside .in-answer .words')].map(words => words.textContent)"
+        assert browser.evaluate(verdicts) == ["<answer>[[A]]</answer>", "<answer>[[B]]</answer>"]
+        assert browser.evaluate("document.querySelectorAll('.sample[open] .sides').length") == 1  # both saw the same
+        choices = "[...document.querySelectorAll('.side h4')].map(head => head.textContent)"
+        assert browser.evaluate(choices) == ["Answer Abetterchoice of first", "Answer Bchoice of second"]
         browser.evaluate(CHOOSE.format("judge", "second"))
         assert browser.evaluate(COUNT) == "60 judgements"
+        assert browser.errors() == []
+
+
+def test_a_judgement_has_a_link_and_the_keys_move_to_the_next(tmp_path):
+    make_evaluation(tmp_path / "mine", [judgement(i, "B" if i == 50 else "A") for i in range(100)])
+    page = write_report([tmp_path / "mine"], tmp_path / "report.html")
+    current = "document.querySelector('.sample.current .id').textContent"
+    press = "document.activeElement.dispatchEvent(new KeyboardEvent('keydown', {{key: '{}', bubbles: true}}))"
+    with chromium(tmp_path / "profile") as browser:
+        browser.open(page)
+        browser.wait_for(f"{LISTED} === 40")
+        open_first(browser)
+        assert browser.evaluate("document.querySelector('.link').getAttribute('href')") == "#judgement-0-q50"
+        browser.evaluate("document.querySelector('.link').click(); location.hash = '#judgement-0-q90'")
+        browser.wait_for("document.querySelector('.sample.current[open] .sides')")
+        assert browser.evaluate(current) == "q90"  # on the third page
+        assert browser.evaluate("document.querySelector('.pager .place').textContent") == "81 to 100 of 100"
+        for key, name in (("j", "q91"), ("j", "q92"), ("k", "q91")):
+            browser.evaluate(press.format(key))
+            assert browser.evaluate(current) == name
+            assert browser.evaluate("document.querySelectorAll('.sample[open]').length") == 1
+        browser.evaluate("location.hash = '#judgement-0-q79'")
+        browser.wait_for(f"{current} === 'q79'")
+        browser.evaluate(press.format("k"))
+        assert browser.evaluate(current) == "q78"  # the last of the page before
+        for strange in ("#judgement-7-q1", "#judgement-0-%E0%A4", "#judgement-0-nobody", "#"):
+            browser.evaluate(f"location.hash = '{strange}'")
+        assert browser.evaluate(current) == "q78" and browser.errors() == []
+
+
+def test_judgements_are_ordered_by_outcome_length_and_contest(tmp_path):
+    rows = [judgement(i, "B" if i == 3 else "A", tokens=[[60 - i]]) for i in range(6)]
+    rows[4] |= {"texts": [[trace("A")] * 3], "verdicts": [["A", "B", "A"]], "tokens": [[1, 1, 1]]}
+    make_evaluation(tmp_path / "mine", rows)
+    ids = "[...document.querySelectorAll('.sample .id')].map(id => id.textContent).join(' ')"
+    with chromium(tmp_path / "profile") as browser:
+        browser.open(write_report([tmp_path / "mine"], tmp_path / "report.html"))
+        browser.wait_for(f"{LISTED} === 6")
+        assert browser.evaluate(ids) == "q3 q0 q1 q2 q4 q5"
+        for order, expected in (
+            ("most contested first", "q4 q0 q1 q2 q3 q5"),
+            ("longest first", "q0 q1 q2 q3 q5 q4"),
+            ("shortest first", "q4 q5 q3 q2 q1 q0"),
+            ("as in the data", "q0 q1 q2 q3 q4 q5"),
+        ):
+            browser.evaluate(CHOOSE.format("order", order))
+            assert browser.evaluate(ids) == expected
+        assert browser.errors() == []
+
+
+def test_a_judgement_without_a_verdict_says_why(tmp_path):
+    rows = [judgement(i) for i in range(3)]
+    rows.append(judgement(3, None, texts=[["no idea"]], tokens=[[2]], finish_reasons=[["stop"]]))
+    rows.append(judgement(4, None, texts=[["let me"]], tokens=[[60]], finish_reasons=[["length"]], reason="cut_off"))
+    root = make_evaluation(tmp_path / "mine", rows)
+    assert tables_of(page_of(root))[1][1][2] == "3 1 names no answer 1 cut off"
+    with chromium(tmp_path / "profile") as browser:
+        browser.open(write_report([root], tmp_path / "report.html"))
+        browser.wait_for(f"{LISTED} === 5")
+        browser.evaluate(CHOOSE.format("reason", "cut off"))
+        assert browser.evaluate(COUNT) == "1 of 5 judgements"
+        open_first(browser)
+        words = browser.evaluate("document.querySelector('.inside .flaws').textContent")
+        assert words == "No verdict: the text was cut off at the limit of tokens."
+        assert browser.errors() == []
+
+
+def test_a_table_that_is_wider_than_the_screen_says_so(tmp_path):
+    page = write_report([make_evaluation(tmp_path / "mine")], tmp_path / "report.html")
+    shown = "[...document.querySelectorAll('.hint')].filter(hint => hint.offsetHeight > 0).length"
+    with chromium(tmp_path / "profile") as browser:
+        browser.set_size(1400, 900)
+        browser.open(page)
+        assert browser.evaluate(shown) == 0
+        browser.set_size(400, 800, mobile=True)
+        browser.wait_for(f"{shown} > 0")
+        scores = "document.querySelector('.scroll')"
+        assert browser.evaluate(f"{scores}.previousElementSibling.textContent").startswith("Scroll the table sideways")
+        assert browser.evaluate(f"{scores}.classList.contains('more-right')")
+        browser.evaluate(f"{scores}.scrollLeft = 10000")
+        browser.wait_for(f"!{scores}.classList.contains('more-right')")
         assert browser.errors() == []
 
 

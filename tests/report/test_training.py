@@ -6,9 +6,11 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 from headless import CONTRASTS, chromium
 from run_directories import CHAT, REASONING, RESULTS, make_run, sample, words_of, write_lines
+from safetensors.numpy import save_file
 
 from rmr1_jax.errors import InputError
 from rmr1_jax.report.report import write_report
@@ -90,11 +92,8 @@ def test_verdicts_are_shown_where_there_are_no_samples(tmp_path):
     rows += [{"id": 3, "winner": "B", "status": "ok", "votes": 1, "text": CHAT}]
     write_lines(tmp_path / "run/verdicts.jsonl", rows)
     page = page_of(tmp_path / "run")
-    assert [re.search(r'data-outcome="([^"]*)"', c)[1] for c in page.split("<details ")[1:]] == [
-        "right",
-        "no verdict",
-        "not known",
-    ]
+    outcomes = [re.search(r'data-outcome="([^"]*)"', c)[1] for c in page.split("<details ")[1:]]
+    assert outcomes == ["no verdict", "not known", "right"]  # what may be wrong is first
     assert 'data-kind="reasoning"' in page and "too_long" in page  # the trace gives the kind if the row has none
 
 
@@ -104,7 +103,7 @@ def test_the_shown_traces_are_spread_evenly_over_the_outcomes(tmp_path):
     root = make_run(tmp_path / "run", rows)
     page = page_of(root, max_traces=10)
     shown = re.findall(r'<span class="id">(q\d+)</span>', page)
-    assert shown == ["q0", "q1", "q2", "q3", "q4", "q5", "q250", "q251", "q252", "q253"]
+    assert shown == ["q250", "q251", "q252", "q253", "q0", "q1", "q2", "q3", "q4", "q5"]  # the wrong ones first
     assert "10 of 300 judgements" in words_of(page) and "Of all judgements, 296 right, 4 wrong." in words_of(page)
 
 
@@ -148,7 +147,8 @@ def test_the_page_is_complete_in_itself(tmp_path):
     page = page_of(make_run(tmp_path / "run"))
     assert "http:" not in page and "https:" not in page and "//" not in re.sub(r"^\s*// .*$", "", page, flags=re.M)
     assert not re.search(r"\bsrc\s*=|@import|url\(|<link|<iframe|fetch\(|XMLHttp", page)
-    assert set(re.findall(r'href="([^"]*)"', page)) == {"#results", "#curves", "#traces", "#configuration"}
+    sections, cards = {"#results", "#curves", "#traces", "#configuration"}, {f"#q-q{number}" for number in range(1, 6)}
+    assert set(re.findall(r'href="([^"]*)"', page)) == sections | cards
     assert "default-src 'none'" in html.unescape(page)
 
 
@@ -183,24 +183,155 @@ def test_a_step_that_is_written_again_counts_once_and_nulls_leave_a_gap(tmp_path
     assert "loss is null or not finite in 1 of 3 steps" in words_of(page)
 
 
-def test_metrics_of_throughput_come_last_and_are_folded_away(tmp_path):
-    rows = [{"step": i, "data_seconds": 0.1, "loss": 1.0, "accuracy": 0.5, "tokens": 7} for i in range(3)]
+def figures(page: str) -> list[str]:
+    return re.findall(r"<figcaption><span>([^<]*)", page)
+
+
+def test_curves_are_in_groups_with_learning_first_and_speed_folded_away(tmp_path):
+    names = ("data_seconds", "grad_norm", "my_own", "loss", "eval_loss", "accuracy", "tokens_per_second")
+    rows = [{"step": i, **{name: 1 / (i + at + 2) for at, name in enumerate(names)}} for i in range(30)]
     write_lines(tmp_path / "run/metrics.jsonl", rows)
     page = page_of(tmp_path / "run")
     shown, folded = page.split('<details class="more">')
-    title = r"<figcaption><span>([^<]*)"
-    assert re.findall(title, shown) == ["accuracy", "loss"]
-    assert re.findall(title, folded) == ["data seconds", "tokens"]
+    assert re.findall(r'<h4 class="group">([^<]*)', page) == ["Learning", "Health"]
+    assert figures(shown) == ["accuracy", "loss", "held-out loss", "gradient norm"]
+    assert "<summary>Speed and other metrics</summary>" in "<details>" + folded
+    assert figures(folded) == ["tokens per second", "data seconds", "my own"]
+
+
+def test_a_constant_is_not_drawn_and_no_metric_is_drawn_twice(tmp_path):
+    rows = [{"step": i, "loss": 1 / (i + 1), "skipped": 0, "lr": 1e-4, "ratio_mean": 1 + 1e-7 * i} for i in range(30)]
+    for row in rows:
+        row |= dict.fromkeys(("tokens_per_second", "tokens_per_second_per_device"), 7.0 + row["step"])
+    write_lines(tmp_path / "run/metrics.jsonl", rows)
+    page = page_of(tmp_path / "run")
+    assert figures(page) == ["loss", "tokens per second"]
+    words = words_of(page)
+    assert "Constant, so not drawn: learning rate 1e-4, ratio mean 1, skipped 0." in words
+    assert "The same values: tokens per second per device." in words
+
+
+def test_held_out_metrics_of_some_steps_have_a_dot_each_and_no_mean(tmp_path):
+    rows = [{"step": i, "loss": 1 / (i + 1)} for i in range(40)]
+    for row in rows[::10]:
+        row["eval_accuracy"] = 0.5 + row["step"] / 100
+    write_lines(tmp_path / "run/metrics.jsonl", rows)
+    page = page_of(tmp_path / "run")
+    assert "is null or not finite" not in page and figures(page) == ["held-out accuracy", "loss"]
+    data = json.loads(re.search(r'id="curves-data">(.*?)</script>', page, flags=re.S)[1])
+    assert data[0]["percent"] and data[0]["lines"][0]["steps"] == [0, 10, 20, 30]
+    assert data[0]["lines"][0]["mean"] == data[0]["lines"][0]["raw"] == [0.5, 0.6, 0.7, 0.8]
+    assert page.split("</figure>")[0].count("<circle cx=") == 4
+    assert "The held-out accuracy went from 50% to 80% in 31 steps." in words_of(page)
 
 
 def test_two_runs_share_their_panels_and_are_told_apart(tmp_path):
     first, second = make_run(tmp_path / "a/quickstart"), make_run(tmp_path / "b/quickstart")
     page = write_report([first, second, first], tmp_path / "deep/er/both.html").read_text()
     words = words_of(page)
-    assert "a/quickstart, b/quickstart" in words and page.count("<figure>") == 4
+    assert "a/quickstart, b/quickstart" in words and page.count("<figure>") == 3
+    assert "held-out questions: a/quickstart 86.0%, b/quickstart 86.0%." in words
+    assert [re.search(r'class="bar (\w*)"', part)[1] for part in page.split("<table>")[1:]] == ["c0", "c1"]
     data = json.loads(re.search(r'id="curves-data">(.*?)</script>', page, flags=re.S)[1])
-    assert [[line["run"] for line in panel["lines"]] for panel in data] == [[0, 1]] * 4
+    assert [[line["run"] for line in panel["lines"]] for panel in data] == [[0, 1]] * 3
     assert 'name="run"' in page
+
+
+# The top of the page.
+
+
+def test_the_result_comes_first_in_a_sentence(tmp_path):
+    page = page_of(make_run(tmp_path / "quickstart"))
+    sentence = "After GRPO the judge is right on 86.0% of 1,000 held-out questions"
+    assert f"<h1>{sentence}; it was on 72.7% after SFT, 0.0% before training.</h1>" in page
+    assert "Model" not in words_of(page.split("</header>")[0])  # no file of this run says it
+
+
+def test_a_run_says_its_model_size_steps_duration_and_version(tmp_path):
+    root = make_run(tmp_path / "quickstart")
+    for name, steps, seconds in (("sft", 3, 40.0), ("grpo", 2, 31.0)):
+        rows = [{"step": i, "stage": name, "loss": 2.0 - i, "seconds": seconds} for i in range(steps)]
+        write_lines(root / name / "metrics.jsonl", rows)
+        (root / name / "config.yaml").write_text("model: some/model-7B\n")
+        about = {"version": "1.2.3", "written": f"2026-05-0{steps}T10:20:30+00:00", "mesh": {"fsdp": 4, "tensor": 2}}
+        for step, facts in ((steps, about), (1, {"version": "0"})):
+            (root / name / f"checkpoints/{step}").mkdir(parents=True)
+            (root / name / f"checkpoints/{step}/manifest.json").write_text(json.dumps({"about": facts}))
+    (root / "sft/model").mkdir()
+    save_file({"a": np.zeros((1000, 500)), "b": np.zeros(20)}, root / "sft/model/model.safetensors")
+    words = words_of(page_of(root).split("</header>")[0])
+    assert "Model some/model-7B Parameters 500k Steps SFT 3, GRPO 2 Duration SFT 2 min 0 s, GRPO 1 min 2 s" in words
+    assert "Devices 8 Finished 2026-05-03 10:20 UTC Version rmr1_jax 1.2.3" in words
+
+
+STRANGE = ("", "[1]", "{", "a: [", '{"about": {"mesh": {"fsdp": "x"}, "written": "soon", "version": 3}, "model": {}}')
+
+
+@pytest.mark.parametrize(
+    "file", ["config.yaml", "model/config.json", "model/m.safetensors", "checkpoints/7/manifest.json"]
+)
+@pytest.mark.parametrize("text", STRANGE)
+def test_facts_that_cannot_be_read_are_left_out(tmp_path, file, text):
+    write_lines(tmp_path / "run/metrics.jsonl", [{"step": 0, "loss": 1.0}])
+    (tmp_path / "run" / file).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / "run" / file).write_text(text)
+    words = words_of(page_of(tmp_path / "run").split("</header>")[0])
+    assert "Steps 1" in words and not re.search(r"Model|Parameters|Finished|Version|Devices", words)
+
+
+# Several traces of one question.
+
+
+def test_the_traces_of_one_question_stand_beside_each_other(tmp_path):
+    rows = [sample(1, stage=stage, winner=side, correct=side == "A") for stage, side in (("grpo", "A"), ("sft", "B"))]
+    page = page_of(make_run(tmp_path / "run", [*rows, sample(2, stage="sft")]))
+    assert page.count('<details class="sample"') == 2
+    card = next(card for card in page.split('<details class="sample"') if ">q1<" in card)
+    assert re.findall(r'<div class="trace" data-stage="(\w+)"', card) == ["sft", "grpo"] and 'class="beside"' in card
+    words = words_of(card)
+    quote = "\N{RIGHT SINGLE QUOTATION MARK}"
+    assert "\N{BALLOT X} wrong after SFT \N{CHECK MARK} right after GRPO" in words
+    assert f"Answer A better judge{quote}s choice after GRPO" in words
+    assert f"Answer B judge{quote}s choice after SFT" in words
+    assert "After SFT \N{BALLOT X} wrong" in words and "After GRPO \N{CHECK MARK} right" in words
+
+
+def test_rollouts_are_shown_with_step_and_reward_evenly_over_the_steps(tmp_path):
+    pair = {"question": "Ask", "response_a": "1", "response_b": "2", "better": "A", "text": CHAT, "status": "ok"}
+    rows = [
+        {"step": step, "id": f"p{n}", "reward": [1.0, -1.0][n], "verdict": "AB"[n], "new_tokens": 9, **pair}
+        for step in range(500)
+        for n in range(2)
+    ]
+    rows[-1] = {"step": 499, "id": "p1", "text": CHAT[:20], "verdict": None, "reward": -1, "finish_reason": "length"}
+    write_lines(tmp_path / "run/grpo/rollouts.jsonl", rows)
+    page = page_of(tmp_path / "run", max_traces=20)
+    shown = [int(step) for step in re.findall(r">step (\d+)</span>", page)]
+    assert len(shown) == 10 and shown == sorted(shown) and shown[0] == 0 and shown[-1] == 499
+    words = words_of(page)
+    assert "10 of 1,000 texts of training are shown, spread evenly over the steps." in words
+    assert "\N{CHECK MARK} right reward 1 step 0 GRPO" in words
+    last = words_of(page.rsplit('<details class="sample"', 1)[1])
+    assert "reward \N{MINUS SIGN}1 step 499" in last
+    assert "No verdict: the text was cut off at the limit of tokens." in last
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"text": "Both A and [[A]] or [[B]]"}, "the text names both answers"),
+        ({"text": "no idea"}, "the text names no answer"),
+        ({"text": "[[A]]"}, "the verdict is in a form that the rule does not read"),
+        ({"finish_reasons": [["length"]]}, "the text was cut off at the limit of tokens"),
+        ({"finish_reason": "length"}, "the text was cut off at the limit of tokens"),
+        ({"status": "invalid", "reason": "refused"}, "the endpoint refused the request"),
+        ({"status": "too_long", "text": ""}, None),
+    ],
+)
+def test_a_trace_without_a_verdict_says_why(tmp_path, change, why):
+    row = sample(1, winner=None, correct=None) | change
+    words = words_of(page_of(make_run(tmp_path / "run", [row])))
+    assert (f"No verdict: {why}." in words) if why else ("No verdict:" not in words)
 
 
 # In a browser.
@@ -218,7 +349,7 @@ def test_the_page_works_in_a_browser(tmp_path):
         assert browser.evaluate(shown) == 3
         browser.evaluate(choose.format("kind", "reasoning"))
         assert browser.evaluate(shown) == 1
-        assert browser.evaluate("document.getElementById('count').textContent") == "1 of 5 traces"
+        assert browser.evaluate("document.getElementById('count').textContent") == "1 of 5 questions"
         browser.evaluate(choose.format("outcome", "wrong"))
         assert browser.evaluate(shown) == 0
         browser.evaluate("document.getElementById('close-all').click()")
@@ -259,3 +390,26 @@ def test_a_script_that_gets_into_the_page_is_not_run(tmp_path):
         browser.open(tmp_path / "bad.html")
         assert browser.evaluate("typeof taken") == "undefined"
         assert browser.evaluate("document.querySelector('.controls').hidden") is False  # its own script has run
+
+
+def test_a_trace_has_a_link_a_place_in_the_order_and_keys(tmp_path):
+    rows = [sample(i, text=CHAT + " " * 50 * i) for i in range(1, 4)]
+    rows.append(sample(9, winner="B", correct=False))
+    write_report([make_run(tmp_path / "run", rows)], tmp_path / "r.html")
+    ids = "[...document.querySelectorAll('.sample .id')].map(id => id.textContent).join(' ')"
+    press = "document.activeElement.dispatchEvent(new KeyboardEvent('keydown', {{key: '{}', bubbles: true}}))"
+    order = "s = document.getElementById('order'), s.value = '{}', s.dispatchEvent(new Event('change'))"
+    with chromium(tmp_path / "profile") as browser:
+        browser.open(tmp_path / "r.html")
+        assert browser.evaluate(ids) == "q9 q1 q2 q3"
+        browser.evaluate("var s; " + order.format("length"))
+        assert browser.evaluate(ids) == "q3 q2 q1 q9"
+        browser.evaluate(order.format("number"))
+        assert browser.evaluate(ids) == "q1 q2 q3 q9"
+        browser.evaluate("document.getElementById('close-all').click(); location.hash = '#q-q2'")
+        browser.wait_for("document.getElementById('q-q2').open")
+        browser.evaluate("document.querySelector('#q-q2 summary').focus();" + press.format("j"))
+        assert browser.evaluate("[...document.querySelectorAll('.sample[open]')].map(s => s.id)") == ["q-q3"]
+        browser.evaluate(press.format("k"))
+        assert browser.evaluate("[...document.querySelectorAll('.sample[open]')].map(s => s.id)") == ["q-q2"]
+        assert browser.errors() == []
