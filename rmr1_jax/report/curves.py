@@ -31,7 +31,8 @@ GROUPS = MappingProxyType(
         "learning": ("reward", "accuracy", "eval_accuracy", "loss", "eval_loss", "valid", "eval_valid"),
         "health": (
             *("response_length", "truncated", "mixed_groups", "entropy", "kl", "grad_norm", "lr", "verdict_a"),
-            *("clip_fraction", "ratio_mean", "ratio_max", "importance_mean", "importance_max", "skipped"),
+            *("clip_fraction", "ratio_mean", "ratio_max", "importance_mean", "importance_max", "importance_capped"),
+            "skipped",
         ),
         "speed": ("tokens_per_second", "mfu", "seconds"),
     }
@@ -44,7 +45,7 @@ NOISE = 1e-6  # a loss below this is zero up to rounding, as GRPO's is in its fi
 def group_of(metric: str) -> str:
     """Returns the name of the group that a metric is shown in."""
     found = next((name for name, members in GROUPS.items() if metric in members), "speed")
-    return "learning" if metric.startswith(MEASURED) else found
+    return "learning" if metric.startswith(MEASURED) and not metric.endswith("seconds") else found
 
 
 def order_of(metric: str) -> tuple[int, int, str]:

@@ -74,7 +74,7 @@ def pack(judges: Sequence[Sequence[dict[str, Any]]]) -> tuple[dict[str, Any], li
     """Packs the rows of each judge into (index, pieces).
 
     The index is {"filters": {name: values}, "rows": by judge, [id, brief, piece, position in it, length of its texts,
-    contest in percent, *index of the value of each filter, or -1]}; see `_contests`. A piece is the base64 of the
+    contest in percent, *index of the value of each filter, or -1]}; see `contests`. A piece is the base64 of the
     zlib-compressed JSON {"texts": [...], "rows": [...]}, in which a row refers to its texts by their index.
     """
     numbers: dict[str, dict[str, int]] = {name: {} for name in FILTERS}
@@ -88,7 +88,7 @@ def pack(judges: Sequence[Sequence[dict[str, Any]]]) -> tuple[dict[str, Any], li
             packed.append(_packed(judges[judge][number], pool, [judge, number]))
         raw = f'{{"texts":{to_json(list(pool))},"rows":[{",".join(packed)}]}}'
         pieces.append(base64.b64encode(zlib.compress(raw.encode(), 6)).decode())
-    index, contests = [], _contests(judges)
+    index, contested = [], contests(judges)
     for judge, judged in enumerate(judges):
         index.append([])
         for number, row in enumerate(judged):
@@ -97,7 +97,7 @@ def pack(judges: Sequence[Sequence[dict[str, Any]]]) -> tuple[dict[str, Any], li
                 for name in FILTERS
             ]
             brief = " ".join(row["question"][: 2 * BRIEF].split())[:BRIEF]
-            at = [*where[judge, number], _length(row), contests[row["id"]]]
+            at = [*where[judge, number], _length(row), contested[row["id"]]]
             index[-1].append([row["id"], brief, *at, *facets])
     return {"filters": {name: list(values) for name, values in numbers.items()}, "rows": index}, pieces
 
@@ -109,7 +109,7 @@ def _length(row: dict[str, Any]) -> int:
     return tokens or len(row["traces"]) // 4
 
 
-def _contests(judges: Sequence[Sequence[dict[str, Any]]]) -> dict[str, int]:
+def contests(judges: Sequence[Sequence[dict[str, Any]]]) -> dict[str, int]:
     """Returns how contested each pair is, by its id: 100 where all texts of all judges name A as often as B, and 0
     where all that have a verdict name the same answer."""
     votes: dict[str, Counter[str | None]] = {}

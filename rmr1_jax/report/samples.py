@@ -44,6 +44,7 @@ def read_samples(file: Path, warnings: list[str]) -> Iterator[dict[str, Any]]:
 
 def _sample(row: Row) -> dict[str, Any]:
     sample: dict[str, Any] = {name: text_of(row, name) for name in SAMPLE_TEXTS}
+    sample["question"] = sample["question"] or text_of(row, "prompt")
     sample["id"] = row.identifier("id") if row.value.get("id") is not None else ""
     sample["winner"] = text_of(row, "winner" if "winner" in row.value else "verdict")
     for name in ("winner", "better"):

@@ -5,10 +5,11 @@ import itertools
 import json
 import zlib
 
+import pytest
 from evaluations import judgement, trace
 from run_directories import write_lines
 
-from rmr1_jax.report.judgements import pack, shown_judgements
+from rmr1_jax.report.judgements import contests, pack, shown_judgements
 
 
 def test_offsets_are_in_utf16_code_units(tmp_path):
@@ -55,11 +56,11 @@ def test_every_judgement_is_packed_and_shared_texts_are_stored_once(tmp_path):
     unpacked = [json.loads(zlib.decompress(base64.b64decode(piece))) for piece in pieces]
     assert max(sum(map(len, piece["texts"])) for piece in unpacked) < 1 << 19
     for judge, number in itertools.chain(((0, i) for i in range(400)), ((1, i) for i in range(100))):
-        name, brief, piece, place, *facets = index["rows"][judge][number]
+        name, brief, piece, place, length, contest, *facets = index["rows"][judge][number]
         row = unpacked[piece]["rows"][place]
         assert row["at"] == [judge, number] and name == f"q{number}" and words[number % 40].startswith(brief)
         assert unpacked[piece]["texts"][row["question"]] == words[number % 40]
-        assert index["filters"]["outcome"][facets[0]] == "right"
+        assert index["filters"]["outcome"][facets[0]] == "right" and (length, contest) == (60, 0)
     # Both judges have the same texts, which are stored once in a piece.
     assert all(len(set(piece["texts"])) == len(piece["texts"]) for piece in unpacked)
     assert pack([first, second[:100]]) == (index, pieces)  # the same bytes
@@ -71,3 +72,29 @@ def test_styles_and_difficulty_have_names(tmp_path):
     (row,) = shown_judgements(write_lines(tmp_path / "judgements.jsonl", [judgement(0, meta=meta)]), [])
     named = {"difficulty": "hard", "better_style": "concise", "worse_style": "markdown", "section": "chat"}
     assert named.items() <= row["facets"].items() and "domain" not in row["facets"]
+
+
+def test_a_pair_is_contested_where_texts_of_all_judges_disagree():
+    rows = [{"id": "q", "winner": "A", "verdicts": verdicts} for verdicts in ([["A", "B", None, "A"]], [["B"]], [])]
+    rows.append({"id": "agreed", "winner": "B", "verdicts": [["B", None]]})
+    # A, B, none, A; B; and A, the winner of a judge without texts: two of six for the minority.
+    assert contests([rows[:1], rows[1:2], rows[2:]]) == {"q": round(200 * 2 / 6), "agreed": 0}
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({}, "no_verdict"),
+        ({"reason": "refused"}, "refused"),
+        ({"finish_reasons": [["length"]]}, "cut_off"),
+        ({"tokens": [[200]]}, "cut_off"),  # as many as the limit in the settings
+        ({"tokens": []}, None),  # not the form that a row has
+        ({"finish_reasons": []}, "no_verdict"),
+        ({"status": "tie"}, None),
+    ],
+)
+def test_rows_of_earlier_versions_say_why_there_is_no_verdict(tmp_path, change, reason):
+    file = write_lines(tmp_path / "judgements.jsonl", [judgement(0, None, texts=[["no idea"]]) | change])
+    (tmp_path / "judgements.jsonl.run.json").write_text('{"max_new_tokens": 200, "rule": "strict"}')
+    (row,) = shown_judgements(file, [])
+    assert row["reason"] == reason and row["facets"]["reason"] == reason
