@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import os
-import re
 import sys
 from collections.abc import Mapping
 from typing import Any
 
+from rmr1_jax.prompts.escape import without_control
 from rmr1_jax.report.trace import Span, split_trace
 
-# A text of a model is not trusted: it must not move the cursor or change the terminal's settings.
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 _SIDES = {"A": "34", "B": "35"}  # blue and magenta, as ANSI codes
 _VERDICT = {"A": "1;34", "B": "1;35"}
 
@@ -24,7 +22,7 @@ def wants_colour() -> bool:
 def trace_text(text: str, *, colour: bool) -> str:
     """The text for a terminal: tags and thoughts dim, what is about answer A blue and about B magenta, the verdict
     bold. Control characters are replaced."""
-    return "".join(_painted(_CONTROL.sub("\ufffd", span.text), _code(span), colour) for span in split_trace(text))
+    return "".join(_painted(without_control(span.text), _code(span), colour) for span in split_trace(text))
 
 
 def verdict_text(row: Mapping[str, Any], *, colour: bool) -> str:

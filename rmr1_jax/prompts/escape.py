@@ -18,6 +18,9 @@ import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 
+# What a terminal obeys: control characters but the tab and the line feed, and changes of the writing direction.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
 _BREAKS = "\n\r\x0b\x0c\x1c-\x1e\x85\u2028\u2029"
 _LINE = rf"(?:\A|[{_BREAKS}])[^\S{_BREAKS}]*"  # the start of a line, up to its first letter
 
@@ -71,6 +74,12 @@ def escape_text(text: str, delimiters: Iterable[str] = (), *, in_conversation: b
         pieces += [text[start:at], "\\"]
         start = at
     return "".join([*pieces, text[start:]])
+
+
+def without_control(text: str) -> str:
+    """Return untrusted text for a terminal: control characters, which could move the cursor or change the terminal's
+    settings, are replaced by U+FFFD."""
+    return _CONTROL.sub("\ufffd", text)
 
 
 def frame_delimiters(frame: Sequence[str]) -> tuple[str, ...]:

@@ -260,8 +260,16 @@ def _described(placement: Mapping[str, Any]) -> str:
     return f"a mesh of {axes} in {placement['processes']} process{'es' if placement['processes'] != 1 else ''}"
 
 
+def is_held_out(name: str | None) -> bool:
+    """Whether a metric is measured on held-out data, and so not at every step."""
+    return name is not None and name.startswith("eval_")
+
+
 def _metric_value(metrics: Mapping[str, Any], name: str) -> float | None:
-    """The value of the `best` metric at a step, or None where it is not finite. Raises InputError if there is none."""
+    """The value of the `best` metric at a step, or None where it is not finite or the held-out data was not measured.
+    Raises InputError if there is no such metric."""
+    if is_held_out(name) and not any(map(is_held_out, metrics)):
+        return None
     if name not in metrics:
         raise InputError(f"best.metric={name!r} is not a metric of this stage, which has {', '.join(sorted(metrics))}")
     value = metrics[name]

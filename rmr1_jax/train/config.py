@@ -19,6 +19,7 @@ from rmr1_jax.train.losses import AggregationKind, PolicyLossConfig
 from rmr1_jax.train.optim import Memory, OptimConfig
 
 RewardKind = Literal["verdict", "cold_start"]
+LoggerKind = Literal["tensorboard", "wandb"]
 
 
 def _known_structure(name: str) -> str:
@@ -32,7 +33,8 @@ class BestConfig:
     """The checkpoint that is kept beside the newest ones."""
 
     metric: str = "reward"
-    """Metric of metrics.jsonl by whose value at its step the checkpoint is chosen."""
+    """Metric of metrics.jsonl by whose value at its step the checkpoint is chosen. One of the held-out data (eval_...)
+    is decided among the steps at which it was measured, and each of these is saved."""
     mode: Literal["max", "min"] = "max"
     """Whether the largest or the smallest value is the best."""
 
@@ -89,6 +91,14 @@ class RunConfig:
     """One more checkpoint to keep: the one with the best value of a metric."""
     profile: ProfileConfig | None = None
     """Steps to record for XProf or TensorBoard."""
+    eval_data: str = ""
+    """Held-out rows, as those of `data`, on which the policy is measured while it is trained. They change no number of
+    the training."""
+    eval_every: PositiveInt = 100
+    """Steps from one measurement on eval_data to the next; one more is made after the last step."""
+    logger: tuple[LoggerKind, ...] = ()
+    """Where the metrics are shown besides metrics.jsonl: tensorboard (event files in out/tensorboard), wandb (Weights &
+    Biases). Each requires the extra of its name: pip install 'rmr1-jax[tensorboard]'."""
 
 
 @config_dataclass
@@ -118,6 +128,12 @@ class GrpoConfig(RunConfig):
     """Settings of the optimizer."""
     save_every: PositiveInt = 10
     """Steps from one checkpoint to the next."""
+    eval_every: PositiveInt = 10
+    """Steps from one measurement on eval_data to the next; one more is made after the last step."""
+    log_rollouts: NonNegativeInt = 4
+    """Number of texts of each step that are written to rollouts.jsonl, with their rewards and verdicts."""
+    show_rollout_every: NonNegativeInt = 10
+    """Steps from one text of rollouts.jsonl that is printed to the next. 0 prints none."""
     steps: PositiveInt | None = None
     """Number of steps. null: one pass over the prompts."""
     prompts_per_step: PositiveInt = 1024

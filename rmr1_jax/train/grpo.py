@@ -32,9 +32,11 @@ from rmr1_jax.errors import InputError
 from rmr1_jax.model.attention import segment_limit
 from rmr1_jax.model.qwen import Params, split
 from rmr1_jax.policy import DTYPES, Policy, model_directory
+from rmr1_jax.prompts.prompt import Prompt
 from rmr1_jax.sampler.generation_config import with_recommended_sampling
 from rmr1_jax.train.announce import header
 from rmr1_jax.train.config import GrpoConfig
+from rmr1_jax.train.evaluation import grpo_evaluation
 from rmr1_jax.train.health import CollapseWatch, check_finite
 from rmr1_jax.train.logprobs import forward_options, row_logprobs
 from rmr1_jax.train.losses import LossInputs, PolicyLoss, mean_metrics, policy_loss
@@ -50,6 +52,7 @@ from rmr1_jax.train.optim import (
     master_weights,
 )
 from rmr1_jax.train.rollout import Group, Reward, RlPrompt, describe_groups, make_reward, roll_out, rollout_metrics
+from rmr1_jax.train.rollout_log import RolloutLog
 from rmr1_jax.train.run import load_policy, open_run
 from rmr1_jax.train.run_directory import check_run, data_digest, save_model, start_run
 
@@ -62,11 +65,12 @@ def grpo(
     reward: Reward | None = None,
     loss: PolicyLoss = policy_loss,
     on_rollout: Callable[[int, list[Group]], None] | None = None,
+    eval_prompts: Sequence[RlPrompt] | None = None,
 ) -> Policy:
     """Train, and return the trained policy (float32 weights), which is also saved as `out/model`.
 
-    policy, prompts: used instead of `config.model` and `config.data`. reward, loss: see the module's docstring; those
-    of the config by default. on_rollout: called with each step and its groups, on every process with all groups.
+    policy, prompts, eval_prompts: used instead of the config's model, data and eval_data. reward, loss: see the module's
+    docstring; those of the config by default. on_rollout: gets each step and its groups, on every process all groups.
 
     Raises InputError if the config or the data is wrong, or `out` has a run with another reward or loss (`functions.py`
     says what counts); RunError if the loss is not finite, a checkpoint cannot be written, or all are damaged; Preempted
@@ -77,11 +81,9 @@ def grpo(
     check_run(config, Path(config.out), functions)
     given, reward = policy is not None, reward or make_reward(config.reward, config.structure)
     policy = policy or load_policy(config)
-    own_prompt = prompt_of(config.data) if prompts is None else None
-    prompts = read_prompts(config.data, policy) if prompts is None else prompts
-    prompts = drop_longer(prompts, config.max_prompt_length, "prompts")  # as the paper does
-    _check_sizes(config, prompts, policy.mesh)
+    prompts, held_out, own_prompt = _open_prompts(config, policy, prompts, eval_prompts)
     steps = config.steps or max(1, len(prompts) // config.prompts_per_step)
+    evaluation = grpo_evaluation(config, policy, held_out, reward)
     start_run(config, Path(config.out), functions)
     say(header(config, policy, prompts, steps))
     with jax.set_mesh(policy.mesh), open_run(config, "grpo") as run:
@@ -92,13 +94,14 @@ def grpo(
         trainer = _Trainer(config, policy, loss, optimizer, state, mean_length(prompts))
         schedule = lr_schedule(config.optimizer, steps * config.updates_per_step)
         watch, start = CollapseWatch(), int(state.step) // config.updates_per_step
+        readers = [RolloutLog(config, policy.tokenizer, start).write, *([on_rollout] if on_rollout else [])]
         for step in run.steps(start, steps):
             with run.saved_if_preempted(state, cursor), jax.profiler.TraceAnnotation("rollout"):
                 policy, consumed = policy.with_params(state.params), cursor["prompts_consumed"]
                 rollout = roll_out(config, policy, prompts, consumed, step, reward, run.preemption.interruptible)
             run.lap("rollout_seconds")
-            if on_rollout:
-                on_rollout(step, rollout.groups)
+            for read in readers:
+                read(step, rollout.groups)
             batches = trainer.prepare(rollout.groups, state.params)
             run.lap("reference_seconds")
             state, row, skipped = trainer.update(state, batches, step)
@@ -111,8 +114,8 @@ def grpo(
             row |= {k: cursor[k] for k in ("prompts_consumed", "skipped")}
             row |= throughput(row["prompt_tokens"] + row["new_tokens"], run.seconds, policy.mesh)
             watch.look(row, step)
-            shown = {"reward": f"{row['reward']:.3f}", "length": f"{row['response_length']:.0f}"}
-            run.record(row, state, cursor, **shown)
+            row |= run.evaluate(evaluation, state.params)
+            run.record(row, state, cursor, reward=f"{row['reward']:.3f}", length=f"{row['response_length']:.0f}")
     return save_model(policy.with_params(state.params), Path(config.out), own_prompt)
 
 
@@ -172,6 +175,20 @@ def with_own_sampling(config: GrpoConfig, policy: Policy | None) -> GrpoConfig:
             "equal; leave generation_config out and set sampling.temperature"
         )
     return dataclasses.replace(config, sampling=sampling, generation_config=False)
+
+
+def _open_prompts(
+    config: GrpoConfig, policy: Policy, given: Sequence[RlPrompt] | None, held_out: Sequence[RlPrompt] | None
+) -> tuple[Sequence[RlPrompt], Sequence[RlPrompt] | None, Prompt | None]:
+    """The prompts to train on, those to evaluate on if there are any, and the prompt file that the former were rendered
+    with if it is known; read from the config's files unless they are given."""
+    own_prompt = prompt_of(config.data) if given is None else None
+    prompts = read_prompts(config.data, policy) if given is None else given
+    prompts = drop_longer(prompts, config.max_prompt_length, "prompts")  # as the paper does
+    _check_sizes(config, prompts, policy.mesh)
+    if held_out is None and config.eval_data:
+        held_out = read_prompts(config.eval_data, policy)
+    return prompts, held_out, own_prompt
 
 
 def read_prompts(path: str | Path, policy: Policy) -> Sequence[RlPrompt]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,26 +22,32 @@ from rmr1_jax.files.write import write_whole, writing
 from rmr1_jax.model.config import QwenConfig
 
 
-class MetricsLog:
-    """Appends to `directory/metrics.jsonl`. Lines from `next_step` on are removed first: they came after the checkpoint
-    that the run continues from, and will be written again."""
+class StepLog:
+    """Appends to a JSONL file of rows with a `step`. Lines from `next_step` on are removed first: they came after the
+    checkpoint that the run continues from, and will be written again."""
 
-    def __init__(self, directory: Path, *, next_step: int):
-        self.path = directory / "metrics.jsonl"
+    def __init__(self, path: Path, *, next_step: int):
+        self.path = path
         if first() and self.path.exists():
-            kept = [line for line in _whole_lines(self.path) if json.loads(line)["step"] < next_step]
-            write_whole(self.path, "".join(kept))
+            write_whole(self.path, (line for line in _whole_lines(self.path) if json.loads(line)["step"] < next_step))
 
-    def write(self, metrics: Mapping[str, float | int | str]) -> None:
-        """Append one step. Numbers that are not finite are written as null: JSON has no NaN. Raises RunError if the
+    def write(self, values: Mapping[str, Any]) -> None:
+        """Append one row. Numbers that are not finite are written as null: JSON has no NaN. Raises RunError if the
         file cannot be written; a half-written line is removed when the run is continued."""
         if not first():
             return
-        row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
+        row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         line = (json.dumps(row) + "\n").encode()
         then = "the last checkpoint is valid; make the file writable and run the same command again"
         with writing(self.path, len(line), then), self.path.open("ab") as file:
             file.write(line)
+
+
+class MetricsLog(StepLog):
+    """Appends to the `metrics.jsonl` of a run directory, a row each step."""
+
+    def __init__(self, directory: Path, *, next_step: int):
+        super().__init__(directory / "metrics.jsonl", next_step=next_step)
 
 
 def as_floats(metrics: Mapping[str, Any]) -> dict[str, float]:
@@ -57,9 +63,10 @@ def read_metrics(directory: str | Path) -> list[dict]:
     return [json.loads(line) for line in _whole_lines(path)]
 
 
-def _whole_lines(path: Path) -> list[str]:
+def _whole_lines(path: Path) -> Iterator[str]:
     """The complete lines: a killed run may leave half a line at the end."""
-    return [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+    with path.open(encoding="utf-8", newline="\n") as file:
+        yield from (line for line in file if line.endswith("\n"))
 
 
 def layer_params(config: QwenConfig) -> int:

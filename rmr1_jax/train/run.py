@@ -21,9 +21,12 @@ from rmr1_jax.distributed.preemption import Preempted, Preemption
 from rmr1_jax.distributed.profile import profiling
 from rmr1_jax.distributed.terminal import bar, say, waiting
 from rmr1_jax.errors import RunError
+from rmr1_jax.model.qwen import Params
 from rmr1_jax.policy import Policy, load
-from rmr1_jax.train.checkpoint import Checkpointer
+from rmr1_jax.train.checkpoint import Checkpointer, is_held_out
 from rmr1_jax.train.config import ProfileConfig, RunConfig
+from rmr1_jax.train.evaluation import Evaluation
+from rmr1_jax.train.loggers import Loggers
 from rmr1_jax.train.metrics import MetricsLog
 from rmr1_jax.train.optim import TrainState
 from rmr1_jax.train.run_directory import same_data
@@ -38,9 +41,10 @@ class Run:
     """A stage's run in `directory`, made by `open_run`. All processes must call its methods together."""
 
     def __init__(self, stage: str, config: RunConfig, checkpoints: Checkpointer, preemption: Preemption):
-        self.stage, self.directory, self._profile = stage, Path(config.out), config.profile
+        self.stage, self.directory, self._config = stage, Path(config.out), config
         self.checkpoints, self.preemption = checkpoints, preemption
         self._save_seconds, self._restored = 0.0, None
+        self._measured: dict[str, float] = {}  # the newest metrics of the held-out data
         self.until_end = ExitStack()  # what `open_run` closes, also after an error in the loop over the steps
 
     def restore(self, state: TrainState, cursor: dict[str, Any]) -> tuple[TrainState, dict[str, Any]]:
@@ -60,7 +64,8 @@ class Run:
             return
         if self._restored is not None:
             say(f"{self.stage}: resumed at step {start} of {total} from checkpoints/{self._restored}")
-        recorded = self.until_end.enter_context(_Recorded(self._profile, self.directory, self.stage, start))
+        self._loggers = self.until_end.enter_context(Loggers(self._config, start))
+        recorded = self.until_end.enter_context(_Recorded(self._config.profile, self.directory, self.stage, start))
         self._bar = self.until_end.enter_context(bar(self.stage, start=start, total=total, unit="step"))
         self._bar.set_postfix_str("compiling the programs of the first step")
         for step in range(start, total):
@@ -82,16 +87,27 @@ class Run:
         """The seconds of the step up to its last lap."""
         return sum(self._times.values())
 
+    def evaluate(self, evaluation: Evaluation | None, params: Params) -> dict[str, float]:
+        """The metrics of the held-out data under `params`, whose names begin with `eval_`. Empty where there is none,
+        and at steps at which it is not measured."""
+        if evaluation is None or not (self._is_last or (self._step + 1) % self._config.eval_every == 0):
+            return {}
+        self._measured = {f"eval_{name}": value for name, value in evaluation(params).items()}
+        self.lap("eval_seconds")
+        return self._measured
+
     def record(self, row: Mapping[str, Any], state: TrainState, cursor: Mapping[str, Any], **shown: str) -> None:
         """Write the step's metrics `row` and its times, and save the state if a checkpoint is due. shown: what the
         progress bar displays. Raises RunError if a file cannot be written, and after SIGTERM Preempted, when the state
         is saved."""
         row = {**row, **self._times, "seconds": self.seconds, "checkpoint_seconds": self._save_seconds}
-        self._log.write({"step": self._step, "stage": self.stage} | row)
-        self._bar.set_postfix(shown, refresh=False)
+        for log in (self._log, self._loggers):
+            log.write({"step": self._step, "stage": self.stage} | row)
+        self._bar.set_postfix(shown | {name: f"{value:.3f}" for name, value in self._measured.items()}, refresh=False)
         self._bar.update()
         self._save_seconds, stopping = 0.0, self.preemption.reached()
-        if self.checkpoints.due(self._step + 1) or stopping or self._is_last:
+        measured_best = self._config.best and is_held_out(name := self._config.best.metric) and name in row
+        if self.checkpoints.due(self._step + 1) or stopping or self._is_last or measured_best:
             self._save_seconds = self.checkpoints.save(state, cursor, row)
         if stopping:
             raise Preempted

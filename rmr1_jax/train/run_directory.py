@@ -26,10 +26,14 @@ from rmr1_jax.policy import Policy
 from rmr1_jax.prompts.prompt import PROMPT_FILE, Prompt, save_prompt
 from rmr1_jax.train.config import RunConfig
 from rmr1_jax.train.functions import DEFAULT, differences, record_of
+from rmr1_jax.train.loggers import check_loggers
 
 FUNCTIONS = "functions.json"
 # Settings that may differ between a run and its continuation: those that change no number,
 NO_EFFECT = {"out", "save_every", "save_minutes", "keep", "best", "on_nonfinite", "profile"}
+NO_EFFECT |= {"logger", "log_rollouts", "show_rollout_every"}
+# those that change only what is measured beside the training,
+HELD_OUT = {"eval_data", "eval_every"}
 # and those that change the order of sums, and so the last bits.
 ROUNDING = {"mesh", "sampling_tensor", "remat", "attention", "reference_memory", "optimizer.memory"}
 
@@ -52,6 +56,7 @@ def check_run(config: RunConfig, directory: Path, functions: Functions = Mapping
     with writing(directory):
         if not above.is_dir() or (directory.exists() and not directory.is_dir()):
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(directory))
+    check_loggers(config.logger)
     if (path := directory / "config.yaml").is_file():
         _compare(path, config)
         _compare_functions(directory / FUNCTIONS, functions)
@@ -113,10 +118,11 @@ def _compare(path: Path, config: RunConfig) -> None:
         """The changes of the settings that are, or whose section is, in `known`; or all others."""
         return "; ".join(v for k, v in changed.items() if any(f"{k}.".startswith(f"{x}.") for x in known) == inside)
 
-    if fatal := listed(NO_EFFECT | ROUNDING, inside=False):
+    if fatal := listed(NO_EFFECT | HELD_OUT | ROUNDING, inside=False):
         advice = "give another `out`, or remove the directory"
         raise InputError(f"{path.parent} holds a run with another config ({fatal}); {advice}")
-    for known, effect in ((NO_EFFECT - {"out"}, "no number"), (ROUNDING, "only the last bits of numbers")):
+    effects = [(NO_EFFECT - {"out"}, "no number"), (HELD_OUT, "only the metrics eval_...")]
+    for known, effect in (*effects, (ROUNDING, "only the last bits of numbers")):
         if noted := listed(known):
             say(f"changed settings, which change {effect}: {noted}")
 

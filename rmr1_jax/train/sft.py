@@ -27,6 +27,7 @@ from rmr1_jax.model.qwen import Params, split
 from rmr1_jax.policy import Policy
 from rmr1_jax.train.announce import header
 from rmr1_jax.train.config import SftConfig
+from rmr1_jax.train.evaluation import sft_evaluation
 from rmr1_jax.train.health import check_finite
 from rmr1_jax.train.logprobs import forward_options, row_logprobs
 from rmr1_jax.train.losses import sft_loss
@@ -37,9 +38,15 @@ from rmr1_jax.train.run import load_policy, open_run
 from rmr1_jax.train.run_directory import check_run, data_digest, save_model, start_run
 
 
-def sft(config: SftConfig, *, policy: Policy | None = None, examples: Sequence[Example] | None = None) -> Policy:
-    """Train, and return the trained policy (float32 weights), which is also saved as `out/model`. `policy` and
-    `examples` are used instead of `config.model` and `config.data`.
+def sft(
+    config: SftConfig,
+    *,
+    policy: Policy | None = None,
+    examples: Sequence[Example] | None = None,
+    eval_examples: Sequence[Example] | None = None,
+) -> Policy:
+    """Train, and return the trained policy (float32 weights), which is also saved as `out/model`. `policy`, `examples`
+    and `eval_examples` are used instead of `config.model`, `config.data` and `config.eval_data`.
 
     Raises InputError if the config or the data is wrong; RunError if the loss is not finite, a checkpoint cannot be
     written, or all are damaged; Preempted after SIGTERM, when the state is saved.
@@ -49,6 +56,8 @@ def sft(config: SftConfig, *, policy: Policy | None = None, examples: Sequence[E
     policy = policy or load_policy(config)
     if examples is None:
         examples, prompt = open_examples(config.data, "sft", policy.tokenizer), prompt_of(config.data)
+    if eval_examples is None and config.eval_data:
+        eval_examples = open_examples(config.eval_data, "sft", policy.tokenizer)
     if config.on_too_long == "drop":
         examples = drop_longer(examples, config.row_length, "examples")
     check_micro_rows(policy.mesh, config.micro_rows)
@@ -56,6 +65,7 @@ def sft(config: SftConfig, *, policy: Policy | None = None, examples: Sequence[E
     make_batches = batches_of(config, examples, policy.mesh, segment_limit(forward["attention"]))
     total = make_batches()[1]
     steps = min(total, config.max_steps or total)
+    evaluation = sft_evaluation(config, policy, eval_examples)
     start_run(config, Path(config.out))
     say(header(config, policy, examples, steps))
     with jax.set_mesh(policy.mesh), open_run(config, "sft") as run:
@@ -79,6 +89,7 @@ def sft(config: SftConfig, *, policy: Policy | None = None, examples: Sequence[E
                 cursor["skipped"] += 1
             row |= {"lr": lr, "skipped": cursor["skipped"]} | throughput(facts["tokens"], run.seconds, policy.mesh)
             row |= mfu(train_flops(policy.config, batch.lengths), run.seconds, policy.mesh) | facts
+            row |= run.evaluate(evaluation, state.params)
             shown = {"loss": f"{row['loss']:.3f}", "tok_s": f"{row['tokens_per_second']:.0f}"}
             run.record(row, state, cursor, **shown)
     return save_model(policy.with_params(state.params), Path(config.out), prompt)

@@ -29,7 +29,15 @@ SUPPORT = Path(__file__).resolve().parents[1] / "support"
 
 MESH = MeshConfig(fsdp=4, tensor=2)
 CONFIGS = {
-    "sft": {"max_steps": 4, "save_every": 2, "rows_per_step": 16, "micro_rows": 8, "mesh": MESH},
+    "sft": {
+        "max_steps": 4,
+        "save_every": 2,
+        "rows_per_step": 16,
+        "micro_rows": 8,
+        "mesh": MESH,
+        "eval_data": "given",
+        "eval_every": 2,
+    },
     # Nine prompts: five for one process, four for the other; three updates a step.
     "grpo": {
         "steps": 3,
@@ -40,6 +48,7 @@ CONFIGS = {
         "mesh": MESH,
         "sampling_tensor": 1,
         "dynamic_sampling": 2,
+        "eval_every": 2,  # three held-out prompts: two for one process, one for the other
     },
 }
 

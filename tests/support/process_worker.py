@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from training import small_examples, small_prompts, vowels
+from training import run, small_prompts, vowels
 
 from rmr1_jax.config import load_config
 from rmr1_jax.distributed import exchange
@@ -19,19 +19,19 @@ from rmr1_jax.errors import InputError
 from rmr1_jax.policy import load
 from rmr1_jax.train.config import GrpoConfig, SftConfig
 from rmr1_jax.train.grpo import grpo
-from rmr1_jax.train.sft import sft
 
 
 def run_stage(stage: str, config, policy):
     """Run a stage on small data. Returns the policy, and for GRPO (id, tokens, rewards) of each group of each step."""
     if stage == "sft":
-        return sft(config, policy=policy, examples=small_examples(policy)), []
+        return run(stage, config, policy), []
     seen = []
 
     def look(step, groups):
         seen.append([[g.prompt.id, [s.token_ids for s in g.samples], g.rewards.tolist()] for g in groups])
 
-    trained = grpo(config, policy=policy, prompts=small_prompts(policy), reward=vowels, on_rollout=look)
+    given = {"prompts": small_prompts(policy), "eval_prompts": small_prompts(policy, 13)[10:], "reward": vowels}
+    trained = grpo(config, policy=policy, on_rollout=look, **given)
     return trained, seen
 
 

@@ -88,9 +88,12 @@ def vowels(text: str, prompt: RlPrompt) -> float:
 
 
 def run(stage: str, config, policy):
+    """Run a stage on small data, with held-out data if the config names any."""
     if stage == "sft":
-        return sft(config, policy=policy, examples=small_examples(policy))
-    return grpo(config, policy=policy, prompts=small_prompts(policy), reward=vowels)
+        held_out = small_examples(policy, 15)[12:] if config.eval_data else None
+        return sft(config, policy=policy, examples=small_examples(policy), eval_examples=held_out)
+    held_out = small_prompts(policy, 13)[10:] if config.eval_data else None
+    return grpo(config, policy=policy, prompts=small_prompts(policy), reward=vowels, eval_prompts=held_out)
 
 
 def run_and_kill(stage: str, model: Path, config, step: int) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -84,7 +85,9 @@ def whole(policy, tmp_path_factory):
     @functools.cache
     def make(name: str):
         steps = 20 if name in RESUMED else 2
-        config = small_grpo(out=str(tmp_path_factory.mktemp("whole")), steps=steps, save_every=3, **RECIPES[name])
+        config = small_grpo(
+            out=str(tmp_path_factory.mktemp("whole")), steps=steps, save_every=3, eval_data="given", **RECIPES[name]
+        )
         return config, run("grpo", config, policy)
 
     return make
@@ -208,6 +211,8 @@ def test_a_killed_run_ends_as_an_uninterrupted_one(model, policy, whole, tmp_pat
     resumed = run("grpo", killed, policy)
     assert_same(resumed.params, expected.params)
     assert metrics_but_timings(tmp_path) == metrics_but_timings(config.out)
+    texts = [(Path(out) / "rollouts.jsonl").read_text() for out in (tmp_path, config.out)]
+    assert texts[0] == texts[1] and texts[0].count("\n") == 4 * config.steps
 
 
 @pytest.mark.slow

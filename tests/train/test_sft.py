@@ -62,7 +62,9 @@ def step(policy):
 @pytest.fixture(scope="module")
 def whole(policy, tmp_path_factory):
     """(config, trained policy) of an uninterrupted run."""
-    config = small_sft(out=str(tmp_path_factory.mktemp("whole")), max_steps=8, save_every=3)
+    config = small_sft(
+        out=str(tmp_path_factory.mktemp("whole")), max_steps=8, save_every=3, eval_data="given", eval_every=2
+    )
     return config, run("sft", config, policy)
 
 
