@@ -69,7 +69,7 @@ def grpo(
 ) -> Policy:
     """Train, and return the trained policy (float32 weights), which is also saved as `out/model`.
 
-    policy, prompts, eval_prompts: used instead of the config's model, data and eval_data. reward, loss: see the module's
+    policy, prompts, eval_prompts: used instead of model, data and eval_data of the config. reward, loss: see the module
     docstring; those of the config by default. on_rollout: gets each step and its groups, on every process all groups.
 
     Raises InputError if the config or the data is wrong, or `out` has a run with another reward or loss (`functions.py`
