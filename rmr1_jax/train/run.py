@@ -35,6 +35,7 @@ LESS_MEMORY = (
     "These settings reduce it: fewer micro_rows, a shorter row_length, remat=offload, optimizer.mu_dtype=bfloat16, "
     "optimizer.memory=host, a larger mesh, and while sampling fewer sampling.slots; `rmr1 plan CONFIG` estimates it"
 )
+SHOWN_HELD_OUT = ("eval_loss", "eval_accuracy", "eval_valid")  # by the progress bar
 
 
 class Run:
@@ -103,7 +104,8 @@ class Run:
         row = {**row, **self._times, "seconds": self.seconds, "checkpoint_seconds": self._save_seconds}
         for log in (self._log, self._loggers):
             log.write({"step": self._step, "stage": self.stage} | row)
-        self._bar.set_postfix(shown | {name: f"{value:.3f}" for name, value in self._measured.items()}, refresh=False)
+        shown |= {name: f"{self._measured[name]:.3f}" for name in SHOWN_HELD_OUT if name in self._measured}
+        self._bar.set_postfix(shown, refresh=False)
         self._bar.update()
         self._save_seconds, stopping = 0.0, self.preemption.reached()
         measured_best = self._config.best and is_held_out(name := self._config.best.metric) and name in row
