@@ -65,6 +65,11 @@ ELSEWHERE = {
     "importance_sampling_level": ("loss.ratio",),
     "loss_type": ("aggregation",),
     "scale_rewards": ("normalize_std",),
+    "report_to": ("logger",),
+    "eval_steps": ("eval_every",),
+    "metric_for_best_model": ("best.metric",),
+    "log_completions": ("log_rollouts",),
+    "num_completions_to_print": ("log_rollouts",),
 }
 
 
