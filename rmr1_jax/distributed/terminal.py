@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from rmr1_jax.distributed.exchange import first
 
-QUIET = 7.0  # seconds after which a wait is said again, and a bar is drawn again where that makes a line
+QUIET = 6.0  # seconds after which a wait is said again, and a bar is drawn again where that makes a line
 TICK = 1.0  # seconds after which a bar is drawn again where it is drawn over itself
 DELAY = 2.0  # seconds that a wait must take to be said at all
 
@@ -45,12 +45,14 @@ def waiting(text: str, *, delay: float = DELAY) -> Iterator[None]:
         yield
 
 
-def pace(brief: bool = False) -> dict[str, float]:
+def pace(brief: bool = False) -> dict[str, Any]:
     """How often a progress bar moves, as arguments of `tqdm`: always in a terminal or a notebook, and elsewhere, where
-    each time is one more line of a file, after `QUIET` seconds. brief: there, a bar of fewer seconds is left out."""
-    if _overwrites():
-        return {"mininterval": 0.1}
-    return {"mininterval": QUIET, "maxinterval": QUIET, "delay": QUIET if brief else 0.0}
+    each time is one more line of a file, after `QUIET` seconds. brief: for a bar inside another one. A file leaves it
+    out if it takes fewer seconds, and only a terminal shows both at once."""
+    options: dict[str, Any] = {"mininterval": 0.1}
+    if not _overwrites():
+        options = {"mininterval": QUIET, "maxinterval": QUIET, "delay": QUIET if brief else 0.0}
+    return options | ({"position": 0} if brief and not sys.stderr.isatty() else {})
 
 
 @contextmanager

@@ -19,8 +19,9 @@ def header(config: RunConfig, policy: Policy, items: Sequence[Any], steps: int) 
     size = sum(leaf.size for leaf in jax.tree.leaves(split(policy.module)[1]))
     stage, name = ("sft", "examples") if isinstance(config, SftConfig) else ("grpo", "prompts")
     axes = " x ".join(f"{axis} {count}" for axis, count in policy.mesh.shape.items())
+    layers = f"{model.num_layers} layer{'s' * (model.num_layers > 1)}"
     lines = [
-        f"{model.model_type}, {size:,} parameters, {model.num_layers} layers, products in {config.dtype}; "
+        f"{model.model_type}, {size:,} parameters, {layers}, products in {config.dtype}; "
         f"{devices.size} x {devices.flat[0].device_kind}, mesh {axes}",
         f"{len(items):,} {name} of {lengths.mean():,.0f} tokens on average; {steps:,} steps of {_step(config)}",
         f"out {config.out}",

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int, PyTree, Shaped
 from pydantic import Field, PositiveFloat
 
 from rmr1_jax.config import config_dataclass
+from rmr1_jax.distributed.terminal import waiting
 from rmr1_jax.train.losses import add_metrics
 
 Memory = Literal["device", "host"]
@@ -123,7 +124,9 @@ def init_state(params: Any, optimizer: optax.GradientTransformation, memory: Mem
     # Zeros have no operand to take a sharding from: by default XLA would replicate all of them.
     layout = jax.tree.map(lambda x: x.sharding, abstract_state(params, optimizer, memory))
     shardings = (layout.opt_state, layout.step)
-    return TrainState(params, *jax.jit(lambda w: (optimizer.init(w), jnp.int32(0)), out_shardings=shardings)(params))
+    with waiting("making the optimizer's state"):
+        made = jax.jit(lambda w: (optimizer.init(w), jnp.int32(0)), out_shardings=shardings)(params)
+    return TrainState(params, *made)
 
 
 def compile_update(

@@ -72,6 +72,6 @@ def test_only_the_first_process_speaks(impatient, monkeypatch, capsys):
 
 def test_how_often_a_bar_moves(monkeypatch):
     """In a file, where each time is one more line, seldom; in a terminal always."""
-    assert terminal.pace(brief=True) == {"mininterval": 7.0, "maxinterval": 7.0, "delay": 7.0}
+    assert terminal.pace(brief=True) == {"mininterval": 6.0, "maxinterval": 6.0, "delay": 6.0, "position": 0}
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     assert terminal.pace(brief=True) == {"mininterval": 0.1}

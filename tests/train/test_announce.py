@@ -11,7 +11,7 @@ def test_the_header_says_what_is_trained_where_and_on_what(tiny_policy):
     examples, prompts = small_examples(tiny_policy), small_prompts(tiny_policy)
     mean = sum(map(len, examples)) / 12
     assert header(small_sft(out="runs/a"), tiny_policy, examples, 1200).splitlines() == [
-        f"sft: qwen2, {size:,} parameters, 1 layers, products in float32; 1 x cpu, mesh replica 1 x fsdp 1 x tensor 1",
+        f"sft: qwen2, {size:,} parameters, 1 layer, products in float32; 1 x cpu, mesh replica 1 x fsdp 1 x tensor 1",
         f"sft: 12 examples of {mean:.0f} tokens on average; 1,200 steps of 2 packed rows of 256 tokens, 2 at once",
         "sft: out runs/a",
     ]

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -93,6 +94,20 @@ def test_the_loss_falls_and_the_result_is_saved(policy, model, whole):
     again = load(f"{config.out}/model", "float32", single_device_mesh())
     assert_same(again.params, trained.params)
     assert again.config == policy.config and again.tokenizer.stop_ids == policy.tokenizer.stop_ids
+
+
+def test_it_says_what_it_trains_and_where_it_goes_on(policy, whole, tmp_path, capsys):
+    config = dataclasses.replace(whole[0], out=str(tmp_path / "run"))
+    shutil.copytree(whole[0].out, config.out)
+    run("sft", config, policy)
+    said = capsys.readouterr().err
+    assert said.index("sft: qwen2, ") < said.index(f"sft: out {config.out}\n") < said.index("sft: finished at step 8")
+    assert said.splitlines()[-1] == "sft: finished at step 8; nothing to train"
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "8")
+    run("sft", config, policy)
+    said = capsys.readouterr().err
+    assert said.index("sft: resumed at step 6 of 8 from checkpoints/6\n") < said.index("compiling the programs of the")
+    assert metrics_but_timings(config.out) == metrics_but_timings(whole[0].out)
 
 
 @pytest.mark.slow
