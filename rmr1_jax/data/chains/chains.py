@@ -34,12 +34,11 @@ from rmr1_jax.distributed.rows import SharedRows
 from rmr1_jax.endpoint import EndpointConfig, Request
 from rmr1_jax.errors import InputError, RunError
 from rmr1_jax.files.append import files_digest
-from rmr1_jax.files.hub import locate
 from rmr1_jax.files.write import write_whole, writing
 from rmr1_jax.pairs.containers import source_files
 from rmr1_jax.pairs.pair import PreferencePair, render_pair
 from rmr1_jax.pairs.read import read_pairs
-from rmr1_jax.prompts.prompt import PROMPT_FILE, Prompt, get_prompt
+from rmr1_jax.prompts.prompt import Prompt, get_prompt
 from rmr1_jax.reply import Answer, Unanswered
 
 
@@ -155,7 +154,7 @@ def make_chains(
     """
     out = Path(config.out)
     answers = out / "answers.jsonl"
-    prompt = dataclasses.replace(_prompt(config), escape_untrusted=config.escape_untrusted)
+    prompt = dataclasses.replace(_prompt(config, teacher), escape_untrusted=config.escape_untrusted)
     turns = [(1, number) for number in range(config.tries)] + ([(2, 0)] if second else [])
     by_id = {pair.id: PairAttempts(pair, prompt.structure, turns, config.keep_thinking) for pair in pairs}
     rows = _shared_rows(answers, _settings(config, prompt, teacher, second), by_id)
@@ -186,9 +185,9 @@ def make_chains(
     return ledger
 
 
-def _prompt(config: ChainsConfig) -> Prompt:
+def _prompt(config: ChainsConfig, teacher: Teacher) -> Prompt:
     """The prompt that is given, or the policy's own, or "cor"."""
-    own = locate(config.policy.model) / PROMPT_FILE if config.policy and config.prompt is None else None
+    own = config.policy and config.prompt is None and teacher.prompt_file
     return get_prompt(own if own and own.is_file() else config.prompt or "cor")
 
 
