@@ -62,40 +62,13 @@ def update_tunix(work: dict, model_dir: Path) -> tuple:
     """
     import jax
     import jax.numpy as jnp
-    import optax
     from flax import nnx
-    from tunix.models.qwen2.model import RematConfig
-    from tunix.rl import function_registry
-    from tunix.rl.grpo.grpo_learner import GRPOConfig, TrainExample
-    from tunix.rl.rl_cluster import RLTrainingConfig
-    from tunix.rl.trainer import Trainer
+    from tunix.rl.grpo.grpo_learner import TrainExample
 
-    model, _ = load_tunix(model_dir, remat_config=RematConfig[work["tunix_remat"]])
-    group, samples = len(work["responses"][0]), flat(work)
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(work["lr"], 0.9, 0.95, weight_decay=0.0))
-    config = GRPOConfig(num_generations=group, beta=0.0, epsilon=work["clip_low"])
-    config.epsilon_high, config.temperature = work["clip_high"], 1.0  # GRPOLearner sets the temperature so
-    loss = function_registry.get_policy_loss_fn(config.policy_loss_fn)
-    training = RLTrainingConfig(
-        actor_optimizer=optimizer,
-        mini_batch_size=len(work["prompts"]),
-        train_micro_batch_size=1,
-        eval_every_n_steps=10**9,
-        max_steps=10**9,
-    )
-    trainer = Trainer(model, optimizer, training, custom_checkpoint_metadata_fn=dict)
-    pad = work["pad"]
-    trainer.with_loss_fn(
-        lambda model, train_example, algo_config: loss(
-            model, train_example, algo_config=config, pad_id=pad, eos_id=pad
-        ),
-        has_aux=True,
-    )
-    trainer.with_gen_model_input_fn(lambda example: {"train_example": example, "algo_config": config})
+    trainer, model = tunix_trainer(work, model_dir)
     step, _ = trainer.jit_train_and_eval_step(cache_nnx_graph=True)
-
-    arrays = padded(samples, pad=pad, prompt_limit=work["prompt_limit"], completion_limit=work["completion_limit"])
-    prompt = work["prompt_limit"]
+    samples, group, prompt = flat(work), len(work["responses"][0]), work["prompt_limit"]
+    arrays = padded(samples, pad=work["pad"], prompt_limit=prompt, completion_limit=work["completion_limit"])
     examples = [
         TrainExample(
             prompt_ids=jnp.asarray(arrays["ids"][part, :prompt], jnp.int32),
@@ -118,12 +91,41 @@ def update_tunix(work: dict, model_dir: Path) -> tuple:
     before = jax.tree.map(jnp.copy, nnx.state((model, trainer.optimizer)))
     start = time.perf_counter()
     jax.block_until_ready([step(examples[0]) for _ in range(2)])
-    after = nnx.state((model, trainer.optimizer))
-    nnx.update(
-        (model, trainer.optimizer), jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), before, after)
-    )
+    layout = jax.tree.map(lambda x: x.sharding, nnx.state((model, trainer.optimizer)))
+    nnx.update((model, trainer.optimizer), jax.device_put(before, layout))
     facts = {"warm_up_seconds": time.perf_counter() - start, "device": jax.default_backend()}
     return facts | {"positions": arrays["ids"].size, "rows": group, "version": tunix_version()}, update
+
+
+def tunix_trainer(work: dict, model_dir: Path) -> tuple:
+    """tunix's RL trainer with its GRPO loss, and the model that it trains."""
+    import optax
+    from tunix.models.qwen2.model import RematConfig
+    from tunix.rl import function_registry
+    from tunix.rl.grpo.grpo_learner import GRPOConfig
+    from tunix.rl.rl_cluster import RLTrainingConfig
+    from tunix.rl.trainer import Trainer
+
+    model, _ = load_tunix(model_dir, remat_config=RematConfig[work["tunix_remat"]])
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(work["lr"], 0.9, 0.95, weight_decay=0.0))
+    config = GRPOConfig(num_generations=len(work["responses"][0]), beta=0.0, epsilon=work["clip_low"])
+    config.epsilon_high, config.temperature = work["clip_high"], 1.0  # GRPOLearner sets the temperature so
+    policy_loss = function_registry.get_policy_loss_fn(config.policy_loss_fn)
+    training = RLTrainingConfig(
+        actor_optimizer=optimizer,
+        mini_batch_size=len(work["prompts"]),
+        train_micro_batch_size=1,
+        eval_every_n_steps=10**9,
+        max_steps=10**9,
+    )
+
+    def loss(model, train_example, algo_config):
+        return policy_loss(model, train_example, algo_config=config, pad_id=work["pad"], eos_id=work["pad"])
+
+    trainer = Trainer(model, optimizer, training, custom_checkpoint_metadata_fn=dict)
+    trainer.with_loss_fn(loss, has_aux=True)
+    trainer.with_gen_model_input_fn(lambda example: {"train_example": example, "algo_config": config})
+    return trainer, model
 
 
 def flat(work: dict) -> list[dict]:

@@ -51,8 +51,8 @@ class GrpoUpdate(Alternated):
     """Standard deviation of the logarithm of that distribution."""
     runs: int = 3
     """Updates of each system, made in alternation; the result is their median."""
-    row_length: int = 1536
-    """Length of our packed rows."""
+    row_length: int = 2304
+    """Length of our packed rows, with and without shared prompts."""
     micro_rows: int = 1
     """Number of our rows in a micro-batch."""
     remat: Literal["none", "dots", "full"] = "dots"
