@@ -3,9 +3,11 @@
     OUT/judgements.jsonl      every judgement (`judge/rows.judgement_row`), written as it is made; at the end the rows
                               are put in the order of the data
     OUT/summary.json          the scores with intervals, and more (`summary.py`)
+    OUT/about.json            the package's version and the time
     OUT/reward_bench, RM-Bench, RMB, JudgeBench     logs and score files with the published names and keys
 
-A killed run continues where it stopped and gives the same files. Everything but judging works without JAX.
+A killed run continues where it stopped and gives the same files, but for about.json. Everything but judging works
+without JAX.
 
 Next: `benchmark.py`, what a benchmark is; `logs.py` for its logs; `summary.py`.
 """

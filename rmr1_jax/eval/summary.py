@@ -33,6 +33,7 @@ from rmr1_jax.files.write import provenance, write_whole
 from rmr1_jax.judge.judgement import RULES
 
 SUMMARY = "summary.json"
+ABOUT = "about.json"  # the package's version and the time, which differ between summaries of the same rows
 ANSWER_EDGES = (500, 1000, 2000, 4000, 8000)  # characters, both answers together
 TRACE_EDGES = (256, 512, 1024, 2048, 4096)  # tokens of a text
 
@@ -75,7 +76,8 @@ def write_summary(
     scoring: Scoring | None = None,
     cut: Cut | None = None,
 ) -> Path:
-    """Write the summary of OUT/judgements.jsonl and its settings to OUT/summary.json; returns that path.
+    """Write the summary of OUT/judgements.jsonl and its settings to OUT/summary.json; returns that path. Also writes
+    OUT/about.json: the package's version and the time. A summary that is the same as before leaves both as they are.
 
     Args:
         scores: the main published scores. judge: the judge's name. scoring: how rows count; default: as their benchmark
@@ -88,7 +90,10 @@ def write_summary(
     rows, forced = read_judgements(judgements), read_forced(out_dir)
     summary = summarize(rows, settings, scores, judge=judge, scoring=scoring, cut=cut, forced=forced)
     path = out_dir / SUMMARY
-    write_whole(path, json.dumps(summary | provenance(), indent=2, allow_nan=False) + "\n")
+    text = json.dumps(summary, indent=2, allow_nan=False) + "\n"
+    if not ((out_dir / ABOUT).is_file() and path.is_file() and path.read_text(encoding="utf-8") == text):
+        write_whole(path, text)
+        write_whole(out_dir / ABOUT, json.dumps(provenance(), indent=2) + "\n")
     return path
 
 

@@ -20,7 +20,7 @@ from rmr1_jax.errors import InputError
 from rmr1_jax.eval.attacks.injection import RESULT
 from rmr1_jax.eval.compare import compare
 from rmr1_jax.eval.logs import JUDGEMENTS, settings_of
-from rmr1_jax.eval.summary import SUMMARY
+from rmr1_jax.eval.summary import ABOUT, SUMMARY
 from rmr1_jax.files.untrusted import read_object
 from rmr1_jax.report.curves import make_chart
 from rmr1_jax.report.evaluation_facts import attack_rows, headline, is_silent, judge_facts
@@ -81,6 +81,7 @@ def evaluation_page(roots: Sequence[tuple[str, Path]], evaluated: Mapping[str, S
             judge["reasons"] = dict(Counter(row["reason"] for row in rows if row["reason"]).most_common())
             judge["named"] = Counter(row["winner"] for row in rows)
             judge["attacks"] = read_object(path / RESULT) if (path / RESULT).is_file() else None
+            judge["about"] = read_object(path / ABOUT) if (path / ABOUT).is_file() else {}
             judges.append(judge | _summary(path, rows, warnings))
     index, pieces = pack(judged)
     names, paper = [judge["name"] for judge in judges], read_yaml(PAPER)

@@ -72,8 +72,8 @@ def judge_facts(judge: Mapping[str, Any]) -> dict[str, str]:
         "Judgements": f"{judge['n']:,}",
         "Prompt": str(settings.get("prompt", "")).split(" (")[0],
         "Rule": str(settings.get("rule", "")),
-        "Finished": day(str(judge.get("written", ""))),
-        "Version": f"rmr1_jax {judge['version']}" if judge.get("version") else "",
+        "Finished": day(str(judge["about"].get("written", ""))),
+        "Version": f"rmr1_jax {judge['about']['version']}" if judge["about"].get("version") else "",
     }
     if found["Model"].startswith(found["Judge"]):
         del found["Judge"]

@@ -3,11 +3,13 @@
 import itertools
 import json
 import tracemalloc
+from datetime import UTC, datetime
 
 import numpy as np
 import pytest
 from scipy import stats as scipy_stats
 
+import rmr1_jax
 from rmr1_jax.errors import InputError
 from rmr1_jax.eval.rewardbench import SECTIONS
 from rmr1_jax.eval.rm_bench import RmBench
@@ -329,6 +331,8 @@ def test_a_summary_file(tmp_path):
     path = write_summary(tmp_path, {"Chat Hard": 2 / 3}, judge="ours")
     found = json.loads(path.read_text())
     assert path == tmp_path / "summary.json" and found["judge"] == "ours" and found["n"] == 9
+    about = json.loads((tmp_path / "about.json").read_text())
+    assert about["version"] == rmr1_jax.__version__ and datetime.fromisoformat(about["written"]) <= datetime.now(UTC)
     assert found["settings"] == {"rule": "strict", "votes": 1} and found["headline"] == pytest.approx(200 / 3)
     (tmp_path / "judgements.jsonl").write_text('{"id": "1", "status": "ok", "better": "A", "winner": "A"}\n')
     with pytest.raises(InputError, match=r"judgements.jsonl:1: field 'correct' is missing"):

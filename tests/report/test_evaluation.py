@@ -65,7 +65,9 @@ def test_scores_are_above_the_published_rows_in_the_same_columns(tmp_path):
 
 def test_the_page_begins_with_the_result_and_what_it_is_of(tmp_path):
     made = {"version": "1.2.3", "written": "2026-05-03T10:20:30+00:00"}
-    page = page_of(make_evaluation(tmp_path / "mine", **made, settings={"prompt": "cor (sha256 ab)", "rule": "strict"}))
+    root = make_evaluation(tmp_path / "mine", settings={"prompt": "cor (sha256 ab)", "rule": "strict"})
+    (root / "about.json").write_text(json.dumps(made))
+    page = page_of(root)
     assert "<h1>RewardBench: a score of 70.0% (95% interval 61.5 to 78.2, n = 36).</h1>" in page
     facts = (
         "Judge some/judge-7B Judgements 40 Prompt cor Rule strict Finished 2026-05-03 10:20 UTC Version rmr1_jax 1.2.3"

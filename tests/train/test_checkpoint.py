@@ -3,6 +3,7 @@
 import json
 import shutil
 import time
+from datetime import UTC, datetime
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ import yaml
 from jax.sharding import NamedSharding, PartitionSpec
 from training import assert_same, called, small_grpo, small_sft
 
+import rmr1_jax
 from rmr1_jax.distributed.mesh import MeshConfig, make_mesh
 from rmr1_jax.errors import InputError, RunError
 from rmr1_jax.sampler.sample import SamplingConfig
@@ -363,3 +365,4 @@ def test_a_manifest_says_what_its_checkpoint_is_of(tmp_path):
     about = json.loads((tmp_path / "checkpoints" / "3" / manifest.NAME).read_text())["about"]
     assert about["step"] == 3 and about["config"] == {"seed": 7} and about["cursor"] == {"at": 3}
     assert about["mesh"] == {"replica": 1, "fsdp": 1, "tensor": 1} and about["processes"] == 1
+    assert about["version"] == rmr1_jax.__version__ and datetime.fromisoformat(about["written"]) <= datetime.now(UTC)
