@@ -4,6 +4,10 @@ RMR1_REAL_MODEL=DIR[:DIR...] python -m pytest tests/model/test_real_model.py
 
 Each stage holds the weights once and frees them before the next. The 0.5B takes 5.3 GB, of which 1.3 are pages of the
 file that Transformers maps.
+
+Rounding grows with the model: over 647 tokens of the 1.5B, whose hidden state holds numbers of 4,400, Transformers'
+own float32 is up to 1.9e-4 from float64 arithmetic, and ours 1.6e-4. So where the two differ by more than 1e-4,
+float64 decides: ours must be as close to it as theirs.
 """
 
 import gc
@@ -14,6 +18,7 @@ import jax
 import numpy as np
 import pytest
 import torch
+from numpy_qwen import float64_logits
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rmr1_jax.distributed.mesh import single_device_mesh
@@ -46,7 +51,14 @@ def test_a_real_model_is_that_of_transformers(directory):
     logits, theirs = ours_logits(directory, ids + greedy), their_logits(directory, ids + greedy)
     difference, largest = np.abs(logits - theirs).max(), np.abs(theirs).max()
     print(f"{directory.name}: {len(ids)} + {len(greedy)} tokens, logits of up to {largest:.1f} within {difference:.1e}")
-    assert difference <= 1e-4 and largest > 10
+    assert largest > 10
+    if difference > 1e-4:
+        exact = float64_logits(directory, ids + greedy)
+        errors = {"ours": logits - exact, "theirs": theirs - exact}
+        worst = {name: np.abs(error).max() for name, error in errors.items()}
+        mean = {name: np.sqrt((error**2).mean()) for name, error in errors.items()}
+        print(f"from float64: at most {worst}, root mean square {mean}")
+        assert worst["ours"] <= max(1e-4, 1.25 * worst["theirs"]) and mean["ours"] <= 1.1 * mean["theirs"]
     # Transformers' choice after each prefix of our text: all equal means the same greedy text.
     assert theirs[len(ids) - 1 : -1].argmax(-1).tolist() == greedy
 
