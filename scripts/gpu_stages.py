@@ -50,7 +50,7 @@ def grpo(case: str, *, out: Path, tiny: bool) -> Rows:
         for step in range(2):  # the first compiles
             start = time.perf_counter()
             batches = trainer.prepare(groups, state.params)
-            lengths = [n for _, batch in batches for n in batch.lengths]
+            updates = [(batch.lengths, batch.starts) for _, batch in batches]
             middle = time.perf_counter()
             state, row, _ = trainer.update(state, batches, step)
             seconds["logprobs"].append(middle - start)
@@ -58,14 +58,16 @@ def grpo(case: str, *, out: Path, tiny: bool) -> Rows:
         batches = trainer.prepare(groups[: config.mini_batch_prompts], state.params)
         traced = profile(out, f"grpo-{case}", lambda: trainer.update(state, batches, 2)[1])
     (first, preparing), (compiled, updating) = seconds["logprobs"], seconds["updates"]
+    passes = [*updates, *updates[1:]]  # of the reference, and of the old policy for all updates but the first
+    flops = sum(forward_flops(model, *each) for each in passes)
     yield {
         "name": f"{case} 1x{config.row_length}, {len(groups)} groups",
         "ok": bool(np.isfinite(row["loss"])),
-        "tokens_s": sum(lengths) / updating,
-        "mfu": mfu(train_flops(model, lengths), updating, mesh).get("mfu"),
+        "tokens_s": sum(sum(lengths) for lengths, _ in updates) / updating,
+        "mfu": mfu(sum(train_flops(model, *each) for each in updates), updating, mesh).get("mfu"),
         "updates_s": updating,
-        "logprobs_tokens_s": 2 * sum(lengths) / preparing,  # of the old policy and of the reference
-        "logprobs_mfu": mfu(2 * forward_flops(model, lengths), preparing, mesh).get("mfu"),
+        "logprobs_tokens_s": sum(sum(lengths) for lengths, _ in passes) / preparing,
+        "logprobs_mfu": mfu(flops, preparing, mesh).get("mfu"),
         "packed": row["packed"],
         "compile_s": first - preparing + compiled - updating,
         "peak_gib": peak_gib(),

@@ -74,14 +74,19 @@ class Plan(ConfigCommand):
     """Plan only the sampler, on one host. For a model: as `rmr1 judge` samples, with overrides such as
     max_prompt_tokens=2048 max_new_tokens=2048 slots=128 tensor=4. For the settings of a GRPO run: the most samples that
     fit without the weights and optimizer of training."""
+    lengths: Annotated[tuple[int, int] | None, arg(metavar="PROMPT RESPONSE")] = None
+    """Mean tokens of a prompt and of its response. In GRPO they give the rows of an update (by default half of the
+    largest lengths), in both stages the share of the positions that the head reads."""
     json: bool = False
     """Print a list of JSON objects instead of a table."""
 
     def run(self) -> None:
         from rmr1_jax.plan.plan import print_plan
+        from rmr1_jax.plan.train import Lengths
 
+        lengths = self.lengths and Lengths(*self.lengths)
         options = {"topology": self.topology, "slices": self.slices, "sampler_only": self.sampler_only}
-        print_plan(find_config(self.config), self.overrides, **options, as_json=self.json)
+        print_plan(find_config(self.config), self.overrides, **options, as_json=self.json, lengths=lengths)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,7 @@
 The order of a whole run is planned before it starts, from lengths alone: each epoch is shuffled and packed first-fit,
 and the plan is a list of rows. Therefore the data cursor of a run is one number, the next batch; no example is
 truncated or lost; and a resumed run, or one on another number of hosts, gets the same rows. Every process has the plan,
-and reads and assembles only its own rows. GRPO packs its rollouts with the same `pack` and `assemble`.
+and reads and assembles only its own rows. GRPO packs its rollouts by `groups.py` or `pack`, and assembles them here.
 
 Next: `store.py`, the examples of a prepared set, whose lengths are known without reading them.
 """
@@ -104,18 +104,22 @@ def plan_rows(
     return rows
 
 
-def assemble(rows: Sequence[Sequence[Any]], row_length: int, values: Sequence[str] = ()) -> dict[str, np.ndarray]:
+def assemble(
+    rows: Sequence[Sequence[Any]], row_length: int, values: Sequence[str] = (), *, shared: bool = False
+) -> dict[str, np.ndarray]:
     """Assemble packed rows into arrays.
 
     Args:
         rows: the items of each of B rows, with `tokens` [T] int32. values: names of attributes of the items, each an
-            array of one number a token, to pack alongside.
+            array of one number a token, to pack alongside. shared: items see the `parent` before them, the number of
+            an item in the row from 1, or 0; their first token has the position `first`.
 
     Returns:
-        tokens, positions, segment_ids: [B, row_length] int32, segments from 1, padding 0; and `values`, float32.
+        tokens, positions, segment_ids: [B, row_length] int32, segments from 1, padding 0; `values`, float32; and of
+        shared rows `parents`, [B, row_length] int32, the segment that a token sees beside its own, or 0.
     """
-    B = len(rows)
-    batch = {name: np.zeros((B, row_length), np.int32) for name in ("tokens", "positions", "segment_ids")}
+    B, names = len(rows), ("tokens", "positions", "segment_ids", "parents")
+    batch = {name: np.zeros((B, row_length), np.int32) for name in names[: None if shared else -1]}
     batch |= {name: np.zeros((B, row_length), np.float32) for name in values}
     for b, row in enumerate(rows):
         end = 0
@@ -123,6 +127,9 @@ def assemble(rows: Sequence[Sequence[Any]], row_length: int, values: Sequence[st
             start, end = end, end + len(item.tokens)
             batch["positions"][b, start:end] = np.arange(end - start)
             batch["segment_ids"][b, start:end] = segment
+            if shared:
+                batch["positions"][b, start:end] += item.first
+                batch["parents"][b, start:end] = item.parent
             for name in ("tokens", *values):
                 batch[name][b, start:end] = getattr(item, name)
     return batch
@@ -133,13 +140,14 @@ class Batch(NamedTuple):
 
     rows: the B rows of this process: tokens, positions, segment_ids [B, T] int32, and trained [B, T] float32, 1 at the
     tokens that the loss trains. items, lengths: the numbers and the tokens of all examples in the whole batch.
-    trained_tokens: the trained tokens in the whole batch.
+    trained_tokens: the trained tokens in the whole batch. most_trained: the most in any row of the whole run.
     """
 
     rows: dict[str, np.ndarray]
     items: list[int]
     lengths: list[int]
     trained_tokens: int
+    most_trained: int
 
 
 def sft_batches(
@@ -174,6 +182,7 @@ def sft_batches(
     trained_lengths = trained_lengths_of(examples)
     plan = plan_rows(lengths, row_length, epochs=epochs, seed=seed, max_items=max_items)
     total = -(-len(plan) // batch_rows)
+    most_trained = max((int(trained_lengths[row].sum()) for row in plan), default=0)
 
     def make_batch(k: int) -> Batch:
         rows = plan[k * batch_rows : (k + 1) * batch_rows]
@@ -182,7 +191,7 @@ def sft_batches(
         own_rows = [[examples[i] for i in rows[r]] for r in (range(batch_rows) if own is None else own)]
         batch = assemble(own_rows, row_length, ["trained"])
         batch["trained"] *= batch["positions"] > 0  # see `trained_lengths_of`
-        return Batch(batch, items, lengths[items].tolist(), int(trained_lengths[items].sum()))
+        return Batch(batch, items, lengths[items].tolist(), int(trained_lengths[items].sum()), most_trained)
 
     dataset = grain.MapDataset.range(total)[start:].map(make_batch)
     return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=8))), total

@@ -31,6 +31,7 @@ from rmr1_jax.distributed.mesh import activation_sharding
 from rmr1_jax.errors import InputError
 from rmr1_jax.jax_private import CUDNN_FORWARD
 from rmr1_jax.model import cudnn
+from rmr1_jax.model.unfold import UNFOLDED_ROWS, attend_unfolded
 
 # auto: see `choose`. interpret: the splash kernel in Pallas' interpreter, for tests.
 Implementation = Literal["auto", "xla", "splash", "cudnn", "interpret"]
@@ -43,6 +44,9 @@ MASKED = -1e30
 
 # An elementwise function of scores, applied before the mask.
 Transform = Callable[[jax.Array], jax.Array]
+
+# positions, segment_ids and parents, which say where a query may look.
+Where = tuple[ArrayLike, ArrayLike, ArrayLike | None]
 
 # Queries in a block, and the most blocks of a row (they are unrolled, so compile time grows with their number).
 QUERY_BLOCK = 128
@@ -78,6 +82,11 @@ def keep_attention(primitive: Any, *_: Any, **params: Any) -> bool:
     return bool(named) or primitive.name == CUDNN_FORWARD
 
 
+def unfolded_limit(attention: Resolved, T: int) -> int | None:
+    """Returns the most tokens that a row of T may unfold to (`unfold.py`); None: any number, where none unfolds."""
+    return None if attention == "xla" else UNFOLDED_ROWS * T
+
+
 def segment_limit(attention: Resolved) -> int | None:
     """Returns the most segments that a row may have; None: any number."""
     return attention.max_segments if isinstance(attention, cudnn.Cudnn) else None
@@ -91,8 +100,12 @@ def attend(
     segment_ids: Int[ArrayLike, "B T"],
     implementation: Resolved = "xla",
     transform_scores: Transform | None = None,
+    parents: Int[ArrayLike, "B T"] | None = None,
 ) -> Float[Array, "B T N H"]:
     """Causal self-attention within segments. The tokens of a segment must lie in the order of their positions.
+
+    parents: the segment that a token sees beside its own (0: none), with earlier positions and without a parent itself;
+    all segments with one parent follow it directly, and ids rise along a row. None: tokens see their own segment alone.
 
     N is a multiple of K. The result has q's dtype, scores and softmax are float32; that of padding means nothing.
     implementation: one that `choose` returned. transform_scores: see `qwen.Attention`.
@@ -102,7 +115,7 @@ def attend(
     """
     q = q * q.shape[-1] ** -0.5
     if implementation == "xla":
-        return _attend_blocks(q, k, v, positions, segment_ids, transform_scores)
+        return _attend_blocks(q, k, v, (positions, segment_ids, parents), transform_scores)
     if transform_scores:
         name, kernel = (implementation, "the splash kernel") if isinstance(implementation, str) else ("cudnn", "cuDNN")
         raise InputError(
@@ -110,16 +123,15 @@ def attend(
         )
     if isinstance(implementation, cudnn.Cudnn):
         local = functools.partial(cudnn.cudnn_attend, max_segments=implementation.max_segments)
-        return checkpoint_name(_on_shards(local, q, k, v, segment_ids), ATTENTION)
-    return splash_attend(q, k, v, segment_ids, interpret=implementation == "interpret")
+        return checkpoint_name(_on_shards(local, q, k, v, segment_ids, parents), ATTENTION)
+    return _on_shards(splash(q.shape[1], interpret=implementation == "interpret"), q, k, v, segment_ids, parents)
 
 
 def _attend_blocks(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    positions: ArrayLike,
-    segment_ids: ArrayLike,
+    where: Where,
     transform_scores: Transform | None,
 ) -> jax.Array:
     """`attend` with q scaled, by XLA: queries in blocks, each against the keys up to its own end, so that the upper
@@ -129,7 +141,7 @@ def _attend_blocks(
     # Heads first and a head's G queries side by side: each product is then one plain matrix product per key-value head,
     # which on CPU is three times as fast as the same einsum over [B, T, K, G, H].
     q = q.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
-    out = _flash(transform_scores, q, k.swapaxes(1, 2), v.swapaxes(1, 2), positions, segment_ids)
+    out = _flash(transform_scores, q, k.swapaxes(1, 2), v.swapaxes(1, 2), where)
     return out.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
 
 
@@ -139,19 +151,18 @@ def _flash(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    positions: ArrayLike,
-    segment_ids: ArrayLike,
+    where: Where,
 ) -> jax.Array:
     """q: [B, K, G, T, H], scaled. k, v: [B, K, T, H]. Returns q's shape. The backward pass computes a block's weights
     again from the scores' logsumexp, so that of T x T numbers none is kept (FlashAttention, arXiv 2205.14135)."""
-    return _flash_forward(transform, q, k, v, positions, segment_ids)[0]
+    return _flash_forward(transform, q, k, v, where)[0]
 
 
-def _flash_forward(transform, q, k, v, positions, segment_ids):
+def _flash_forward(transform, q, k, v, where):
     outs, normalizers = [], []
     for block, end in _blocks(q.shape[3]):
         scores, _ = _block_scores(transform, q[:, :, :, block], k[:, :, :end])
-        scores += _mask(positions, segment_ids, block, end)
+        scores += _mask(where, block, end)
         highest = jnp.max(scores, axis=-1, keepdims=True)
         weights = jnp.exp(scores - highest)
         total = jnp.sum(weights, axis=-1, keepdims=True)
@@ -160,11 +171,11 @@ def _flash_forward(transform, q, k, v, positions, segment_ids):
         normalizers.append(highest + jnp.log(total))
     out = checkpoint_name(jnp.concatenate(outs, axis=3), ATTENTION)
     normalizer = checkpoint_name(jnp.concatenate(normalizers, axis=3), ATTENTION)
-    return out, (q, k, v, positions, segment_ids, out, normalizer)
+    return out, (q, k, v, where, out, normalizer)
 
 
 def _flash_backward(transform, saved, d_out):
-    q, k, v, positions, segment_ids, out, normalizer = saved
+    q, k, v, where, out, normalizer = saved
     # The softmax's gradient is weights x (d_weights - this); Dao's D.
     inner = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1, keepdims=True)
     d_q = []
@@ -173,14 +184,14 @@ def _flash_backward(transform, saved, d_out):
     for block, end in _blocks(q.shape[3]):
         q_block, d_block, inner_block, normalizer_block = (x[:, :, :, block] for x in (q, d_out, inner, normalizer))
         scores, pull_back = _block_scores(transform, q_block, k[:, :, :end])
-        scores += _mask(positions, segment_ids, block, end)
+        scores += _mask(where, block, end)
         weights = jnp.exp(scores - normalizer_block)
         d_scores = pull_back(weights * (_by_keys(d_block, v[:, :, :end]) - inner_block)).astype(q.dtype)
         d_v = d_v.at[..., :end].add(_over_queries(d_block, weights.astype(q.dtype)))
         d_k = d_k.at[..., :end].add(_over_queries(q_block, d_scores))
         d_q.append(_over_keys(d_scores, k[:, :, :end]).astype(q.dtype))
     d_k, d_v = d_k.swapaxes(2, 3).astype(k.dtype), d_v.swapaxes(2, 3).astype(v.dtype)
-    return jnp.concatenate(d_q, axis=3), d_k, d_v, None, None
+    return jnp.concatenate(d_q, axis=3), d_k, d_v, None
 
 
 _flash.defvjp(_flash_forward, _flash_backward)
@@ -199,9 +210,9 @@ def _blocks(T: int) -> Iterator[tuple[slice, int]]:
         yield slice(start, end), end
 
 
-def _mask(positions: ArrayLike, segment_ids: ArrayLike, block: slice, end: int) -> jax.Array:
+def _mask(where: Where, block: slice, end: int) -> jax.Array:
     """[B, 1, 1, t, S] float32, to be added to a block's scores."""
-    visible = _visible(positions[:, block], segment_ids[:, block], positions[:, :end], segment_ids[:, :end])
+    visible = _visible(*(None if x is None else x[:, block] for x in where), *(x[:, :end] for x in where[:2]))
     # Once for all heads: fused into the scores, XLA on CPU would compare again for each of them.
     return jax.lax.optimization_barrier(jnp.where(visible, 0.0, MASKED))[:, None, None]
 
@@ -243,9 +254,13 @@ def _side_by_side(x: jax.Array) -> jax.Array:
     return x.reshape(*x.shape[:2], -1, x.shape[-1])
 
 
-def _visible(q_pos: ArrayLike, q_seg: ArrayLike, k_pos: ArrayLike, k_seg: ArrayLike) -> ArrayLike:
+def _visible(
+    q_pos: ArrayLike, q_seg: ArrayLike, q_parent: ArrayLike | None, k_pos: ArrayLike, k_seg: ArrayLike
+) -> ArrayLike:
     """[B, T, S] bool."""
     same = q_seg[:, :, None] == k_seg[:, None, :]
+    if q_parent is not None:
+        same |= q_parent[:, :, None] == k_seg[:, None, :]
     return same & (k_pos[:, None, :] <= q_pos[:, :, None]) & (k_seg[:, None, :] != 0)
 
 
@@ -255,21 +270,17 @@ BLOCKS = (1024, 512, 256, 128)
 KEY_BLOCKS = (3072, 2048, *BLOCKS)
 
 
-def splash_attend(
-    q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: ArrayLike, *, interpret: bool = False
-) -> jax.Array:
-    """Causal self-attention within segments; the tokens of a segment must lie in the order of their positions.
-
-    Args:
-        q: [B, T, N, H], scaled. k, v: [B, T, K, H], N a multiple of K. segment_ids: [B, T] int32.
+def splash(T: int, *, interpret: bool = False) -> Callable[..., jax.Array]:
+    """Causal self-attention within segments for rows of a multiple of T; the tokens of a segment must lie in the order
+    of their positions.
 
     Returns:
-        [B, T, N, H] in q's dtype. What padding (segment 0) gets means nothing: it sees the padding before it.
+        A function of q [B, T, N, H], scaled, k and v [B, T, K, H], N a multiple of K, and segment_ids [B, T] int32. Its
+        result is [B, T, N, H] in q's dtype. What padding (segment 0) gets means nothing: it sees the padding before it.
 
     Raises:
         InputError: T is not a multiple of 128.
     """
-    T = q.shape[1]
     if T % BLOCKS[-1]:
         longer = -(-T // BLOCKS[-1]) * BLOCKS[-1]
         raise InputError(f"row_length={T}: TPU attention takes multiples of {BLOCKS[-1]}; try {longer}")
@@ -285,23 +296,26 @@ def splash_attend(
     )
 
     def local(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array) -> jax.Array:
-        mask = MultiHeadMask([CausalMask((T, T))] * q.shape[2])
+        mask = MultiHeadMask([CausalMask((q.shape[1], q.shape[1]))] * q.shape[2])
         kernel = make_splash_mha_single_device(mask, block_sizes=sizes, interpret=interpret)
         heads_first = (x.swapaxes(1, 2) for x in (q, k, v))
         out = jax.vmap(lambda q, k, v, s: kernel(q, k, v, segment_ids=SegmentIds(s, s)))(*heads_first, segment_ids)
         return out.swapaxes(1, 2)
 
-    return _on_shards(local, q, k, v, segment_ids)
+    return local
 
 
-def _on_shards(local: Callable, q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: ArrayLike) -> jax.Array:
-    """Runs a kernel, which is a black box to the compiler, on the rows and heads of each device of the mesh in context.
-    Heads are split as the keys' divide."""
+def _on_shards(
+    local: Callable, q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: ArrayLike, parents: ArrayLike | None
+) -> jax.Array:
+    """Runs a kernel for rows without parents, which is a black box to the compiler, on the rows and heads of each
+    device of the mesh in context. Heads are split as the keys' divide."""
+    ids = (segment_ids,) if parents is None else (segment_ids, parents)
+    local = local if parents is None else functools.partial(attend_unfolded, local)
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
-        return local(q, k, v, segment_ids)
+        return local(q, k, v, *ids)
     heads = activation_sharding(mesh, "BTKH", k.shape).spec
-    mapped = jax.shard_map(
-        local, in_specs=(heads, heads, heads, PartitionSpec(heads[0])), out_specs=heads, check_vma=False
-    )
-    return mapped(q, k, v, segment_ids)
+    rows = (PartitionSpec(heads[0]),) * len(ids)
+    mapped = jax.shard_map(local, in_specs=(heads, heads, heads, *rows), out_specs=heads, check_vma=False)
+    return mapped(q, k, v, *ids)

@@ -180,13 +180,15 @@ class Transformer(nnx.Module):
         segment_ids: Int[ArrayLike, "B T"] | None = None,
         *,
         dtype: Any = jnp.float32,
+        parents: Int[ArrayLike, "B T"] | None = None,
         remat: Remat = "none",
         attention: Resolved = "xla",
         blocks: Sequence[Block] | None = None,
     ) -> Float[Array, "B T D"]:
         """The states that the head reads, in `dtype`, which is that of the matrix products. Tokens see their own
-        segment alone; segment 0 is padding. By default positions are 0..T-1 and all rows one segment. blocks: the
-        layers one by one, in place of the module's own stack (of the sampler's weights, in their layout).
+        segment alone, or one more, `parents` (see `attend`); segment 0 is padding. By default positions are 0..T-1 and
+        all rows one segment. blocks: the layers one by one, in place of the module's own stack (of the sampler's
+        weights, in their layout).
 
         Raises:
             InputError: the rows are longer than the model's sliding window.
@@ -206,7 +208,7 @@ class Transformer(nnx.Module):
         graphdef, dims = split(block)[0], param_dims(block)
 
         def attend_rows(q, k, v, transform_scores):
-            return attend(q, k, v, positions, segment_ids, attention, transform_scores)
+            return attend(q, k, v, positions, segment_ids, attention, transform_scores, parents)
 
         def layer(x, w: Params):
             x = checkpoint_name(x, LAYER_INPUT)

@@ -17,6 +17,7 @@ from rmr1_jax.distributed.chips import chip_of
 from rmr1_jax.distributed.mesh import rows_divisor
 from rmr1_jax.model.attention import BLOCKS, block_size, choose
 from rmr1_jax.model.config import QwenConfig
+from rmr1_jax.model.unfold import UNFOLDED_ROWS
 from rmr1_jax.plan.sampler import SamplingTask
 from rmr1_jax.plan.traffic import Traffic
 from rmr1_jax.plan.train import BatchShape, Config
@@ -65,7 +66,7 @@ def time_bound(cost: Cost, traffic: Traffic, device: jax.Device) -> Bound | None
 
 
 def update_cost(config: Config, model: QwenConfig, mesh: Mesh, batch: BatchShape) -> Cost:
-    """Return the cost of an optimizer update, where each row is one sequence of its full length."""
+    """Return the cost of an optimizer update."""
     parts = _forward_flops(config, model, mesh, batch)
     recomputed = int(config.remat in ("full", "offload"))
     # remat=dots keeps the results of matrix products, but a kernel is none.
@@ -80,7 +81,7 @@ def update_cost(config: Config, model: QwenConfig, mesh: Mesh, batch: BatchShape
     memory += batch.micro_batches * 4 * params / mesh.shape["tensor"]  # gradients, once per micro-batch
     # Weights and moments are read and written, gradients are read.
     memory += 28 * params / (mesh.shape["fsdp"] * mesh.shape["tensor"])
-    return Cost(train_flops(model, [batch.row_length] * batch.rows), flops, memory, mesh.size, batch.tokens)
+    return Cost(train_flops(model, *batch.sequences), flops, memory, mesh.size, batch.tokens)
 
 
 def forward_cost(config: Config, model: QwenConfig, mesh: Mesh, batch: BatchShape) -> Cost:
@@ -88,7 +89,7 @@ def forward_cost(config: Config, model: QwenConfig, mesh: Mesh, batch: BatchShap
     parts = _forward_flops(config, model, mesh, batch)
     flops = sum(parts.values()) - parts["last"]
     memory = _forward_memory(config, model, mesh, batch, passes=1, head_passes=1)
-    return Cost(forward_flops(model, [batch.row_length] * batch.rows), flops, memory, mesh.size, batch.tokens)
+    return Cost(forward_flops(model, *batch.sequences), flops, memory, mesh.size, batch.tokens)
 
 
 def decode_cost(config: QwenConfig, mesh: Mesh, shapes: Shapes, task: SamplingTask) -> Cost:
@@ -132,14 +133,16 @@ def _forward_flops(config: Config, model: QwenConfig, mesh: Mesh, batch: BatchSh
     """Return the FLOPs of one forward pass as it is computed: attention in blocks, the last of which is partly masked.
     layers: all products with weights of layers; last: the last product of each layer, which `layers` includes."""
     T, rows = batch.row_length, batch.rows
-    block = next((b for b in BLOCKS if T % b == 0), BLOCKS[-1]) if _is_splash(config, model, mesh) else block_size(T)
-    scores = rows * T * (T + min(block, T)) / 2
+    splash = _is_splash(config, model, mesh)
+    seen = T * (UNFOLDED_ROWS if splash and getattr(config, "share_prompts", False) else 1)
+    block = next((b for b in BLOCKS if T % b == 0), BLOCKS[-1]) if splash else block_size(T)
+    scores = rows * seen * (seen + min(block, seen)) / 2
     layers = 2 * model.num_layers * rows * T
     return {
         "layers": layers * layer_params(model),
         "last": layers * model.intermediate_size * model.hidden_size,
         "attention": 4 * model.num_layers * model.num_heads * model.head_dim * scores,
-        "head": 2 * model.vocab_size * model.hidden_size * rows * T,
+        "head": 2 * model.vocab_size * model.hidden_size * rows * batch.head_positions,
     }
 
 
@@ -159,7 +162,7 @@ def _forward_memory(
     wide = (2 * heads + 2 * model.num_heads * model.head_dim + 4 * model.intermediate_size) / tensor
     layer = itemsize * (layer_params(model) / tensor + tokens * (8 * model.hidden_size + wide))
     # The head is computed in chunks of the vocabulary, each of which reads all positions (`logprobs.token_logprobs`).
-    columns = model.vocab_size / tensor
-    chunks = math.ceil(columns / chunk_width(math.ceil(columns), math.ceil(tokens)))
-    head = itemsize * model.hidden_size * (columns + chunks * tokens) + 2 * 4 * tokens * columns
+    columns, read = model.vocab_size / tensor, tokens * batch.head_positions / batch.row_length
+    chunks = math.ceil(columns / chunk_width(math.ceil(columns), math.ceil(read)))
+    head = itemsize * model.hidden_size * (columns + chunks * read) + 2 * 4 * read * columns
     return batch.micro_batches * (passes * model.num_layers * layer + head_passes * head)

@@ -29,7 +29,15 @@ from rmr1_jax.plan.model import model_shape
 from rmr1_jax.plan.sampler import SamplingTask, fit_slots
 from rmr1_jax.plan.slice import GIB, Target, slice_target
 from rmr1_jax.plan.traffic import COLLECTIVES
-from rmr1_jax.plan.train import Config, batch_shape, mean_length, resident_bytes, training_mesh, training_programs
+from rmr1_jax.plan.train import (
+    Config,
+    Lengths,
+    batch_shape,
+    mean_lengths,
+    resident_bytes,
+    training_mesh,
+    training_programs,
+)
 from rmr1_jax.policy import DTYPES
 from rmr1_jax.sampler.layout import layout, weight_bytes
 from rmr1_jax.sampler.shapes import cache_ways
@@ -40,10 +48,17 @@ COLUMNS += (*COLLECTIVES, "bound", "seconds", "MFU")
 
 
 def print_plan(
-    path: Path, overrides: Sequence[str], *, topology: str, slices: int, sampler_only: bool, as_json: bool
+    path: Path,
+    overrides: Sequence[str],
+    *,
+    topology: str,
+    slices: int,
+    sampler_only: bool,
+    as_json: bool,
+    lengths: Lengths | None = None,
 ) -> None:
     """Print the plan of a run (`rmr1 plan`), as a table with remarks or as a JSON list. With `sampler_only`, `path` may
-    be a model: then the plan is that of `rmr1 judge`.
+    be a model: then the plan is that of `rmr1 judge`. lengths: of the texts of a GRPO run; None: half of the largest.
 
     Raises:
         InputError: a mistake in the config, or in the name of the model or the slice; libtpu is not installed; no mesh
@@ -61,12 +76,12 @@ def print_plan(
     if isinstance(config, JudgingConfig):
         lines = judging_lines(config, model, target)
     else:
-        lines = plan(config, model, target, sampler_only=sampler_only)
+        lines = plan(config, model, target, sampler_only=sampler_only, lengths=lengths)
     lines = ({"topology": topology, "slices": slices} | line for line in lines)
     if as_json:
         print(json.dumps(list(lines), indent=1))
         return
-    for text in table(config, lines):
+    for text in table(config, lines, lengths):
         print(text, flush=True)
 
 
@@ -81,14 +96,21 @@ def read_run(path: Path, overrides: Sequence[str]) -> Config:
     return load_config(GrpoConfig if of_grpo > 0 else SftConfig, path, overrides)
 
 
-def plan(config: Config, model: QwenConfig, target: Target, *, sampler_only: bool = False) -> Iterator[Line]:
+def plan(
+    config: Config,
+    model: QwenConfig,
+    target: Target,
+    *,
+    sampler_only: bool = False,
+    lengths: Lengths | None = None,
+) -> Iterator[Line]:
     """Compile the programs of a run, or with `sampler_only` those of a GRPO run's sampler without the data of training
     in memory; yield one line for each."""
     mesh = training_mesh(config, model, target.devices, target.slices)
-    shape = batch_shape(config)
+    shape = batch_shape(config, lengths)
     overrides = " ".join(f"mesh.{axis}={size}" for axis, size in mesh.shape.items())
     facts = {"mesh": mesh_text(mesh), "rows": shape.rows, "overrides": overrides}
-    for name, compiled in () if sampler_only else training_programs(config, model, mesh):
+    for name, compiled in () if sampler_only else training_programs(config, model, mesh, shape):
         cost = update_cost if name.endswith("update") else forward_cost
         yield plan_line(name, compiled, cost(config, model, mesh, shape), target.memory, mesh) | facts
     if isinstance(config, GrpoConfig):
@@ -123,7 +145,7 @@ def _sampler_lines(
         yield line | facts | {"overrides": overrides}
 
 
-def table(config: Config | JudgingConfig, lines: Iterable[Line]) -> Iterator[str]:
+def table(config: Config | JudgingConfig, lines: Iterable[Line], lengths: Lengths | None = None) -> Iterator[str]:
     """Yield the plan as text: a row as soon as its line is there, then remarks."""
     widths = [18, 24] + [max(len(name), 8) for name in COLUMNS[2:]]
     done = []
@@ -132,7 +154,7 @@ def table(config: Config | JudgingConfig, lines: Iterable[Line]) -> Iterator[str
             yield "  ".join(str(cell).rjust(width) for cell, width in zip(cells, widths, strict=True))
         done.append(line)
     yield ""
-    yield from _remarks(config, done)
+    yield from _remarks(config, done, lengths)
 
 
 def _cells(line: Line) -> list[Any]:
@@ -148,14 +170,11 @@ def _number(value: float | None, unit: float) -> str:
     return "?" if value is None else f"{value / unit:.3g}"
 
 
-def _remarks(config: Config | JudgingConfig, lines: Sequence[Line]) -> Iterator[str]:
+def _remarks(config: Config | JudgingConfig, lines: Sequence[Line], lengths: Lengths | None) -> Iterator[str]:
     yield "Compiled, not run. Memory and bytes between chips are in GiB per chip, TFLOP are of one call on all chips."
     yield "The time is a lower bound: the longest of those for compute, memory and links, each at its peak speed."
     if any(line["program"] == "grpo_update" for line in lines):
-        yield (
-            f"An update has {batch_shape(config).rows} rows: {config.mini_batch_prompts} x {config.sampling.n} texts "
-            f"of {mean_length(config)} tokens, half of the largest length, packed without gaps."
-        )
+        yield from _row_remarks(config, lengths)
     too_large = [line for line in lines if not line["fits"]]
     for line in too_large:
         excess = max(0.0, line["total_gib"] - line["limit_gib"])
@@ -164,3 +183,17 @@ def _remarks(config: Config | JudgingConfig, lines: Sequence[Line]) -> Iterator[
         yield "Settings that reduce memory, those that cost the least speed first:"
         yield from (f"  {setting}" for setting in too_large[0]["knobs"])
     yield f"Settings of this plan: {lines[-1]['overrides']}"
+
+
+def _row_remarks(config: GrpoConfig, lengths: Lengths | None) -> Iterator[str]:
+    (prompt, response), rows = lengths or mean_lengths(config), batch_shape(config, lengths).rows
+    yield (
+        f"An update has {rows} rows: {config.mini_batch_prompts} prompts of {prompt} tokens with {config.sampling.n} "
+        f"responses of {response}, {'as given' if lengths else 'half of the largest lengths'}, packed without gaps."
+    )
+    shared, separate = (
+        config.updates_per_step * batch_shape(dataclasses.replace(config, share_prompts=share), lengths).tokens
+        for share in (True, False)
+    )
+    ratio = shared / separate
+    yield f"A step trains {shared:,} positions with share_prompts, {separate:,} without: {ratio:.2f} times as many."

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ from rmr1_jax.plan.compile import Compiled, compile_program
 from rmr1_jax.policy import DTYPES
 from rmr1_jax.train.config import GrpoConfig, SftConfig
 from rmr1_jax.train.grpo import batch_logprobs, grpo_micro_loss
-from rmr1_jax.train.logprobs import forward_options
+from rmr1_jax.train.logprobs import forward_options, places_size
 from rmr1_jax.train.losses import policy_loss
 from rmr1_jax.train.optim import TrainState, abstract_state, compile_update, in_memory, make_optimizer
 from rmr1_jax.train.sft import sft_micro_loss
@@ -33,15 +33,25 @@ from rmr1_jax.train.sft import sft_micro_loss
 Config = SftConfig | GrpoConfig
 
 
+class Lengths(NamedTuple):
+    """The mean tokens of a prompt and of its response."""
+
+    prompt: int
+    response: int
+
+
 @dataclasses.dataclass(frozen=True)
 class BatchShape:
     """The rows of one update: `micro_batches` times `micro_rows` rows of `row_length` tokens. The arrays have room for
-    `capacity` micro-batches."""
+    `capacity` micro-batches. The head reads `read` positions of a row (None: all). segments: in GRPO, how many segments
+    there are of how many tokens, and how many tokens before its first one such a segment sees."""
 
     micro_batches: int
     capacity: int
     micro_rows: int
     row_length: int
+    read: int | None = None
+    segments: tuple[tuple[int, int, int], ...] = ()
 
     @property
     def rows(self) -> int:
@@ -51,22 +61,46 @@ class BatchShape:
     def tokens(self) -> int:
         return self.rows * self.row_length
 
+    @property
+    def head_positions(self) -> int:
+        """The positions of a row that the head reads."""
+        return self.read or self.row_length
 
-def batch_shape(config: Config) -> BatchShape:
-    """Return the rows of one update. In GRPO they depend on the lengths of the texts, which are assumed to be
-    `mean_length` and packed without gaps."""
+    @property
+    def sequences(self) -> tuple[list[int], list[int]]:
+        """The tokens of each segment, and those before it; by default each row is one."""
+        segments = self.segments or ((self.rows, self.row_length, 0),)
+        return ([t for n, t, _ in segments for _ in range(n)], [b for n, _, b in segments for _ in range(n)])
+
+
+def batch_shape(config: Config, lengths: Lengths | None = None) -> BatchShape:
+    """Return the rows of one update. In GRPO they depend on the lengths of the texts, which are assumed to be `lengths`
+    (None: half of the largest ones) and packed without gaps."""
     if isinstance(config, SftConfig):
         count = config.rows_per_step // config.micro_rows
-        return BatchShape(count, count, config.micro_rows, config.row_length)
-    tokens = config.mini_batch_prompts * config.sampling.n * mean_length(config)
+        read = lengths and read_positions(config.row_length, lengths.response / sum(lengths))
+        return BatchShape(count, count, config.micro_rows, config.row_length, read)
+    (prompt, response), groups, n = lengths or mean_lengths(config), config.mini_batch_prompts, config.sampling.n
+    if config.share_prompts:  # a group that is longer than a row is split, and its prompt repeated
+        parts = math.ceil(n * (1 + response) / (config.row_length - prompt + 1))
+        segments = ((groups * parts, prompt - 1, 0), (groups * n, 1 + response, prompt - 1))
+    else:
+        segments = ((groups * n, prompt + response, 0),)
+    tokens = sum(number * length for number, length, _ in segments)
     count = max(1, math.ceil(tokens / config.row_length / config.micro_rows))
     capacity = 2 ** (count - 1).bit_length()  # as in `micro_batches.mini_batch`
-    return BatchShape(count, capacity, config.micro_rows, config.row_length)
+    read = read_positions(config.row_length, groups * n * response / tokens)
+    return BatchShape(count, capacity, config.micro_rows, config.row_length, read, segments)
 
 
-def mean_length(config: GrpoConfig) -> int:
-    """Return the assumed tokens of a prompt with its response: half of the largest number."""
-    return (config.max_prompt_length + config.sampling.max_new_tokens) // 2
+def mean_lengths(config: GrpoConfig) -> Lengths:
+    """Return the assumed tokens of a prompt and of its response: half of the largest numbers."""
+    return Lengths(config.max_prompt_length // 2, config.sampling.max_new_tokens // 2)
+
+
+def read_positions(row_length: int, share: float) -> int | None:
+    """Return how many positions of a row the head reads, where the tokens are trained in this share."""
+    return places_size(row_length, math.ceil(share * row_length))
 
 
 def training_mesh(config: Config, model: QwenConfig, devices: list[jax.Device], slices: int = 1) -> Mesh:
@@ -97,9 +131,10 @@ def training_mesh(config: Config, model: QwenConfig, devices: list[jax.Device], 
     )
 
 
-def training_programs(config: Config, model: QwenConfig, mesh: Mesh) -> Iterator[tuple[str, Compiled]]:
+def training_programs(
+    config: Config, model: QwenConfig, mesh: Mesh, shape: BatchShape
+) -> Iterator[tuple[str, Compiled]]:
     """Compile the update, and in GRPO the log-probabilities before it; yield each program's name and memory."""
-    shape = batch_shape(config)
     count = shape.micro_batches
     forward, graphdef = forward_options(config, model, mesh), split(Qwen(model))[0]
     optimizer, state = abstract_training(config, model, mesh)
@@ -121,13 +156,13 @@ def training_programs(config: Config, model: QwenConfig, mesh: Mesh) -> Iterator
         if is_sft:
             return
         logprobs = jax.jit(functools.partial(batch_logprobs, graphdef, **forward))
-        inputs = {k: batch[k] for k in ("tokens", "positions", "segment_ids")}
+        inputs = {k: v for k, v in batch.items() if v.dtype == jnp.int32}
         others = updates * bytes_per_chip(batch) - bytes_per_chip(inputs)
         if config.loss.kl_coef:
             weights = abstract_params(Qwen(model), mesh, DTYPES[config.dtype])
             held = bytes_per_chip(state) + others
             yield "reference_logprobs", compile_here(logprobs, weights, inputs, count, resident=held)
-        if updates > 1:
+        if updates > 1 and config.old_logp == "trainer":
             held = bytes_per_chip(state.opt_state) + reference + others
             yield "old_logprobs", compile_here(logprobs, state.params, inputs, count, resident=held)
 
@@ -140,15 +175,20 @@ def abstract_training(config: Config, model: QwenConfig, mesh: Mesh) -> tuple[op
 
 
 def micro_batches(config: Config, mesh: Mesh, shape: BatchShape) -> dict[str, jax.ShapeDtypeStruct]:
-    """Return the shapes of the arrays [A, B, T] that an update reads."""
+    """Return the shapes of the arrays [A, B, T] that an update reads, and of `trained_at`."""
     ints, floats = ["tokens", "positions", "segment_ids"], ["weights"]
     if isinstance(config, GrpoConfig):
+        ints += ["parents"] * config.share_prompts
         floats += ["advantages", "sampler_logp"]
-        floats += ["old_logp"] * (config.updates_per_step > 1) + ["ref_logp"] * bool(config.loss.kl_coef)
+        has_old = config.updates_per_step > 1 or config.old_logp == "sampler"
+        floats += ["old_logp"] * has_old + ["ref_logp"] * bool(config.loss.kl_coef)
     dtypes: dict[str, Any] = dict.fromkeys(ints, jnp.int32) | dict.fromkeys(floats, jnp.float32)
-    sizes = (shape.capacity, shape.micro_rows, shape.row_length)
-    sharding = activation_sharding(mesh, "ABT", sizes)
-    return {name: jax.ShapeDtypeStruct(sizes, dtype, sharding=sharding) for name, dtype in dtypes.items()}
+    lengths = dict.fromkeys(dtypes, shape.row_length)
+    if shape.read:
+        dtypes["trained_at"], lengths["trained_at"] = jnp.int32, shape.read
+    sizes = {name: (shape.capacity, shape.micro_rows, length) for name, length in lengths.items()}
+    sharding = {name: activation_sharding(mesh, "ABT", size) for name, size in sizes.items()}
+    return {k: jax.ShapeDtypeStruct(sizes[k], dtype, sharding=sharding[k]) for k, dtype in dtypes.items()}
 
 
 def reference_bytes(config: Config, model: QwenConfig, mesh: Mesh) -> int:

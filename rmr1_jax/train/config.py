@@ -148,6 +148,10 @@ class GrpoConfig(RunConfig):
     """Take temperature, top_p, top_k and min_p of `sampling` from the model's generation_config.json."""
     loss: PolicyLossConfig = PolicyLossConfig()
     """Settings of the policy loss."""
+    old_logp: Literal["trainer", "sampler"] = "trainer"
+    """Source of the log-probabilities before the first update of a rollout batch: the trainer, which computes those of
+    all updates but the first in one more forward pass; or the sampler, which recorded them. Its numbers differ by
+    rounding, which loss.importance_cap must bound."""
     aggregation: AggregationKind = "sequence"
     """How tokens are averaged: over sequences (the paper), over a micro-batch (its released trainer), over all tokens
     (DAPO), or by a constant (Dr.GRPO)."""
@@ -156,7 +160,10 @@ class GrpoConfig(RunConfig):
     dynamic_sampling: PositiveInt = 1
     """Most rounds of sampling to fill a batch with groups of mixed rewards (DAPO). 1 turns it off."""
     max_segments: PositiveInt = 64
-    """Most sequences in a packed row."""
+    """Most responses in a packed row."""
+    share_prompts: bool = True
+    """Compute the prompt of a group once a row for all its responses there. The losses are those of separate
+    prompts to the last bits, except with aggregation micro_batch, which depends on what is in a row."""
     reward: RewardKind = "verdict"
     """verdict, or cold_start, which also rewards the form."""
     structure: Annotated[str, AfterValidator(_known_structure)] = "cor"
@@ -171,6 +178,11 @@ class GrpoConfig(RunConfig):
         prompts, size = self.prompts_per_step, self.mini_batch_prompts
         if prompts % size:
             raise InputError(f"prompts_per_step={prompts} must be a multiple of mini_batch_prompts={size}")
+        if self.old_logp == "sampler" and self.loss.importance_cap is None:
+            raise InputError(
+                "old_logp=sampler needs loss.importance_cap: the sampler's log-probabilities are not the trainer's; "
+                "set it (2.0 is usual), or set old_logp: trainer"
+            )
         longest = self.max_prompt_length + self.sampling.max_new_tokens
         if longest > self.row_length:
             raise InputError(

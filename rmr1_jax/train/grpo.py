@@ -29,7 +29,7 @@ from rmr1_jax.data.store import open_examples, prompt_of
 from rmr1_jax.distributed.mesh import check_micro_rows, own_rows, place_rows, sampling_mesh
 from rmr1_jax.distributed.terminal import say
 from rmr1_jax.errors import InputError
-from rmr1_jax.model.attention import segment_limit
+from rmr1_jax.model.attention import segment_limit, unfolded_limit
 from rmr1_jax.model.qwen import Params, split
 from rmr1_jax.policy import DTYPES, Policy, model_directory
 from rmr1_jax.prompts.prompt import Prompt
@@ -108,7 +108,7 @@ def grpo(
             cursor["skipped"] += skipped
             cursor["prompts_consumed"] += rollout.consumed
             row["lr"] = float(schedule(int(state.step) - 1 - cursor["skipped"]))
-            flops = train_flops(policy.config, [n for _, batch in batches for n in batch.lengths])
+            flops = sum(train_flops(policy.config, batch.lengths, batch.starts) for _, batch in batches)
             row |= mfu(flops, run.lap("update_seconds"), policy.mesh)
             row |= rollout_metrics(rollout.groups, config.structure) | rollout.facts
             row |= {k: cursor[k] for k in ("prompts_consumed", "skipped")}
@@ -124,22 +124,26 @@ def grpo_micro_loss(
     config: GrpoConfig,
     loss: PolicyLoss,
     params: Params,
-    batch: dict[str, Shaped[Array, "B T"]],
+    batch: dict[str, Shaped[Array, "B _"]],
     **forward: Any,
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
-    """The policy loss of one packed micro-batch; see `optim.MicroLoss`. The number of trained tokens is among the
-    metrics whatever `loss` returns, for the means."""
-    logp, entropy = row_logprobs(nnx.merge(graphdef, params), batch, with_entropy=True, **forward)
+    """The policy loss of one packed micro-batch; see `optim.MicroLoss`. Where `old_logp` is missing or NaN, the policy
+    is the one that sampled. The number of trained tokens is among the metrics whatever `loss` returns, for the means.
+    """
+    kind = "value" if loss is policy_loss and not config.loss.entropy_coef else "gradient"
+    logp, entropy = row_logprobs(nnx.merge(graphdef, params), batch, entropy=kind, **forward)
+    own, old = jax.lax.stop_gradient(logp), batch.get("old_logp")
     inputs = LossInputs(
         logp=logp,
-        old_logp=batch.get("old_logp", jax.lax.stop_gradient(logp)),
+        old_logp=own if old is None else jnp.where(jnp.isnan(old), own, old),
         advantages=batch["advantages"],
         weights=batch["weights"],
         segment_ids=batch["segment_ids"],
         ref_logp=batch.get("ref_logp"),
         sampler_logp=batch["sampler_logp"],
         entropy=entropy,
-        max_segments=config.max_segments,
+        max_segments=config.max_segments * (2 if config.share_prompts else 1),  # a shared prompt is a segment too
+        old_is_sampler=config.old_logp == "sampler",
     )
     value, metrics = loss(config.loss, inputs)
     return value, {"tokens": (batch["weights"] > 0).sum(dtype=jnp.float32)} | metrics
@@ -148,7 +152,7 @@ def grpo_micro_loss(
 def batch_logprobs(
     graphdef: nnx.GraphDef,
     params: Params,
-    batch: dict[str, Int[Array, "A B T"]],
+    batch: dict[str, Int[Array, "A B _"]],
     count: Int[Array, ""],
     **forward: Any,
 ) -> Float[Array, "A B T"]:
@@ -219,6 +223,7 @@ class _Trainer:
         self.skip_unmixed = loss is policy_loss and not (config.loss.kl_coef or config.loss.entropy_coef)
         forward = forward_options(config, policy.config, policy.mesh, prompt_length)
         most = min(config.max_segments, segment_limit(forward["attention"]) or config.max_segments)
+        self.max_separate = unfolded_limit(forward["attention"], config.row_length)
         self.config = dataclasses.replace(config, max_segments=most)
         forward["temperature"] = config.sampling.temperature or 1.0
         graphdef = split(policy.model)[0]
@@ -232,11 +237,16 @@ class _Trainer:
         prepared, size = [], self.config.mini_batch_prompts
         own = own_rows(self.mesh, self.config.micro_rows)
         for members in (groups[start : start + size] for start in range(0, len(groups), size)):
-            batch = mini_batch(members, self.config, skip_unmixed=self.skip_unmixed, own=own)
+            options = {"skip_unmixed": self.skip_unmixed, "own": own, "max_separate": self.max_separate}
+            batch = mini_batch(members, self.config, **options)
             arrays = place_rows(self.mesh, "ABT", batch.arrays, self.config.micro_rows)
-            inputs = {k: arrays[k] for k in ("tokens", "positions", "segment_ids")}
-            if self.config.updates_per_step > 1:  # with one update a step, the weights that sampled are those trained
-                arrays["old_logp"] = self._logprobs(params, inputs, batch.count)
+            inputs = {k: v for k, v in arrays.items() if v.dtype == jnp.int32}
+            if self.config.old_logp == "sampler":
+                arrays["old_logp"] = arrays["sampler_logp"]
+            elif self.config.updates_per_step > 1:
+                # The first update trains the weights that sampled, whose log-probabilities it computes itself.
+                known = self._logprobs(params, inputs, batch.count) if prepared else arrays["weights"] * jnp.nan
+                arrays["old_logp"] = known
             if self.reference is not None:
                 arrays["ref_logp"] = self._logprobs(in_memory(self.reference, "device"), inputs, batch.count)
             prepared.append((members, batch._replace(arrays=arrays)))
@@ -256,12 +266,16 @@ class _Trainer:
             what = f"update {number} of the prompts {[g.prompt.id for g in members][:8]}..."
             describe = functools.partial(describe_groups, members)
             is_finite = check_finite(row, step, what, state=state, describe=describe, config=self.config)
-            positions = batch.count * self.config.micro_rows * self.config.row_length
-            (applied if is_finite else skipped).append(row | {"packed": sum(batch.lengths) / positions})
+            (applied if is_finite else skipped).append(row | {"packed": sum(batch.lengths) / self._positions(batch)})
         trained_tokens = sum(row["tokens"] for row in applied)
         rows = [{k: v for k, v in row.items() if k != "tokens"} for row in applied or skipped]
         joined = {k: float((max if k.endswith("_max") else np.mean)([row[k] for row in rows])) for k in rows[0]}
-        return state, joined | {"trained_tokens": trained_tokens}, len(skipped)
+        joined |= {"trained_tokens": trained_tokens, "positions": sum(self._positions(batch) for _, batch in batches)}
+        return state, joined, len(skipped)
+
+    def _positions(self, batch: MiniBatch) -> int:
+        """The positions that an update computes, padding included."""
+        return batch.count * self.config.micro_rows * self.config.row_length
 
 
 def _check_sizes(config: GrpoConfig, prompts: Sequence[RlPrompt], mesh: Mesh) -> None:

@@ -9,7 +9,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,15 +17,19 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from rmr1_jax.distributed.mesh import constrain, constrain_weight, rows_divisor
 from rmr1_jax.model.attention import choose
 from rmr1_jax.model.config import QwenConfig
 from rmr1_jax.model.cudnn import most_segments
+from rmr1_jax.model.gather import at, take
 from rmr1_jax.model.qwen import Qwen
 from rmr1_jax.policy import DTYPES
 from rmr1_jax.train.config import RunConfig
+
+# Whether the entropy is computed, and whether its gradient is: that takes several passes over the logits.
+Entropy = Literal["none", "value", "gradient"]
 
 CHUNK_LOGITS = 2**26  # the most logits on a device at a time: 256 MiB in float32
 LANES = 128  # a chunk has a multiple of so many columns
@@ -42,18 +46,23 @@ def forward_options(config: RunConfig, model: QwenConfig, mesh: Mesh, mean_lengt
 
 def row_logprobs(
     model: Qwen,
-    batch: Mapping[str, Shaped[Array, "B T"]],
+    batch: Mapping[str, Shaped[Array, "B _"]],
     *,
     temperature: float = 1.0,
-    with_entropy: bool = False,
+    entropy: Entropy = "none",
     **forward: Any,
 ) -> TokenLogprobs:
-    """`token_logprobs` of packed rows under a policy. batch: tokens, positions and segment_ids, int32. forward: dtype,
-    remat and attention, for `Qwen.hidden_states`."""
-    hidden = model.hidden_states(batch["tokens"], batch["positions"], batch["segment_ids"], **forward)
+    """`token_logprobs` of packed rows under a policy. batch: tokens, positions, segment_ids and, where prompts are
+    shared, parents, int32; with trained_at (see `trained_logprobs`) of the trained tokens alone. forward: dtype, remat
+    and attention, for `Qwen.hidden_states`."""
+    where = (batch["positions"], batch["segment_ids"])
+    hidden = model.hidden_states(batch["tokens"], *where, parents=batch.get("parents"), **forward)
     head = model.output_weight
-    options = {"temperature": temperature, "with_entropy": with_entropy, "head_is_embedding": head.dims == "VD"}
-    return token_logprobs(hidden, head.get_value(), batch["tokens"], **options)
+    options = {"temperature": temperature, "entropy": entropy, "head_is_embedding": head.dims == "VD"}
+    arguments = (hidden, head.get_value(), batch["tokens"])
+    if "trained_at" in batch:
+        return trained_logprobs(*arguments, batch["trained_at"], **options)
+    return token_logprobs(*arguments, **options)
 
 
 def chunk_width(columns: int, positions: int, chunk_logits: int = CHUNK_LOGITS) -> int:
@@ -68,17 +77,69 @@ class TokenLogprobs(NamedTuple):
     entropy: Float[Array, "B T"] | None
 
 
+def trained_places(trained: Bool[np.ndarray, "*A T"], most: int) -> Int[np.ndarray, "*A S"] | None:
+    """Return where the trained tokens of each row are, in order, then T: the `trained_at` of `trained_logprobs`. most:
+    the most trained tokens of any row, in all processes. S is `places_size`; None where that is."""
+    T = trained.shape[-1]
+    if (size := places_size(T, most)) is None:
+        return None
+    places = np.where(trained, np.arange(T), T)
+    return np.sort(places, axis=-1)[..., :size].astype(np.int32)
+
+
+def places_size(T: int, most: int) -> int | None:
+    """Return `most` rounded up to a sixteenth of T, so that programs are compiled for few sizes; None where that is T:
+    then nothing is saved."""
+    part = -(-T // 16)
+    size = max(1, -(-most // part)) * part
+    return size if size < T else None
+
+
+def trained_logprobs(
+    hidden: Float[Array, "B T D"],
+    head: Float[Array, "_ _"],
+    tokens: Int[Array, "B T"],
+    trained_at: Int[Array, "B S"],
+    **options: Any,
+) -> TokenLogprobs:
+    """`token_logprobs` at the tokens `trained_at` of each row alone (T and more: none), 0 elsewhere: the head reads S
+    positions of a row and not T. options: as of `next_logprobs`."""
+    (B, T), S = tokens.shape, trained_at.shape[1]
+    places = jnp.full((B, T), S, jnp.int32)  # of each token among the S
+    places = places.at[jnp.arange(B)[:, None], trained_at].set(jnp.arange(S, dtype=jnp.int32), mode="drop")
+    before = jnp.where(trained_at < T, trained_at - 1, T)
+    read = constrain(take(hidden, before, jnp.pad(places[:, 1:], [(0, 0), (0, 1)], constant_values=S)), "BTD")
+    out = next_logprobs(read, head, at(tokens, trained_at), **options)
+    return jax.tree.map(lambda x: take(x, places, trained_at), out)
+
+
 def token_logprobs(
     hidden: Float[Array | np.ndarray, "B T D"],
     head: Float[Array | np.ndarray, "_ _"],
     tokens: Int[Array | np.ndarray, "B T"],
+    **options: Any,
+) -> TokenLogprobs:
+    """The log-probability of every token given the ones before it: `next_logprobs` with each at the token's own index.
+
+    [b, t] belongs to tokens[b, t] and comes from hidden[b, t - 1]; 0 at t = 0. At the first token of a later segment of
+    a packed row it is finite but means nothing (the prediction crosses from the segment before): its weight must be 0.
+    """
+    targets = jnp.pad(tokens[:, 1:], [(0, 0), (0, 1)])
+    out = next_logprobs(hidden, head, targets, **options)
+    return jax.tree.map(lambda x: jnp.pad(x[:, :-1], [(0, 0), (1, 0)]), out)
+
+
+def next_logprobs(
+    hidden: Float[Array | np.ndarray, "B T D"],
+    head: Float[Array | np.ndarray, "_ _"],
+    targets: Int[Array | np.ndarray, "B T"],
     *,
     chunk_logits: int = CHUNK_LOGITS,
     temperature: ArrayLike = 1.0,
-    with_entropy: bool = False,
+    entropy: Entropy = "none",
     head_is_embedding: bool = False,
 ) -> TokenLogprobs:
-    """The log-probability of every token given the ones before it, without ever holding [B, T, V] logits.
+    """The log-probability that each state gives to its target, without ever holding [B, T, V] logits.
 
     At most about `chunk_logits` logits exist on a device at a time, in the forward and in the backward pass (which
     computes them again): all positions, and as much of the vocabulary as fits. So each part of a sharded head is
@@ -86,16 +147,11 @@ def token_logprobs(
 
     hidden: the final, normed activations. head: [D, V], or with `head_is_embedding` the tied embedding [V, D]. The
     products have hidden's dtype (the head is cast to it, and its gradient is summed in the head's own dtype: pass
-    float32 master weights) and yield float32 logits, divided by `temperature` (> 0).
-
-    Returns logp and entropy at the token's own index: [b, t] belongs to tokens[b, t] and comes from hidden[b, t - 1].
-    Both are 0 at t = 0. At the first token of a later segment of a packed row they are finite but mean nothing (the
-    prediction crosses from the segment before): its weight must be 0. The entropy is of the whole distribution.
+    float32 master weights) and yield float32 logits, divided by `temperature` (> 0). The entropy is of the whole
+    distribution.
     """
-    targets = jnp.pad(tokens[:, 1:], [(0, 0), (0, 1)])
     chunks = _Chunks.of(hidden, head, head_is_embedding, chunk_logits)
-    out = _logprobs(chunks, with_entropy, hidden, chunks.split(head), targets, temperature)
-    return jax.tree.map(lambda x: jnp.pad(x[:, :-1], [(0, 0), (1, 0)]), out)
+    return _logprobs(chunks, entropy, hidden, chunks.split(head), targets, temperature)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,14 +208,14 @@ class _Chunks:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _logprobs(chunks: _Chunks, with_entropy: bool, hidden, head, targets, temperature):
+def _logprobs(chunks: _Chunks, entropy_kind: Entropy, hidden, head, targets, temperature):
     """hidden [B, T, D] predicts targets [B, T]; the head is in parts. The backward pass is written by hand, because
     automatic differentiation would keep every chunk's logits, or differentiate the running sums."""
-    return _logprobs_forward(chunks, with_entropy, hidden, head, targets, temperature)[0]
+    return _logprobs_forward(chunks, entropy_kind, hidden, head, targets, temperature)[0]
 
 
 @jax.named_scope("head")
-def _logprobs_forward(chunks: _Chunks, with_entropy: bool, hidden, head, targets, temperature):
+def _logprobs_forward(chunks: _Chunks, entropy_kind: Entropy, hidden, head, targets, temperature):
     def add(i, sums):
         highest, total, chosen, weighted = sums
         logits, _ = chunks.logits(i, hidden, head, temperature)
@@ -168,7 +224,7 @@ def _logprobs_forward(chunks: _Chunks, with_entropy: bool, hidden, head, targets
         # A masked sum fuses, and stays local where the vocabulary is sharded; a gather would do neither.
         chosen += jnp.sum(jnp.where(chunks.is_target(i, targets, logits), logits, 0.0), axis=(2, 3))
         total = total * scale + jnp.sum(weights, axis=(2, 3))
-        if with_entropy:
+        if entropy_kind != "none":
             weighted = weighted * scale + jnp.sum(jnp.where(weights > 0, weights * logits, 0.0), axis=(2, 3))
         return higher, total, chosen, weighted
 
@@ -176,12 +232,12 @@ def _logprobs_forward(chunks: _Chunks, with_entropy: bool, hidden, head, targets
     start = (jnp.full(targets.shape, -jnp.inf), zeros, zeros, zeros)
     highest, total, chosen, weighted = lax.fori_loop(0, chunks.count, add, start)
     normalizer = highest + jnp.log(total)
-    entropy = normalizer - weighted / total if with_entropy else None
+    entropy = normalizer - weighted / total if entropy_kind != "none" else None
     return TokenLogprobs(chosen - normalizer, entropy), (hidden, head, targets, temperature, normalizer, entropy)
 
 
 @jax.named_scope("head")
-def _logprobs_backward(chunks: _Chunks, with_entropy: bool, saved, d_out: TokenLogprobs):
+def _logprobs_backward(chunks: _Chunks, entropy_kind: Entropy, saved, d_out: TokenLogprobs):
     hidden, head, targets, temperature, normalizer, entropy = saved
 
     def add(i, sums):
@@ -190,7 +246,7 @@ def _logprobs_backward(chunks: _Chunks, with_entropy: bool, saved, d_out: TokenL
         log_probs = logits - normalizer[..., None, None]
         probs = jnp.exp(log_probs)
         d_logits = d_out.logp[..., None, None] * (chunks.is_target(i, targets, logits) - probs)
-        if with_entropy:
+        if entropy_kind == "gradient":
             surprise = jnp.where(logits > -jnp.inf, log_probs, 0.0) + entropy[..., None, None]
             d_logits -= d_out.entropy[..., None, None] * probs * surprise
         d_logits = (d_logits / temperature).astype(hidden.dtype)

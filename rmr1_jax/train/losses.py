@@ -156,8 +156,10 @@ class LossInputs:
     """The inputs of a policy loss, [B, T] of packed rows, in nats. Only `logp` and `entropy` carry a gradient.
 
     logp: of the policy that is trained. old_logp: of the same weights before the first update of this rollout batch.
-    advantages, weights: each token's. segment_ids: 1..max_segments within a row, 0 is padding. ref_logp: of the frozen
-    reference. sampler_logp: as the sampler recorded it. entropy: of the policy's distribution.
+    advantages, weights: each token's. segment_ids: 1..max_segments within a row, 0 is padding; a prompt that responses
+    share is a segment of its own, without weight. ref_logp: of the frozen reference. sampler_logp: as the sampler
+    recorded it. entropy: of the policy's distribution. Of tokens without weight all of these mean nothing.
+    old_is_sampler: old_logp is sampler_logp, so the ratio is also the importance ratio.
     """
 
     logp: Float[Array, "B T"]
@@ -169,6 +171,7 @@ class LossInputs:
     sampler_logp: Float[Array, "B T"] | None = None
     entropy: Float[Array, "B T"] | None = None
     max_segments: int
+    old_is_sampler: bool = False
 
 
 # A policy loss: `policy_loss` below, or a function of one's own with the same arguments and results.
@@ -181,7 +184,8 @@ def policy_loss(config: PolicyLossConfig, inputs: LossInputs) -> tuple[Float[Arr
     Values at tokens of weight 0 are ignored, even if they are not finite. With ratio="sequence" a sequence is the
     trained tokens of one segment, its ratio exp(mean log-ratio), in the stop-gradient form GSPO-token: where weight and
     advantage are constant within a sequence (as ours are) its gradient is GSPO's; an importance weight scales its own
-    token's gradient. A segment id above max_segments then gives NaN.
+    token's gradient. A segment id above max_segments then gives NaN. With old_is_sampler the importance is that of the
+    policy which is trained, it is part of the ratio already, and the cap bounds it there.
 
     Returns (loss, metrics), float32 scalars. The metrics are sums over trained tokens, for `add_metrics` to join and
     `mean_metrics` to divide: tokens, ratio_mean, ratio_max, clip_fraction (tokens whose surrogate the clip changed);
@@ -203,12 +207,14 @@ def policy_loss(config: PolicyLossConfig, inputs: LossInputs) -> tuple[Float[Arr
     metrics = {"tokens": trained, "clip_fraction": trained & clipped}
     metrics["ratio_mean"] = metrics["ratio_max"] = only_trained(ratio)
     if inputs.sampler_logp is not None:
-        log_importance = old_logp - only_trained(lax.stop_gradient(inputs.sampler_logp))
+        trainer_logp = lax.stop_gradient(logp) if inputs.old_is_sampler else old_logp
+        log_importance = trainer_logp - only_trained(lax.stop_gradient(inputs.sampler_logp))
         importance = jnp.exp(jnp.clip(log_importance, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT))
         if (cap := config.importance_cap) is not None:
             metrics["importance_capped"] = trained & (importance > cap)
+            in_ratio = importance if inputs.old_is_sampler else 1.0
             importance = jnp.minimum(importance, cap)
-            terms = terms * importance
+            terms = terms * (importance / in_ratio)
         metrics["importance_mean"] = metrics["importance_max"] = only_trained(importance)
     if inputs.ref_logp is not None:
         metrics["kl"] = kl_estimate(logp, only_trained(lax.stop_gradient(inputs.ref_logp)), config.kl_kind)

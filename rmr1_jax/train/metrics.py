@@ -75,20 +75,21 @@ def layer_params(config: QwenConfig) -> int:
     return config.hidden_size * (heads + 3 * config.intermediate_size)
 
 
-def forward_flops(config: QwenConfig, lengths: Iterable[int]) -> float:
+def forward_flops(config: QwenConfig, lengths: Iterable[int], starts: Iterable[int] | None = None) -> float:
     """FLOPs of the forward pass over sequences of `lengths` tokens: the products with weights, and causal attention
-    within each sequence."""
+    within each sequence. starts: how many tokens before its first one each sequence sees too; None: none."""
     lengths = np.asarray(list(lengths), np.float64)
+    before = np.zeros(len(lengths)) if starts is None else np.asarray(list(starts), np.float64)
     heads = config.num_heads * config.head_dim
     weights = config.num_layers * layer_params(config) + config.vocab_size * config.hidden_size
     # Scores and their product with the values: two FLOPs for each number of a head, query and earlier key.
-    seen = config.num_layers * 4 * heads * lengths * (lengths + 1) / 2
+    seen = config.num_layers * 4 * heads * lengths * (before + (lengths + 1) / 2)
     return float((2 * weights * lengths + seen).sum())
 
 
-def train_flops(config: QwenConfig, lengths: Iterable[int]) -> float:
+def train_flops(config: QwenConfig, lengths: Iterable[int], starts: Iterable[int] | None = None) -> float:
     """FLOPs of a forward and a backward pass, which has two products for each one of the forward pass."""
-    return 3 * forward_flops(config, lengths)
+    return 3 * forward_flops(config, lengths, starts)
 
 
 def throughput(tokens: int, seconds: float, mesh: Mesh) -> dict[str, float]:

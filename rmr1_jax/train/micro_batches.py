@@ -1,11 +1,13 @@
 """Micro-batches: the arrays of an optimizer step, from examples (SFT) or from scored samples (GRPO).
 
 `to_micro_batches` is SFT's. GRPO's `mini_batch` first lists the trajectories, then plans from their lengths alone which
-row holds which, and only then assembles the rows of this process. Next: `logprobs.py`, what a step computes of them.
+row holds which (by default a group's prompt once: `data/groups.py`), and only then assembles the rows of this process.
+Next: `logprobs.py`, what a step computes of them.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -13,12 +15,15 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Float, Int
 
+from rmr1_jax.data.groups import pack_groups
 from rmr1_jax.data.packing import Batch, View, assemble, lengths_of, pack
 from rmr1_jax.distributed.mesh import own_rows, place_rows
 from rmr1_jax.distributed.terminal import say
 from rmr1_jax.sampler.sample import Sample
 from rmr1_jax.train.config import GrpoConfig
+from rmr1_jax.train.logprobs import trained_places
 from rmr1_jax.train.losses import aggregation_weights
 from rmr1_jax.train.rollout import Group
 
@@ -37,23 +42,42 @@ def to_micro_batches(batch: Batch, micro_rows: int, mesh: Mesh) -> tuple[dict[st
     rows = dict(batch.rows)
     rows["weights"] = rows.pop("trained") / max(1, batch.trained_tokens)
     own, T = len(own_rows(mesh, micro_rows)), rows["tokens"].shape[-1]
-    micro = {k: v.reshape(-1, own, T) for k, v in rows.items()}
+    micro = _with_trained_places({k: v.reshape(-1, own, T) for k, v in rows.items()}, batch.most_trained)
     positions, tokens = len(micro["tokens"]) * micro_rows * T, sum(batch.lengths)
     facts = {"tokens": tokens, "trained_tokens": batch.trained_tokens, "packed": tokens / positions}
     return place_rows(mesh, "ABT", micro, micro_rows), facts
 
 
+def _with_trained_places(arrays: dict[str, np.ndarray], most: int) -> dict[str, np.ndarray]:
+    """Add `trained_at`, for `trained_logprobs`, where the head then reads less."""
+    places = trained_places(arrays["weights"] > 0, most)
+    return arrays if places is None else arrays | {"trained_at": places}
+
+
 class MiniBatch(NamedTuple):
     """The data of one GRPO update.
 
-    arrays: [A, B, T] each: tokens, positions, segment_ids int32; weights, advantages, sampler_logp float32. A is a
-    power of two: few shapes, few compilations. count: how many of the A micro-batches hold anything, at least 1.
-    lengths: the tokens of each sequence in them, of all processes.
+    arrays: [A, B, T] each: tokens, positions, segment_ids and, where prompts are shared, parents int32; weights,
+    advantages, sampler_logp float32; and perhaps trained_at [A, B, S] int32 (see `trained_places`). A is a power of
+    two: few shapes, few compilations. count: how many of the A micro-batches hold anything, at least 1. lengths,
+    starts: the tokens of each segment in them, of all processes, and the position of its first token.
     """
 
     arrays: dict[str, Any]
     count: int
     lengths: list[int]
+    starts: list[int]
+
+
+class Segment(NamedTuple):
+    """A segment of a row before its arrays are made: tokens `begin` to the end of a prompt and its response. parent:
+    the number of the segment before it in the row whose tokens it sees too, from 1; 0 for none. prompt_only: the
+    segment has no response, and not the prompt's last token, with which that of a response begins."""
+
+    trajectory: int
+    begin: int = 0
+    parent: int = 0
+    prompt_only: bool = False
 
 
 class Trajectory(NamedTuple):
@@ -67,50 +91,95 @@ class Trajectory(NamedTuple):
     def length(self) -> int:
         return len(self.prompt) + len(self.sample.token_ids)
 
-    def packed(self, weight: np.float32) -> SimpleNamespace:
-        """The arrays [T] to pack: tokens, and weights, advantages and log-probabilities that are 0 on the prompt."""
-        response = np.asarray(self.sample.token_ids, np.int32)
+    def tokens_of(self, segment: Segment) -> slice:
+        """The tokens of the prompt with its response that a segment holds."""
+        return slice(segment.begin, len(self.prompt) - 1 if segment.prompt_only else self.length)
+
+    def packed(self, segment: Segment, weight: np.float32) -> SimpleNamespace:
+        """The arrays of a segment to pack: tokens, and weights, advantages and log-probabilities, 0 on the prompt."""
+        response, where = np.asarray(self.sample.token_ids, np.int32), self.tokens_of(segment)
         values = {"weights": weight, "advantages": self.advantage, "sampler_logp": self.sample.sampled_logprobs}
         before = np.zeros(len(self.prompt), np.float32)
         arrays = {k: np.concatenate([before, np.broadcast_to(v, len(response))]) for k, v in values.items()}
-        return SimpleNamespace(tokens=np.concatenate([self.prompt, response]), **arrays)
+        arrays |= {"tokens": np.concatenate([self.prompt, response])}
+        arrays = {name: values[where] for name, values in arrays.items()}
+        return SimpleNamespace(first=segment.begin, parent=segment.parent, **arrays)
 
 
 def mini_batch(
-    groups: Sequence[Group], config: GrpoConfig, *, skip_unmixed: bool, own: Sequence[int] | None = None
+    groups: Sequence[Group],
+    config: GrpoConfig,
+    *,
+    skip_unmixed: bool,
+    own: Sequence[int] | None = None,
+    max_separate: int | None = None,
 ) -> MiniBatch:
     """Pack the trajectories of one update.
 
     skip_unmixed: leave out trajectories whose advantage is zero. Their policy term and its gradient are exactly zero,
     so where the loss has no other term this saves their computation and changes nothing. They still count in averages,
     and are kept where the average is over what is in a micro-batch. own: the rows of each micro-batch that this process
-    assembles; None: all `config.micro_rows`.
+    assembles; None: all `config.micro_rows`. max_separate: see `pack_groups`.
     """
     trajectories = [
         Trajectory(g.prompt.tokens, *each) for g in groups for each in zip(g.samples, g.advantages, strict=True)
     ]
-    rows, weights = _plan(trajectories, config, skip_unmixed)
+    responses = np.asarray([len(t.sample.token_ids) for t in trajectories])
+    keep_all = not skip_unmixed or config.aggregation == "micro_batch"
+    kept = [i for i, t in enumerate(trajectories) if keep_all or t.advantage != 0]
+    options = {"max_items": config.max_segments}
+    if config.share_prompts:
+        options |= {"max_separate": max_separate}
+        rows = _shared_rows(groups, responses, set(kept), config.row_length, options)
+    else:
+        packed = pack([t.length for t in trajectories], config.row_length, kept, **options)
+        rows = [[Segment(i) for i in row] for row in packed]
+    weights = _weights(responses, rows, config)
     count = max(1, -(-len(rows) // config.micro_rows))
     room = 2 ** (count - 1).bit_length()
     own = range(config.micro_rows) if own is None else own
     padded = rows + [[]] * (room * config.micro_rows - len(rows))
     places = [a * config.micro_rows + b for a in range(room) for b in own]
-    filled = [[trajectories[i].packed(weights[i]) for i in padded[place]] for place in places]
-    arrays = assemble(filled, config.row_length, ["weights", "advantages", "sampler_logp"])
-    arrays = {k: v.reshape(room, len(own), config.row_length) for k, v in arrays.items()}
-    return MiniBatch(arrays, count, [trajectories[i].length for i in sorted(i for row in rows for i in row)])
+    filled = [[trajectories[s.trajectory].packed(s, weights[s.trajectory]) for s in padded[place]] for place in places]
+    values = ["weights", "advantages", "sampler_logp"]
+    arrays = assemble(filled, config.row_length, values, shared=config.share_prompts)
+    most = max((sum(int(responses[s.trajectory]) for s in row if not s.prompt_only) for row in rows), default=0)
+    arrays = _with_trained_places({k: v.reshape(room, len(own), config.row_length) for k, v in arrays.items()}, most)
+    segments = [s for row in rows for s in row]
+    spans = [trajectories[s.trajectory].tokens_of(s) for s in segments]
+    return MiniBatch(arrays, count, [s.stop - s.start for s in spans], [s.start for s in spans])
 
 
-def _plan(
-    trajectories: Sequence[Trajectory], config: GrpoConfig, skip_unmixed: bool
-) -> tuple[list[list[int]], np.ndarray]:
-    """The numbers of the trajectories in each row, and the weight of each trajectory's tokens, [S] float32."""
-    responses = np.asarray([len(t.sample.token_ids) for t in trajectories])
-    keep_all = not skip_unmixed or config.aggregation == "micro_batch"
-    kept = [i for i, t in enumerate(trajectories) if keep_all or t.advantage != 0]
-    rows = pack([t.length for t in trajectories], config.row_length, kept, max_items=config.max_segments)
-    micro_of = np.full(len(trajectories), -1)
+def _shared_rows(
+    groups: Sequence[Group],
+    responses: Int[np.ndarray, " S"],
+    kept: set[int],
+    row_length: int,
+    limits: dict[str, int | None],
+) -> list[list[Segment]]:
+    """The segments of each row that holds a group's prompt once. A prompt of one token leaves no segment of its own."""
+    starts = np.cumsum([0, *(len(g.samples) for g in groups)])
+    members = [[i for i in range(a, b) if i in kept] for a, b in itertools.pairwise(starts)]
+    prompts = [len(g.prompt.tokens) for g in groups]
+    rows = []
+    for pieces in pack_groups(prompts, members, responses, row_length, **limits):
+        row: list[Segment] = []
+        for group, numbers in pieces:
+            begin, parent = prompts[group] - 1, 0
+            if begin:
+                row.append(Segment(numbers[0], prompt_only=True))
+                parent = len(row)
+            row += [Segment(i, begin, parent) for i in numbers]
+        rows.append(row)
+    return rows
+
+
+def _weights(
+    responses: Int[np.ndarray, " S"], rows: Sequence[Sequence[Segment]], config: GrpoConfig
+) -> Float[np.ndarray, " S"]:
+    """The weight of the tokens of each trajectory's response."""
+    micro_of = np.full(len(responses), -1)
     for r, row in enumerate(rows):
-        micro_of[row] = r // config.micro_rows
+        micro_of[[s.trajectory for s in row]] = r // config.micro_rows
     limit = config.sampling.max_new_tokens
-    return rows, aggregation_weights(responses, config.aggregation, micro_batch_of=micro_of, max_length=limit)
+    return aggregation_weights(responses, config.aggregation, micro_batch_of=micro_of, max_length=limit)

@@ -154,7 +154,7 @@ def global_norm(grads: PyTree[Float[Array, "..."]]) -> Float[Array, ""]:
 
 def update(
     state: TrainState,
-    micro_batches: dict[str, Shaped[Array, "A B T"]],
+    micro_batches: dict[str, Shaped[Array, "A B _"]],
     count: Int[Array, ""],
     *,
     loss: MicroLoss,

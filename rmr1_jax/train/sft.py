@@ -96,7 +96,7 @@ def sft(
 
 
 def sft_micro_loss(
-    graphdef: nnx.GraphDef, params: Params, batch: dict[str, Shaped[Array, "B T"]], **forward: Any
+    graphdef: nnx.GraphDef, params: Params, batch: dict[str, Shaped[Array, "B _"]], **forward: Any
 ) -> tuple[Float[Array, ""], dict[str, Any]]:
     """Cross-entropy over one micro-batch of packed rows, weighted by `weights` [B, T]; see `optim.MicroLoss`."""
     logp = row_logprobs(nnx.merge(graphdef, params), batch, **forward).logp

@@ -23,7 +23,7 @@ from rmr1_jax.plan.model import model_shape
 from rmr1_jax.plan.plan import read_run
 from rmr1_jax.plan.sampler import SamplingTask
 from rmr1_jax.plan.traffic import Traffic
-from rmr1_jax.plan.train import BatchShape, batch_shape, training_mesh
+from rmr1_jax.plan.train import BatchShape, Lengths, batch_shape, training_mesh
 from rmr1_jax.sampler.sample import SamplingConfig
 from rmr1_jax.sampler.shapes import Shapes
 from rmr1_jax.train.config import GrpoConfig, SftConfig
@@ -129,9 +129,31 @@ def test_no_mesh_divides_rows_and_heads(mesh, micro_rows, message):
 
 def test_the_shape_of_a_batch():
     assert batch_shape(small_sft(rows_per_step=32)) == BatchShape(4, 4, 8, 128)
-    # 8 prompts x 4 texts of (32 + 128) / 2 tokens fill 16 rows: 4 micro-batches of 4.
-    assert batch_shape(small_grpo()) == BatchShape(4, 4, 4, 160)
-    assert batch_shape(small_grpo(mini_batch_prompts=4, micro_rows=3)) == BatchShape(3, 4, 3, 160)
+    # 8 prompts x 4 texts of (32 + 128) / 2 tokens fill 16 rows: 4 micro-batches of 4. The head reads 4/5 of a row.
+    separate = functools.partial(small_grpo, share_prompts=False)
+    segments = ((32, 80, 0),)
+    assert batch_shape(separate()) == BatchShape(4, 4, 4, 160, 130, segments)
+    half = ((16, 80, 0),)
+    assert batch_shape(separate(mini_batch_prompts=4, micro_rows=3)) == BatchShape(3, 4, 3, 160, 130, half)
+
+
+def test_the_shape_of_a_batch_with_shared_prompts():
+    """A group of 15 + 4 x 65 tokens is longer than a row of 160: its prompt is in two rows."""
+    shape = batch_shape(small_grpo())
+    assert shape == BatchShape(4, 4, 4, 160, 150, ((16, 15, 0), (32, 65, 15)))
+    assert sum(shape.sequences[0]) == 16 * 15 + 32 * 65 <= shape.tokens
+    assert shape.sequences[1] == [0] * 16 + [15] * 32
+    given = batch_shape(small_grpo(micro_rows=1), Lengths(32, 8))
+    assert given == BatchShape(4, 4, 1, 160, 80, ((8, 31, 0), (32, 9, 31)))  # 8 groups of 67 tokens in 4 rows
+    assert batch_shape(small_sft(), Lengths(30, 10)) == BatchShape(2, 2, 8, 128, 32)
+
+
+def test_the_recipe_s_rows_have_half_of_the_positions():
+    lengths = Lengths(1151, 700)
+    once, each = (
+        batch_shape(GrpoConfig(out="o", micro_rows=1, share_prompts=share), lengths).tokens for share in (True, False)
+    )
+    assert once / each == pytest.approx(6.20 / 13.27, rel=0.02)  # millions of a step: distinct, and all
 
 
 # ---- formulas

@@ -117,7 +117,7 @@ def test_other_errors_are_raised_again():
 @pytest.fixture(scope="module")
 def sft_programs():
     config = small_sft()
-    return dict(training_programs(config, MODEL, training_mesh(config, MODEL, jax.devices())))
+    return dict(training_programs(config, MODEL, training_mesh(config, MODEL, jax.devices()), batch_shape(config)))
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +169,8 @@ def test_the_table_and_its_remarks(grpo_lines):
     header, *rows = text.split("\n\n")[0].splitlines()
     assert header.split()[:3] == ["program", "mesh", "rows"] and len(rows) == len(lines)
     assert all(len(row) == len(header) for row in rows)
-    assert "does not fit" not in text and "16 rows: 8 x 4 texts of 80 tokens" in text
+    assert "does not fit" not in text and "16 rows: 8 prompts of 16 tokens with 4 responses of 64, half" in text
+    assert "A step trains 5,120 positions with share_prompts, 5,120 without: 1.00 times as many" in text
     assert text.endswith(lines[-1]["overrides"])
     lines[0] |= {"fits": False, "total_gib": 3.5, "knobs": list(MEMORY_SETTINGS)}
     text = "\n".join(table(small_grpo(), lines))
@@ -274,7 +275,7 @@ def test_the_command_prints_a_list(run_file, monkeypatch, capsys):
     target = Target(jax.devices(), jax.devices()[:4], 2**34)
     monkeypatch.setattr(module, "slice_target", lambda topology, slices: target)
 
-    def training_programs(config, model, mesh):
+    def training_programs(config, model, mesh, shape):
         yield "sft_update", Compiled(2**31, 2**30, 0, 1.5, Traffic(dict.fromkeys(COLLECTIVES, 0.0), 0.0))
 
     monkeypatch.setattr(module, "training_programs", training_programs)

@@ -110,10 +110,10 @@ def made_groups(policy, rewards=((1, -1, 1, 1), (0, 0, 0, 0), (2, 0, 1, 1))) -> 
     return groups
 
 
-def batch_of(groups, *, aggregation="sequence", skip_unmixed=False, max_segments=64):
+def batch_of(groups, *, skip_unmixed=False, **options):
     """Arrays [1, 16, 128] with the sampler's log-probabilities as those before the update."""
-    config = small_grpo(out="", aggregation=aggregation, max_segments=max_segments)
-    batch, count, _ = mini_batch(groups, config, skip_unmixed=skip_unmixed)
+    config = small_grpo(out="", **options)
+    batch, count, *_ = mini_batch(groups, config, skip_unmixed=skip_unmixed)
     return batch | {"old_logp": batch["sampler_logp"]}, count
 
 
@@ -134,7 +134,7 @@ def test_packed_is_unpacked(policy, step, ratio):
     if ratio == "sequence":
         step = plain_step(policy, micro_loss(policy, PolicyLossConfig(ratio="sequence", kl_coef=0.0)))
     groups = made_groups(policy)
-    (packed, one), (alone, two) = (batch_of(groups, max_segments=n) for n in (64, 1))
+    (packed, one), (alone, two) = (batch_of(groups, max_segments=n, share_prompts=False) for n in (64, 1))
     assert (packed["segment_ids"].max(), alone["segment_ids"].max(), one, two) == (2, 1, 1, 1)
     (ours, metrics), (theirs, expected) = step(policy.params, packed, 1), step(policy.params, alone, 1)
     assert float(expected["grad_norm"]) > 0.1 and abs(float(expected["loss"])) > 1e-3

@@ -401,7 +401,7 @@ def make_hidden(rows=2, length=11, width=5, vocabulary=300, seed=0):
 def test_token_logprobs_agree_with_numpy_for_every_chunk(chunk_logits, vocabulary):
     """Of 128 columns, 256, and all; the last chunk whole, or ending among the columns of the one before."""
     hidden, head, tokens = make_hidden(vocabulary=vocabulary)
-    f = jax.jit(functools.partial(token_logprobs, chunk_logits=chunk_logits, with_entropy=True))
+    f = jax.jit(functools.partial(token_logprobs, chunk_logits=chunk_logits, entropy="gradient"))
     for temperature in (1.0, 0.7):
         logp, entropy = reference_logprobs(hidden, head, tokens, temperature)
         out = f(hidden, head, tokens, temperature=temperature)
@@ -420,7 +420,7 @@ def test_chunked_gradients_equal_whole(tied, axes):
     weights[:, 0] = 0
 
     def chunked(hidden, head):
-        out = token_logprobs(hidden, head, tokens, chunk_logits=1, with_entropy=True, head_is_embedding=tied)
+        out = token_logprobs(hidden, head, tokens, chunk_logits=1, entropy="gradient", head_is_embedding=tied)
         return sft_loss(out.logp, weights) + 0.1 * jnp.sum(weights * out.entropy)
 
     def whole(hidden, head):
@@ -464,7 +464,7 @@ def test_memory_does_not_grow_with_positions_times_vocabulary():
         tokens = jax.ShapeDtypeStruct((rows, length), jnp.int32)
 
         def loss(hidden, head, tokens):
-            out = token_logprobs(hidden, head, tokens, chunk_logits=1, with_entropy=True)
+            out = token_logprobs(hidden, head, tokens, chunk_logits=1, entropy="gradient")
             return jnp.sum(out.logp) + jnp.sum(out.entropy)
 
         compiled = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(hidden, head, tokens).compile()

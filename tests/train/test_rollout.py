@@ -109,15 +109,18 @@ def test_a_reward_must_be_finite():
 # ---- packing
 
 GROUPS = [group(PROMPTS[0], (2, 1.0), (4, -1.0)), group(PROMPTS[1], (3, 0.0), (3, 0.0)), group(PROMPTS[2], (5, 0.5))]
-SIZES = {"row_length": 16, "micro_rows": 2, "max_prompt_length": 8, "max_segments": 9}
+SIZES = {"row_length": 16, "micro_rows": 2, "max_prompt_length": 8, "max_segments": 9, "share_prompts": False}
 SAMPLING = SamplingConfig(max_new_tokens=8)
 
 
 def make(groups=GROUPS, *, skip_unmixed=False, own=None, **options):
     config = GrpoConfig(out="", sampling=SAMPLING, **SIZES | options)
-    batch, count, lengths = mini_batch(groups, config, skip_unmixed=skip_unmixed, own=own)
+    batch, count, lengths, _ = mini_batch(groups, config, skip_unmixed=skip_unmixed, own=own)
     if own is None:
         assert sum(lengths) == (batch["segment_ids"] > 0).sum()
+    places = batch.pop("trained_at", np.zeros(0))
+    for row in np.ndindex(places.shape[:-1]):  # of the head: the trained tokens, then nothing
+        assert places[row][places[row] < config.row_length].tolist() == batch["weights"][row].nonzero()[0].tolist()
     return batch, count
 
 
@@ -154,6 +157,28 @@ def test_what_a_mini_batch_holds():
         assert not s["weights"][:n].any() and (s["weights"][n:] > 0).all()
         np.testing.assert_array_equal(s["advantages"], [0] * n + [g.advantages[i]] * len(drawn.token_ids))
         np.testing.assert_array_equal(s["sampler_logp"], [0] * n + drawn.sampled_logprobs.tolist())
+    padding = batch["segment_ids"] == 0
+    assert not any(v[padding].any() for v in batch.values())
+
+
+def test_what_a_row_with_shared_prompts_holds():
+    """Each prompt without its last token, then each of its responses behind a copy of that token."""
+    groups = [group(RlPrompt("one", np.array([7], np.int32), "A"), (2, 1.0)), *GROUPS[::2]]
+    batch, count = make(groups, row_length=32, share_prompts=True)
+    segments = by_sequence(batch)
+    assert count == 1 and {s["micro"] for s in segments} == {0} and not batch["tokens"][0, 1].any()
+    names = ("tokens", "positions", "parents", "advantages", "sampler_logp")
+    assert [[s[name].tolist() for name in names] for s in segments] == [
+        [[50] * 2, [0, 1], [0] * 2, [0] * 2, [0] * 2],
+        [[50, 1, 2], [2, 3, 4], [1] * 3, [0, 1, 1], [0, -1, -2]],
+        [[50, 11, 12, 13, 14], [2, 3, 4, 5, 6], [1] * 5, [0] + [-1] * 4, [0, -11, -12, -13, -14]],
+        [[52] * 4, [0, 1, 2, 3], [0] * 4, [0] * 4, [0] * 4],
+        [[52, 1, 2, 3, 4, 5], [4, 5, 6, 7, 8, 9], [4] * 6, [0] + [0.5] * 5, [0, -1, -2, -3, -4, -5]],
+        [[7, 1, 2], [0, 1, 2], [0] * 3, [0, 1, 1], [0, -1, -2]],  # nothing is left of its prompt
+    ]
+    prompts = (3, 3, 3, 5, 5, 1)
+    for s, n in zip(segments, prompts, strict=True):
+        np.testing.assert_array_equal(s["weights"] > 0, s["positions"] >= n)
     padding = batch["segment_ids"] == 0
     assert not any(v[padding].any() for v in batch.values())
 
