@@ -1,7 +1,6 @@
-"""The parts of `scripts/real_model` that are no command of `rmr1`: parity with Transformers, and the table at the end.
+"""The table at the end of `scripts/real_model`.
 
-python scripts/real_model.py parity --model DIR --rows rewardbench.jsonl --out parity.json
-python scripts/real_model.py table --out runs/real_model --trained distill_sft.jsonl
+python scripts/real_model.py --out runs/real_model --trained distill_sft.jsonl
 """
 
 from __future__ import annotations
@@ -13,65 +12,18 @@ from pathlib import Path
 import numpy as np
 import tyro
 
-from rmr1_jax.eval.evaluate import load as load_pairs
 from rmr1_jax.eval.intervals import share_interval
 from rmr1_jax.eval.logs import read_judgements
-from rmr1_jax.pairs.pair import render_pair
 from rmr1_jax.prompts.prompt import get_prompt
 from rmr1_jax.prompts.trace import parse_trace
 from rmr1_jax.prompts.verdict import strict_verdict
 
-NEW_TOKENS = 64
-TOLERANCE = 1e-4  # on logits of magnitude 10 to 30, in float32
 JUDGED = {
     "before_published": ("before training", "published"),
     "before_ours": ("before training", "ours (`cor`)"),
     "after_published": ("after SFT", "published"),
     "after_ours": ("after SFT", "ours (`cor`)"),
 }
-
-
-def parity(model: Path, rows: Path, out: Path) -> None:
-    """Compare a model with Transformers in float32: the rendered chat, the logits, and 64 greedy tokens.
-
-    Args:
-        model: Hugging Face directory.
-        rows: RewardBench rows; the first one is the text.
-        out: JSON file to write.
-    """
-    import tokenizers
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from rmr1_jax import load
-
-    policy = load(model, dtype="float32")
-    messages = render_pair(get_prompt("cor"), next(load_pairs("rewardbench", rows)))
-    ids = policy.tokenizer.render(messages)
-    chat = AutoTokenizer.from_pretrained(model).apply_chat_template(
-        messages, add_generation_prompt=True, tokenize=False
-    )
-    theirs = tokenizers.Tokenizer.from_file(str(model / "tokenizer.json")).encode(chat, add_special_tokens=False).ids
-    completion = policy.sample([ids], max_new_tokens=NEW_TOKENS, temperature=0.0)[0][0].token_ids
-    ours = np.asarray(policy.logits(np.asarray([ids + completion])))[0]
-    del policy
-    with torch.inference_mode():
-        reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-        logits = reference(torch.tensor([ids + completion])).logits[0].numpy()
-    found = {
-        "prompt_tokens": len(ids),
-        "same_rendered_chat": theirs == ids,
-        "largest_difference_of_logits": float(np.abs(ours - logits).max()),
-        "largest_logit": float(np.abs(logits).max()),
-        # Transformers' choice after each prefix of our own tokens: all equal means the same greedy text.
-        "same_greedy_tokens": logits[len(ids) - 1 : -1].argmax(-1).tolist() == completion,
-        "greedy_tokens": len(completion),
-    }
-    print(json.dumps(found, indent=2))
-    same = found["same_rendered_chat"] and found["same_greedy_tokens"]
-    if not same or found["largest_difference_of_logits"] > TOLERANCE:
-        sys.exit("error: the model differs from Transformers")
-    out.write_text(json.dumps(found, indent=2) + "\n")
 
 
 def table(out: Path, trained: Path) -> None:
@@ -107,4 +59,4 @@ def share(count: int, total: int) -> str:
 
 
 if __name__ == "__main__":
-    tyro.extras.subcommand_cli_from_dict({"parity": parity, "table": table})
+    tyro.cli(table)

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 from numpy_qwen import float64_logits
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 from rmr1_jax.distributed.mesh import single_device_mesh
 from rmr1_jax.pairs.pair import PreferencePair, render_pair
@@ -83,3 +83,23 @@ def their_logits(directory: Path, ids: list[int]) -> np.ndarray:
     with torch.inference_mode():
         model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
         return model(torch.tensor([ids])).logits[0].numpy()
+
+
+def test_the_arbiter_is_right(tmp_path):
+    """`float64_logits` against Transformers in float64, which still rounds its norms and softmax to float32."""
+    config = Qwen2Config(
+        **{"vocab_size": 97, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3},
+        **{"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": False},
+    )
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM(config).double()
+    torch.nn.init.normal_(model.lm_head.weight, std=3.0)
+    for parameter in model.parameters():
+        if parameter.dim() == 1:  # biases and the scales of the norms
+            torch.nn.init.normal_(parameter, mean=0.5, std=0.5)
+    model.save_pretrained(tmp_path)
+    ids = np.random.default_rng(0).integers(0, 97, 50).tolist()
+    with torch.inference_mode():
+        theirs = model(torch.tensor([ids])).logits[0].numpy()
+    assert np.abs(theirs).max() > 10
+    np.testing.assert_allclose(float64_logits(tmp_path, ids), theirs, rtol=0, atol=1e-5)
