@@ -24,7 +24,7 @@ from rmr1_jax.prompts.prompt import save_prompt
 from rmr1_jax.prompts.verdict import strict_verdict
 from rmr1_jax.quickstart import quickstart, world
 from rmr1_jax.quickstart.cases import REASONING
-from rmr1_jax.report.training import STAGES
+from rmr1_jax.report.reading import STAGES
 from rmr1_jax.sampler.sample import SamplingConfig
 from rmr1_jax.train.config import SftConfig
 from rmr1_jax.train.losses import LossInputs, PolicyLossConfig, policy_loss

@@ -67,7 +67,7 @@ def test_prepared_sets_rows_and_pairs_are_shown(tmp_path, world_tokenizer, capsy
     assert "0 trained; better A)" in of_pair and "2+2?" in of_pair and "\u27e6" not in of_pair
     for arguments, message in (
         ((data,), "give --model"),
-        ((pairs, *model), "give --prompt"),
+        ((pairs, *model), "--prompt of `rmr1 data show`"),
         ((data, *model, "-n", 0), "expected at least 1 row"),
         ((tmp_path / "nowhere", *model), "nowhere"),
     ):

@@ -15,7 +15,7 @@ RIGHT, BOTH, BARE = "so <answer>[[A]]</answer>", "[[A]] or [[B]]", "no idea"
 
 
 def group(name: str, texts: list[str], meta=None, reason="stop") -> Group:
-    samples = [Sample(list(range(len(text))), None, None, reason) for text in texts]
+    samples = [Sample(list(range(len(t))), *np.zeros((2, len(t)), np.float32), reason) for t in texts]
     rewards = np.arange(len(texts), dtype=np.float32)
     return Group(RlPrompt(name, np.arange(5, 9, dtype=np.int32), "A", meta), samples, texts, rewards, rewards)
 
