@@ -2,8 +2,8 @@
 
 Positions and segment ids alone decide which keys a query sees: those of its own segment whose position is not after
 its own; segment 0 is padding, and no query sees it. Packed rows and padded rows are both cases of this one rule. On
-TPUs the splash kernel that JAX ships (Pallas) computes it, on new GPUs cuDNN (`cudnn.py`), elsewhere XLA in blocks;
-none of them holds more than a block of scores.
+TPUs a Pallas kernel computes it (`packed_kernel.py`), on new GPUs cuDNN (`cudnn.py`), elsewhere XLA in blocks; none of
+them holds more than a block of scores.
 `sampler/cache.py` has the forms of prefill and decode.
 """
 
@@ -16,13 +16,6 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jax.experimental.pallas.ops.tpu.splash_attention import (
-    BlockSizes,
-    CausalMask,
-    MultiHeadMask,
-    SegmentIds,
-    make_splash_mha_single_device,
-)
 from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
@@ -31,13 +24,14 @@ from rmr1_jax.distributed.mesh import activation_sharding
 from rmr1_jax.errors import InputError
 from rmr1_jax.jax_private import CUDNN_FORWARD
 from rmr1_jax.model import cudnn
+from rmr1_jax.model.packed_kernel import packed_attention
 from rmr1_jax.model.unfold import UNFOLDED_ROWS, attend_unfolded
 
-# auto: see `choose`. interpret: the splash kernel in Pallas' interpreter, for tests.
-Implementation = Literal["auto", "xla", "splash", "cudnn", "interpret"]
+# auto: see `choose`. interpret: the Pallas kernel in Pallas' interpreter, for tests.
+Implementation = Literal["auto", "xla", "pallas", "cudnn", "interpret"]
 
 # What `choose` returns, and the functions below take.
-Resolved = Literal["xla", "splash", "interpret"] | cudnn.Cudnn
+Resolved = Literal["xla", "pallas", "interpret"] | cudnn.Cudnn
 
 # Finite, so that a padding query (which sees nothing) gets a uniform softmax instead of NaN.
 MASKED = -1e30
@@ -57,7 +51,7 @@ ATTENTION = "attention"  # the name of what attention's backward pass needs, for
 def choose(
     implementation: Implementation, device: Any, *, dtype: Any, head_dim: int, max_segments: int = 64
 ) -> Resolved:
-    """Resolves `auto`: the splash kernel on TPUs; cuDNN on GPUs where it can run; else XLA.
+    """Resolves `auto`: the Pallas kernel on TPUs; cuDNN on GPUs where it can run; else XLA.
 
     Args:
         device: one of the mesh. dtype: that of the matrix products. head_dim: H. max_segments: the most segments of a
@@ -73,7 +67,7 @@ def choose(
         return cudnn.Cudnn(max_segments)
     if implementation != "auto":
         return implementation
-    return "splash" if device.platform == "tpu" else "xla"
+    return "pallas" if device.platform == "tpu" else "xla"
 
 
 def keep_attention(primitive: Any, *_: Any, **params: Any) -> bool:
@@ -84,7 +78,7 @@ def keep_attention(primitive: Any, *_: Any, **params: Any) -> bool:
 
 def unfolded_limit(attention: Resolved, T: int) -> int | None:
     """Returns the most tokens that a row of T may unfold to (`unfold.py`); None: any number, where none unfolds."""
-    return None if attention == "xla" else UNFOLDED_ROWS * T
+    return UNFOLDED_ROWS * T if isinstance(attention, cudnn.Cudnn) else None
 
 
 def segment_limit(attention: Resolved) -> int | None:
@@ -117,14 +111,17 @@ def attend(
     if implementation == "xla":
         return _attend_blocks(q, k, v, (positions, segment_ids, parents), transform_scores)
     if transform_scores:
-        name, kernel = (implementation, "the splash kernel") if isinstance(implementation, str) else ("cudnn", "cuDNN")
+        name, kernel = (implementation, "the Pallas kernel") if isinstance(implementation, str) else ("cudnn", "cuDNN")
         raise InputError(
             f"attention={name}: {kernel} cannot transform scores, as this model's attention does; set attention=xla"
         )
+    ids = (segment_ids,) if parents is None else (segment_ids, parents)
     if isinstance(implementation, cudnn.Cudnn):
         local = functools.partial(cudnn.cudnn_attend, max_segments=implementation.max_segments)
-        return checkpoint_name(_on_shards(local, q, k, v, segment_ids, parents), ATTENTION)
-    return _on_shards(splash(q.shape[1], interpret=implementation == "interpret"), q, k, v, segment_ids, parents)
+        local = local if parents is None else functools.partial(attend_unfolded, local)
+        return checkpoint_name(_on_shards(local, q, k, v, *ids), ATTENTION)
+    kernel = functools.partial(packed_attention, name=ATTENTION, interpret=implementation == "interpret")
+    return _on_shards(kernel, q, k, v, *ids)
 
 
 def _attend_blocks(
@@ -264,54 +261,9 @@ def _visible(
     return same & (k_pos[:, None, :] <= q_pos[:, :, None]) & (k_seg[:, None, :] != 0)
 
 
-# Rows of a block, the largest that divides the row length; a TPU's lane holds 128. The fused backward pass makes a
-# gradient of all queries for every block of keys before it adds them up: larger blocks of keys, less memory.
-BLOCKS = (1024, 512, 256, 128)
-KEY_BLOCKS = (3072, 2048, *BLOCKS)
-
-
-def splash(T: int, *, interpret: bool = False) -> Callable[..., jax.Array]:
-    """Causal self-attention within segments for rows of a multiple of T; the tokens of a segment must lie in the order
-    of their positions.
-
-    Returns:
-        A function of q [B, T, N, H], scaled, k and v [B, T, K, H], N a multiple of K, and segment_ids [B, T] int32. Its
-        result is [B, T, N, H] in q's dtype. What padding (segment 0) gets means nothing: it sees the padding before it.
-
-    Raises:
-        InputError: T is not a multiple of 128.
-    """
-    if T % BLOCKS[-1]:
-        longer = -(-T // BLOCKS[-1]) * BLOCKS[-1]
-        raise InputError(f"row_length={T}: TPU attention takes multiples of {BLOCKS[-1]}; try {longer}")
-    block = next(b for b in BLOCKS if T % b == 0)
-    sizes = BlockSizes(
-        block_q=block,
-        block_kv=block,
-        block_kv_compute=min(block, 512),
-        block_q_dkv=min(block, 512),  # with 1,024 rows the blocks of 3,072 keys overflow VMEM at a head size of 64
-        block_kv_dkv=next(b for b in KEY_BLOCKS if T % b == 0),
-        block_kv_dkv_compute=min(block, 512),
-        use_fused_bwd_kernel=True,
-    )
-
-    def local(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array) -> jax.Array:
-        mask = MultiHeadMask([CausalMask((q.shape[1], q.shape[1]))] * q.shape[2])
-        kernel = make_splash_mha_single_device(mask, block_sizes=sizes, interpret=interpret)
-        heads_first = (x.swapaxes(1, 2) for x in (q, k, v))
-        out = jax.vmap(lambda q, k, v, s: kernel(q, k, v, segment_ids=SegmentIds(s, s)))(*heads_first, segment_ids)
-        return out.swapaxes(1, 2)
-
-    return local
-
-
-def _on_shards(
-    local: Callable, q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: ArrayLike, parents: ArrayLike | None
-) -> jax.Array:
-    """Runs a kernel for rows without parents, which is a black box to the compiler, on the rows and heads of each
-    device of the mesh in context. Heads are split as the keys' divide."""
-    ids = (segment_ids,) if parents is None else (segment_ids, parents)
-    local = local if parents is None else functools.partial(attend_unfolded, local)
+def _on_shards(local: Callable, q: jax.Array, k: jax.Array, v: jax.Array, *ids: ArrayLike) -> jax.Array:
+    """Runs a kernel, which is a black box to the compiler, on the rows and heads of each device of the mesh in context.
+    Heads are split as the keys' divide."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return local(q, k, v, *ids)

@@ -8,33 +8,35 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Int
 
 from rmr1_jax.errors import InputError
 
 NOTHING = -1  # in `sees`: no key has this segment
-SIZES = (256, 128)  # positions of a block: the largest that divides the row length
+KEYS = 128  # keys of a block, the lanes of a TPU's vector register
+QUERIES = (256, 128)  # queries of a block: the largest that divides the row length
+TOGETHER = 2  # blocks of keys, adjacent or not, that the kernel takes in one step
 
 
-def block_size(T: int) -> int:
-    """Returns the queries, and the keys, of a block of a row of T.
+def query_block(T: int) -> int:
+    """Returns the queries of a block of a row of T.
 
     Raises:
-        InputError: T is not a multiple of 128, the lanes of a TPU's vector register.
+        InputError: T is not a multiple of 128.
     """
-    if T % SIZES[-1]:
-        longer = -(-T // SIZES[-1]) * SIZES[-1]
-        raise InputError(f"row_length={T}: TPU attention takes multiples of {SIZES[-1]}; try {longer}")
-    return next(size for size in SIZES if T % size == 0)
+    if T % KEYS:
+        raise InputError(f"row_length={T}: TPU attention takes multiples of {KEYS}; try {-(-T // KEYS) * KEYS}")
+    return next(size for size in QUERIES if T % size == 0)
 
 
-def seen_segments(segment_ids: Int[Array, "B T"], parents: Int[Array, "B T"] | None) -> jax.Array:
+def seen_segments(segment_ids: Int[ArrayLike, "B T"], parents: Int[ArrayLike, "B T"] | None) -> jax.Array:
     """Returns the segments that each query sees, [B, 1, T], or [B, 2, T] with parents; NOTHING in place of 0."""
-    seen = [segment_ids] if parents is None else [segment_ids, parents]
-    return jnp.stack([jnp.where(ids > 0, ids, NOTHING) for ids in seen], axis=1).astype(jnp.int32)
+    seen = jnp.stack([segment_ids] if parents is None else [segment_ids, parents], axis=1)
+    return jnp.where(seen > 0, seen, NOTHING).astype(jnp.int32)
 
 
-def key_ranges(seen: jax.Array, segment_ids: jax.Array, queries: int, keys: int) -> Int[Array, "B I 4"]:
+def key_ranges(seen: jax.Array, segment_ids: jax.Array, queries: int, keys: int = KEYS) -> Int[Array, "B I 4"]:
     """Returns two ranges of blocks of keys for each of the I blocks of queries: (first, count, first, count).
 
     The first range holds parents that lie before the block's own segments; the second goes from the first block of
@@ -70,9 +72,10 @@ def key_ranges(seen: jax.Array, segment_ids: jax.Array, queries: int, keys: int)
 
 def visited_scores(segment_ids: Int[Array, "B T"], parents: Int[Array, "B T"] | None) -> jax.Array:
     """Returns how many scores (pairs of a query and a key) the kernel computes per head in each row, [B]."""
-    size = block_size(segment_ids.shape[1])
-    ranges = key_ranges(seen_segments(segment_ids, parents), segment_ids, size, size)
-    return (ranges[..., 1] + ranges[..., 3]).sum(axis=1) * size**2
+    queries = query_block(segment_ids.shape[1])
+    ranges = key_ranges(seen_segments(segment_ids, parents), segment_ids, queries)
+    steps = -(-(ranges[..., 1] + ranges[..., 3]) // TOGETHER)
+    return steps.sum(axis=1) * (TOGETHER * KEYS * queries)
 
 
 def _extent(ids: jax.Array) -> tuple[jax.Array, jax.Array]:

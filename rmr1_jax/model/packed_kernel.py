@@ -3,7 +3,8 @@
 A key is visible to a query if it does not lie after it, and has the query's segment or that segment's parent. A program
 of the grid takes one block of queries of all G heads that share a key-value head. The keys and values of the whole row
 lie in VMEM (3 MiB each for 12,288 tokens), so that each is fetched once, and a loop goes over the blocks that the
-queries need, by the ranges of `packed_blocks.py`: a skipped block costs neither a step of the grid nor a fetch.
+queries need, by the ranges of `packed_blocks.py`: a skipped block costs neither a step of the grid nor a fetch. A step
+of the loop takes two blocks of keys, adjacent or not: products with 128 keys leave the matrix units half idle.
 The backward pass is one kernel of the same form, which holds the gradients of the row's keys and values in VMEM until
 the last block of queries. Its scores have the keys first, so that the largest operands of its five products are taken
 as they lie. (FlashAttention, arXiv 2205.14135; FlashAttention-2, arXiv 2307.08691.)
@@ -19,50 +20,55 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
-from rmr1_jax.model.packed_blocks import block_size, key_ranges, seen_segments
+from rmr1_jax.errors import InputError
+from rmr1_jax.model.packed_blocks import KEYS, TOGETHER, key_ranges, query_block, seen_segments
 
 MASKED = -1e30  # a score that is not visible; finite, so that differences of two are
 LANES = 128  # the last axis of a TPU's vector registers
 
-# The VMEM that a kernel may take. Above the compiler's default, which a row's keys and values alone would overflow.
+# The VMEM that a kernel may take (a v5p has 64 MiB; the compiler's default is less than a row needs), and what of it is
+# for the keys, the values and their gradients of a row.
 VMEM_BYTES = 56 * 2**20
+ROW_BYTES = 44 * 2**20
 
 
 def packed_attention(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B T K H"],
     v: Float[Array, "B T K H"],
-    segment_ids: Int[Array, "B T"],
-    parents: Int[Array, "B T"] | None = None,
+    segment_ids: Int[ArrayLike, "B T"],
+    parents: Int[ArrayLike, "B T"] | None = None,
     *,
     name: str = "attention",
-    blocks: tuple[int, int] | None = None,
+    queries: int | None = None,
     interpret: bool = False,
 ) -> Float[Array, "B T N H"]:
     """Attends causally, by index, within segments and from a segment to its parent.
 
     Args:
         q: scaled. N is a multiple of K. segment_ids: 0 is padding. parents: the segment that each position sees beside
-            its own, 0 for none. name: under which `jax.checkpoint` finds what the backward pass needs. blocks: queries
-            and keys of a block; `block_size` by default. interpret: run in Pallas' interpreter, for tests.
+            its own, 0 for none. name: under which `jax.checkpoint` finds what the backward pass needs. queries: of
+            a block; `query_block` by default. interpret: run in Pallas' interpreter, for tests.
 
     Returns:
         The attended values in q's dtype, computed in float32; 0 at padding.
 
     Raises:
-        InputError: T is not a multiple of 128.
+        InputError: T is not a multiple of 128, or a row does not fit in VMEM.
     """
-    blocks = blocks or (block_size(q.shape[1]),) * 2
+    queries = queries or query_block(q.shape[1])
+    segment_ids = jnp.asarray(segment_ids, jnp.int32)
     seen = seen_segments(segment_ids, parents)
-    ranges = key_ranges(seen, segment_ids, *blocks).reshape(-1)
+    ranges = key_ranges(seen, segment_ids, queries).reshape(-1)
     heads_first = (x.swapaxes(1, 2) for x in (q, k, v))
-    out = _attention((name, blocks, interpret), *heads_first, ranges, seen, segment_ids[:, None].astype(jnp.int32))
+    out = _attention((name, queries, interpret), *heads_first, ranges, seen, segment_ids[:, None])
     return out.swapaxes(1, 2)
 
 
-Static = tuple[str, tuple[int, int], bool]  # name, blocks, interpret
+Static = tuple[str, int, bool]  # name, queries, interpret
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -90,14 +96,13 @@ _attention.defvjp(_forward, _backward)
 
 def _run(static: Static, kernel: Any, where: tuple[jax.Array, ...], operands: tuple[jax.Array, ...]) -> Any:
     """Calls a kernel for every row, key-value head and block of queries."""
-    _, (queries, keys), interpret = static
+    _, queries, interpret = static
     ranges, seen, segments = where
     q, k = operands[:2]
     (B, N, T, H), K = q.shape, k.shape[1]
     G = N // K
     of_queries = pl.BlockSpec((1, G, queries, H), lambda b, h, i, _: (b, h, i, 0))
-    # Float32 rows of 12,288 would not fit into a v5p's VMEM with a second buffer, for the next row.
-    buffers = pl.Buffered(1 if q.dtype.itemsize > 2 else 2)
+    buffers = pl.Buffered(_buffers(T, H, q.dtype.itemsize))
     of_row = pl.BlockSpec((1, 1, T, H), lambda b, h, i, _: (b, h, 0, 0), pipeline_mode=buffers)
     normalizers = pl.BlockSpec((1, 1, G, queries), lambda b, h, i, _: (b, h, 0, i))
     in_specs = [
@@ -115,7 +120,7 @@ def _run(static: Static, kernel: Any, where: tuple[jax.Array, ...], operands: tu
         out_specs, out_shape = [of_queries, of_row, of_row], [shape(x.shape, x.dtype) for x in operands[:3]]
         scratch = [(G, queries), (G, H, queries), (T, H), (T, H)]
     return pl.pallas_call(
-        functools.partial(kernel, keys),
+        kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(B, K, T // queries),
@@ -132,18 +137,34 @@ def _run(static: Static, kernel: Any, where: tuple[jax.Array, ...], operands: tu
     )(ranges, seen, segments, *operands)
 
 
-def _forward_kernel(keys, ranges, seen, segments, *refs):
+def _buffers(T: int, H: int, itemsize: int) -> int:
+    """Returns 2 if the next row's keys and values fit in VMEM beside this row's, 1 if one row's fit.
+
+    Raises:
+        InputError: a row does not fit.
+    """
+    width = -(-H // LANES) * LANES
+    needed = {n: width * (4 * n * itemsize + 2 * 4) for n in (2, 1)}  # bytes a token, sums in float32 included
+    for n, size in needed.items():
+        if T * size <= ROW_BYTES:
+            return n
+    longest = ROW_BYTES // needed[1] // LANES * LANES
+    raise InputError(
+        f"row_length={T}: TPU attention holds the keys and values of a row in VMEM, {longest} tokens at most in this "
+        f"model and dtype; take a shorter row_length, or set attention=xla"
+    )
+
+
+def _forward_kernel(ranges, seen, segments, *refs):
     """refs: operands, results, and highest, total (the softmax's so far, [G, queries]) and values [G, H, queries]."""
     q, k, v, out, normalizer, highest, total, values = refs
-    (G, queries, _), block = q.shape[1:], pl.program_id(2)
+    G = q.shape[1]
     highest[...] = jnp.full_like(highest, MASKED)
     total[...] = jnp.zeros_like(total)
     values[...] = jnp.zeros_like(values)
 
-    def visit(start):
-        span = pl.ds(start, keys)
-        k_block, v_turned = k[0, 0, span, :], v[0, 0, span, :].T
-        visible = _visible(seen, segments[0, :, span], start - block * queries)
+    def visit(spans, visible):
+        k_block, v_turned = _keys(k, spans), _keys(v, spans).T
         for g in range(G):
             head = slice(g, g + 1)
             scores = jnp.where(visible, _product(k_block, q[0, g], 1, 1), MASKED)
@@ -154,7 +175,7 @@ def _forward_kernel(keys, ranges, seen, segments, *refs):
             total[head] = shrink * total[head] + jnp.sum(weights, axis=0, keepdims=True)
             values[g] = shrink * values[g] + _product(v_turned, weights.astype(v.dtype), 1, 0)
 
-    _for_blocks(ranges, keys, visit)
+    _for_blocks(ranges, seen, segments, visit)
     sees_any = highest[...] > MASKED / 2
     share = jnp.where(sees_any, 1 / total[...], 0.0)
     # Where nothing is seen, weights that the backward pass computes from this are 0.
@@ -163,7 +184,7 @@ def _forward_kernel(keys, ranges, seen, segments, *refs):
         out[0, g] = (values[g] * share[g : g + 1]).T.astype(out.dtype)
 
 
-def _backward_kernel(keys, ranges, seen, segments, *refs):
+def _backward_kernel(ranges, seen, segments, *refs):
     """refs: operands, results, inner (Dao's D, the sum of out x d_out), and the gradients so far, q's transposed."""
     q, k, v, out, d_out, normalizer, d_q, d_k, d_v, inner, q_sum, k_sum, v_sum = refs
     (G, queries, _), block = q.shape[1:], pl.program_id(2)
@@ -179,12 +200,10 @@ def _backward_kernel(keys, ranges, seen, segments, *refs):
         column = jnp.sum(products, axis=1, keepdims=True)
         inner[g : g + 1] = jnp.broadcast_to(column, (queries, LANES)).T[:1]
 
-    def visit(start):
-        span = pl.ds(start, keys)
-        k_block, v_block = k[0, 0, span, :], v[0, 0, span, :]
+    def visit(spans, visible):
+        k_block, v_block = _keys(k, spans), _keys(v, spans)
         k_turned = k_block.T
-        visible = _visible(seen, segments[0, :, span], start - block * queries)
-        d_k_block, d_v_block = k_sum[span, :], v_sum[span, :]
+        d_k_block = d_v_block = jnp.zeros(k_block.shape, jnp.float32)
         for g in range(G):
             q_head, d_head = q[0, g], d_out[0, g]
             scores = jnp.where(visible, _product(k_block, q_head, 1, 1), MASKED)
@@ -194,9 +213,11 @@ def _backward_kernel(keys, ranges, seen, segments, *refs):
             d_scores = d_scores.astype(q.dtype)
             d_k_block += _product(d_scores, q_head, 1, 0)
             q_sum[g] += _product(k_turned, d_scores, 1, 0)
-        k_sum[span, :], v_sum[span, :] = d_k_block, d_v_block
+        for i, span in enumerate(spans):
+            k_sum[span, :] += d_k_block[i * KEYS : (i + 1) * KEYS]
+            v_sum[span, :] += d_v_block[i * KEYS : (i + 1) * KEYS]
 
-    _for_blocks(ranges, keys, visit)
+    _for_blocks(ranges, seen, segments, visit)
     for g in range(G):
         d_q[0, g] = q_sum[g].T.astype(d_q.dtype)
 
@@ -206,15 +227,31 @@ def _backward_kernel(keys, ranges, seen, segments, *refs):
         d_v[0, 0] = v_sum[...].astype(d_v.dtype)
 
 
-def _for_blocks(ranges: Any, keys: int, visit: Any) -> None:
-    """Calls `visit` with the first position of each block of keys that this program's queries need."""
-    at = 4 * (pl.program_id(0) * pl.num_programs(2) + pl.program_id(2))
+def _for_blocks(ranges: Any, seen: Any, segments: Any, visit: Any) -> None:
+    """Calls `visit` with the spans of the keys that this program's queries need, TOGETHER blocks at a time, and with
+    which of these keys each query sees, [keys, queries] bool."""
+    block, queries = pl.program_id(2), seen.shape[2]
+    at = 4 * (pl.program_id(0) * pl.num_programs(2) + block)
     first, before, own_first, own = (ranges[at + i] for i in range(4))
+    count = before + own
 
     def step(n, _):
-        visit(pl.multiple_of(keys * jnp.where(n < before, first + n, own_first + n - before), keys))
+        spans, visible = [], []
+        for i in range(TOGETHER):
+            number = jnp.minimum(TOGETHER * n + i, count - 1)
+            start = pl.multiple_of(KEYS * (number + jnp.where(number < before, first, own_first - before)), KEYS)
+            spans.append(pl.ds(start, KEYS))
+            # Behind the last block it is taken once more, as keys after all queries.
+            ahead = jnp.where(number < TOGETHER * n + i, queries, start - block * queries)
+            visible.append(_visible(seen, segments[0, :, spans[-1]], ahead))
+        visit(spans, jnp.concatenate(visible, axis=0))
 
-    jax.lax.fori_loop(0, before + own, step, None)
+    jax.lax.fori_loop(0, pl.cdiv(count, TOGETHER), step, None)
+
+
+def _keys(x: Any, spans: list[Any]) -> jax.Array:
+    """[1, 1, T, H] -> what lies in the spans, [keys, H]."""
+    return jnp.concatenate([x[0, 0, span, :] for span in spans], axis=0)
 
 
 def _visible(seen: Any, segments: jax.Array, ahead: Any) -> jax.Array:

@@ -11,13 +11,15 @@ import math
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from rmr1_jax.distributed.chips import chip_of
 from rmr1_jax.distributed.mesh import rows_divisor
-from rmr1_jax.model.attention import BLOCKS, block_size, choose
+from rmr1_jax.model.attention import block_size, choose
 from rmr1_jax.model.config import QwenConfig
-from rmr1_jax.model.unfold import UNFOLDED_ROWS
+from rmr1_jax.model.packed_blocks import visited_scores
 from rmr1_jax.plan.sampler import SamplingTask
 from rmr1_jax.plan.traffic import Traffic
 from rmr1_jax.plan.train import BatchShape, Config
@@ -26,6 +28,8 @@ from rmr1_jax.sampler.programs import STEPS
 from rmr1_jax.sampler.shapes import CHUNKS, PREFILL_ROWS, Shapes, cache_ways
 from rmr1_jax.train.logprobs import chunk_width
 from rmr1_jax.train.metrics import forward_flops, layer_params, train_flops
+
+SAMPLED_ROWS = 8  # rows in which the blocks of attention are counted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,12 +73,10 @@ def update_cost(config: Config, model: QwenConfig, mesh: Mesh, batch: BatchShape
     """Return the cost of an optimizer update."""
     parts = _forward_flops(config, model, mesh, batch)
     recomputed = int(config.remat in ("full", "offload"))
-    # remat=dots keeps the results of matrix products, but a kernel is none.
-    attention_recomputed = recomputed or int(config.remat == "dots" and _is_splash(config, model, mesh))
     # The backward pass has two products for each of the forward pass. Attention's scores and the logits are always
     # recomputed. The last product of a layer never is: its result is kept as the input of the next layer.
     flops = parts["layers"] * (3 + recomputed) - recomputed * parts["last"]
-    flops += parts["attention"] * (3.5 + attention_recomputed) + parts["head"] * 4
+    flops += parts["attention"] * (3.5 + recomputed) + parts["head"] * 4
     memory = _forward_memory(config, model, mesh, batch, passes=3 + recomputed, head_passes=3)
     embeddings = 1 if model.tie_word_embeddings else 2
     params = model.num_layers * layer_params(model) + embeddings * model.vocab_size * model.hidden_size
@@ -133,10 +135,9 @@ def _forward_flops(config: Config, model: QwenConfig, mesh: Mesh, batch: BatchSh
     """Return the FLOPs of one forward pass as it is computed: attention in blocks, the last of which is partly masked.
     layers: all products with weights of layers; last: the last product of each layer, which `layers` includes."""
     T, rows = batch.row_length, batch.rows
-    splash = _is_splash(config, model, mesh)
-    seen = T * (UNFOLDED_ROWS if splash and getattr(config, "share_prompts", False) else 1)
-    block = next((b for b in BLOCKS if T % b == 0), BLOCKS[-1]) if splash else block_size(T)
-    scores = rows * seen * (seen + min(block, seen)) / 2
+    chosen = choose(config.attention, mesh.devices.flat[0], dtype=DTYPES[config.dtype], head_dim=model.head_dim)
+    in_kernel = chosen in ("pallas", "interpret")
+    scores = kernel_scores(batch) if in_kernel else rows * T * (T + min(block_size(T), T)) / 2
     layers = 2 * model.num_layers * rows * T
     return {
         "layers": layers * layer_params(model),
@@ -146,9 +147,30 @@ def _forward_flops(config: Config, model: QwenConfig, mesh: Mesh, batch: BatchSh
     }
 
 
-def _is_splash(config: Config, model: QwenConfig, mesh: Mesh) -> bool:
-    chosen = choose(config.attention, mesh.devices.flat[0], dtype=DTYPES[config.dtype], head_dim=model.head_dim)
-    return chosen in ("splash", "interpret")
+def kernel_scores(batch: BatchShape) -> float:
+    """Return the scores per head that the Pallas kernel computes for a batch. They are counted in a sample of its rows,
+    which are filled in order with whole groups: a segment and those that see it."""
+    (alone, *seeing), T = batch.segments or ((batch.rows, batch.row_length, 0),), batch.row_length
+    ids, parents = np.zeros((2, min(batch.rows, SAMPLED_ROWS), T), np.int32)
+    row = at = last = placed = 0
+    for i in range(alone[0]):
+        sizes = [alone[1]]
+        for number, tokens, _ in seeing:
+            sizes += [tokens] * ((i + 1) * number // alone[0] - i * number // alone[0])
+        while sum(sizes) > T:
+            sizes.pop()
+        if at + sum(sizes) > T:
+            row, at, last = row + 1, 0, 0
+        if row == len(ids):
+            break
+        parent = last + 1
+        for size in sizes:
+            last += 1
+            ids[row, at : at + size], parents[row, at : at + size] = last, parent * (last > parent)
+            at += size
+        placed += sum(sizes)
+    counted = np.asarray(visited_scores(jnp.asarray(ids), jnp.asarray(parents)), float).sum()
+    return counted * sum(number * tokens for number, tokens, _ in (alone, *seeing)) / placed
 
 
 def _forward_memory(

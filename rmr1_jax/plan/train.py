@@ -43,8 +43,8 @@ class Lengths(NamedTuple):
 @dataclasses.dataclass(frozen=True)
 class BatchShape:
     """The rows of one update: `micro_batches` times `micro_rows` rows of `row_length` tokens. The arrays have room for
-    `capacity` micro-batches. The head reads `read` positions of a row (None: all). segments: in GRPO, how many segments
-    there are of how many tokens, and how many tokens before its first one such a segment sees."""
+    `capacity` micro-batches. The head reads `read` positions of a row (None: all). segments: how many segments there
+    are of how many tokens, and how many tokens before its first one such a segment sees."""
 
     micro_batches: int
     capacity: int
@@ -78,8 +78,11 @@ def batch_shape(config: Config, lengths: Lengths | None = None) -> BatchShape:
     (None: half of the largest ones) and packed without gaps."""
     if isinstance(config, SftConfig):
         count = config.rows_per_step // config.micro_rows
-        read = lengths and read_positions(config.row_length, lengths.response / sum(lengths))
-        return BatchShape(count, count, config.micro_rows, config.row_length, read)
+        if lengths is None:
+            return BatchShape(count, count, config.micro_rows, config.row_length)
+        read = read_positions(config.row_length, lengths.response / sum(lengths))
+        segments = ((config.rows_per_step * config.row_length // sum(lengths), sum(lengths), 0),)
+        return BatchShape(count, count, config.micro_rows, config.row_length, read, segments)
     (prompt, response), groups, n = lengths or mean_lengths(config), config.mini_batch_prompts, config.sampling.n
     if config.share_prompts:  # a group that is longer than a row is split, and its prompt repeated
         parts = math.ceil(n * (1 + response) / (config.row_length - prompt + 1))

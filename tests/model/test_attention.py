@@ -171,10 +171,10 @@ def test_the_gradient_is_that_of_the_whole_square(dtype):
         np.testing.assert_allclose(a, b, rtol=0, atol=(1e-5 if dtype == "float32" else 0.03) * np.abs(b).max())
 
 
-# ---- the splash kernel, in Pallas' interpreter
+# ---- the Pallas kernel, in Pallas' interpreter
 
 
-def splash_case(N, K, T=256, H=16):
+def kernel_case(N, K, T=256, H=16):
     """Packed rows of several segments, with padding: q, k, v, positions, segment_ids, and where there are tokens."""
     rng = np.random.default_rng(N)
     q, k, v = random(rng, 4, T, N, H), random(rng, 4, T, K, H), random(rng, 4, T, K, H)
@@ -190,7 +190,7 @@ def splash_case(N, K, T=256, H=16):
 )
 def test_the_tpu_s_kernel_is_the_same_attention(N, K, axes):
     """Values and gradients, packed rows included; heads that the tensor axis divides, and a key head that it cannot."""
-    arrays, where, real = splash_case(N, K)
+    arrays, where, real = kernel_case(N, K)
     mesh = make_mesh(axes) if axes else single_device_mesh()
     cotangent = np.where(real, random(np.random.default_rng(9), *arrays[0].shape), 0)
 
@@ -215,7 +215,7 @@ def test_the_tpu_s_kernel_trains_the_same():
     fields |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 60, "max_position_embeddings": 256}
     config = parse_config(fields | {"rope_theta": 1e4, "tie_word_embeddings": True}, "test")
     params = init_params(module_for(config), jax.random.key(0))
-    _, (positions, segment_ids), _ = splash_case(4, 2)
+    _, (positions, segment_ids), _ = kernel_case(4, 2)
     rng = np.random.default_rng(0)
     batch = {"tokens": rng.integers(0, 60, positions.shape, np.int32), "positions": positions}
     batch |= {"segment_ids": segment_ids, "weights": ((positions > 0) & (segment_ids > 0)) / np.float32(500)}
@@ -235,10 +235,10 @@ def test_the_tpu_s_kernel_trains_the_same():
 def test_rows_that_a_tpu_cannot_take_are_refused():
     x = jnp.zeros((1, 200, 2, 16))
     with pytest.raises(InputError, match=r"row_length=200: TPU attention takes multiples of 128; try 256"):
-        attend(x, x, x, jnp.arange(200)[None], jnp.ones((1, 200), jnp.int32), "splash")
+        attend(x, x, x, jnp.arange(200)[None], jnp.ones((1, 200), jnp.int32), "pallas")
 
 
 def test_what_auto_is():
     options = {"dtype": jnp.bfloat16, "head_dim": 64}
     assert choose("auto", jax.devices()[0], **options) == "xla"
-    assert choose("splash", jax.devices()[0], **options) == "splash"
+    assert choose("pallas", jax.devices()[0], **options) == "pallas"

@@ -156,7 +156,7 @@ def chosen(implementation, device, dtype=jnp.bfloat16, head_dim=128):
 def test_where_cudnn_cannot_run_it_is_refused_and_auto_is_another(device, options, words):
     with pytest.raises(InputError, match=f"attention=cudnn: .*{words}.*set attention: auto"):
         chosen("cudnn", device, **options)
-    assert chosen("auto", device, **options) == ("splash" if device.platform == "tpu" else "xla")
+    assert chosen("auto", device, **options) == ("pallas" if device.platform == "tpu" else "xla")
 
 
 def test_where_cudnn_can_run_auto_is_cudnn():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from rmr1_jax.errors import InputError
-from rmr1_jax.model.packed_blocks import block_size, key_ranges, seen_segments, visited_scores
+from rmr1_jax.model.packed_blocks import KEYS, TOGETHER, key_ranges, query_block, seen_segments, visited_scores
 from rmr1_jax.model.packed_kernel import packed_attention
 
 
@@ -54,10 +54,8 @@ def square(q, k, v, seen):
     return jnp.einsum("bnts,bsnh->btnh", jnp.where(seen, weights, 0), v)
 
 
-@pytest.mark.parametrize(
-    ("heads", "blocks", "with_parents"), [((4, 2), (64, 128), True), ((1, 1), (128, 128), False)], ids=str
-)
-def test_values_and_gradients_are_those_of_the_square(heads, blocks, with_parents):
+@pytest.mark.parametrize(("heads", "queries", "with_parents"), [((4, 2), 64, True), ((1, 1), 128, False)], ids=str)
+def test_values_and_gradients_are_those_of_the_square(heads, queries, with_parents):
     segments, parents = rows()
     N, K = heads
     rng = np.random.default_rng(N)
@@ -67,13 +65,17 @@ def test_values_and_gradients_are_those_of_the_square(heads, blocks, with_parent
 
     def kernel(*x):
         given = jnp.asarray(parents) if with_parents else None
-        return packed_attention(*x, jnp.asarray(segments), given, blocks=blocks, interpret=True)
+        return packed_attention(*x, jnp.asarray(segments), given, queries=queries, interpret=True)
 
     def run(attention):
-        out, pull_back = jax.vjp(attention, q, k, v)
-        return out, *pull_back(cotangent)
+        @jax.jit
+        def with_gradients(*x):
+            out, pull_back = jax.vjp(attention, *x)
+            return out, *pull_back(cotangent)
 
-    ours, wanted = jax.jit(lambda: run(kernel))(), jax.jit(lambda: run(lambda *x: square(*x, seen)))()
+        return with_gradients(q, k, v)
+
+    ours, wanted = run(kernel), run(lambda *x: square(*x, seen))
     for a, b in zip(ours, wanted, strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max())
 
@@ -106,10 +108,22 @@ def test_a_long_row_of_short_segments_takes_a_fraction_of_the_causal_scores():
     count = int(visited_scores(jnp.asarray(segments), jnp.asarray(parents))[0])
     exact = int(visible(segments, parents).sum())
     assert exact < count < 1.5 * exact < 0.35 * length * (length + 1) / 2
-    assert count % block_size(length) ** 2 == 0
+    assert count % (query_block(length) * KEYS * TOGETHER) == 0
 
 
-def test_rows_that_it_cannot_take_are_refused():
-    x, ids = jnp.zeros((1, 200, 2, 16)), jnp.ones((1, 200), jnp.int32)
-    with pytest.raises(InputError, match=r"row_length=200: TPU attention takes multiples of 128; try 256"):
-        packed_attention(x, x, x, ids)
+@pytest.mark.parametrize(
+    ("T", "dtype", "message"),
+    [
+        (200, "float32", "row_length=200: TPU attention takes multiples of 128; try 256"),
+        (24_576, "bfloat16", "row_length=24576: TPU attention holds .* in VMEM, 22528 tokens at most"),
+        (
+            16_384,
+            "float32",
+            "14976 tokens at most in this model and dtype; take a shorter row_length, or set attention=xla",
+        ),
+    ],
+)
+def test_rows_that_it_cannot_take_are_refused(T, dtype, message):
+    x, ids = jax.ShapeDtypeStruct((1, T, 2, 64), dtype), jax.ShapeDtypeStruct((1, T), "int32")
+    with pytest.raises(InputError, match=message):
+        jax.eval_shape(packed_attention, x, x, x, ids)

@@ -67,7 +67,7 @@ def test_transformed_scores_and_their_gradients():
 
 
 def test_a_kernel_that_cannot_transform_scores_is_refused():
-    with pytest.raises(InputError, match="attention=interpret: the splash kernel cannot transform scores"):
+    with pytest.raises(InputError, match="attention=interpret: the Pallas kernel cannot transform scores"):
         attend(*map(jnp.asarray, inputs(128)), "interpret", SoftCapAttention.transform_scores)
 
 

@@ -18,7 +18,7 @@ from rmr1_jax.distributed.mesh import MeshConfig, make_mesh
 from rmr1_jax.errors import InputError
 from rmr1_jax.model.config import config_to_hf
 from rmr1_jax.model.qwen import Qwen, abstract_params, split, with_params
-from rmr1_jax.plan.costs import Cost, decode_cost, forward_cost, prefill_cost, time_bound, update_cost
+from rmr1_jax.plan.costs import Cost, decode_cost, forward_cost, kernel_scores, prefill_cost, time_bound, update_cost
 from rmr1_jax.plan.model import model_shape
 from rmr1_jax.plan.plan import read_run
 from rmr1_jax.plan.sampler import SamplingTask
@@ -145,7 +145,7 @@ def test_the_shape_of_a_batch_with_shared_prompts():
     assert shape.sequences[1] == [0] * 16 + [15] * 32
     given = batch_shape(small_grpo(micro_rows=1), Lengths(32, 8))
     assert given == BatchShape(4, 4, 1, 160, 80, ((8, 31, 0), (32, 9, 31)))  # 8 groups of 67 tokens in 4 rows
-    assert batch_shape(small_sft(), Lengths(30, 10)) == BatchShape(2, 2, 8, 128, 32)
+    assert batch_shape(small_sft(), Lengths(30, 10)) == BatchShape(2, 2, 8, 128, 32, ((51, 40, 0),))
 
 
 def test_the_recipe_s_rows_have_half_of_the_positions():
@@ -205,19 +205,29 @@ def test_flops_against_a_trace(remat, length):
     assert cost.model_flops < cost.flops
 
 
-def test_splash_computes_whole_blocks_and_recomputes_scores():
+def test_the_kernel_computes_whole_blocks_once():
     mesh = make_mesh(MeshConfig(fsdp=8))
-    plain, splash = (
+    plain, kernel = (
         update_cost(c, MODEL, mesh, batch_shape(c)).flops
-        for c in (small_sft(remat="full", attention=kind, row_length=1024) for kind in ("xla", "splash"))
+        for c in (small_sft(remat="full", attention=kind, row_length=1024) for kind in ("xla", "pallas"))
     )
     scores = 16 * 4 * 3 * 4 * 16 / 2  # 16 rows; four FLOPs a pair, three layers, four heads of 16
-    assert splash - plain == pytest.approx(scores * 1024 * 4.5 * (1024 - 128))  # blocks of 1024 and of 128
+    assert kernel - plain == pytest.approx(scores * 1024 * 4.5 * (256 - 128))  # blocks of 256 and of 128
     dots, none = (
-        update_cost(small_sft(remat=r, attention="splash"), MODEL, mesh, BatchShape(1, 1, 8, 128)).flops
+        update_cost(small_sft(remat=r, attention="pallas"), MODEL, mesh, BatchShape(1, 1, 8, 128)).flops
         for r in ("dots", "none")
     )
-    assert dots - none == 8 * 4 * 3 * 4 * 16 * 128 * 128  # the kernel's forward pass is recomputed
+    assert dots == none  # what the kernel's backward pass needs is kept
+
+
+def test_the_kernel_s_scores_are_those_of_the_blocks_that_meet():
+    """Rows of 1,024 in blocks of 256. Four segments: the diagonal. A prompt with three responses: each sees the prompt
+    too. Of a group that is longer than a row, what fits is counted: a prompt of two blocks with two of four responses.
+    """
+    shape = functools.partial(BatchShape, 16, 16, 1, 1024, None)
+    assert kernel_scores(shape(((64, 256, 0),))) == 64 * 256**2
+    assert kernel_scores(shape(((16, 256, 0), (48, 256, 256)))) == 16 * (4 + 3) * 256**2
+    assert kernel_scores(shape(((8, 512, 0), (32, 256, 512)))) == 8 * (3 + 2 * 3) * 256**2 * (512 + 4 * 256) / 1024
 
 
 def test_the_sampler_s_costs_by_hand():
