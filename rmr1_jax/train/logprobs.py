@@ -104,9 +104,10 @@ def trained_logprobs(
 ) -> TokenLogprobs:
     """`token_logprobs` at the tokens `trained_at` of each row alone (T and more: none), 0 elsewhere: the head reads S
     positions of a row and not T. options: as of `next_logprobs`."""
-    (B, T), S = tokens.shape, trained_at.shape[1]
-    places = jnp.full((B, T), S, jnp.int32)  # of each token among the S
-    places = places.at[jnp.arange(B)[:, None], trained_at].set(jnp.arange(S, dtype=jnp.int32), mode="drop")
+    T, S = tokens.shape[1], trained_at.shape[1]
+    # The place of each token among the S. Row by row under vmap: rows that are split over devices then stay there.
+    ranks = jnp.arange(S, dtype=jnp.int32)
+    places = jax.vmap(lambda row: jnp.full(T, S, jnp.int32).at[row].set(ranks, mode="drop"))(trained_at)
     before = jnp.where(trained_at < T, trained_at - 1, T)
     read = constrain(take(hidden, before, jnp.pad(places[:, 1:], [(0, 0), (0, 1)], constant_values=S)), "BTD")
     out = next_logprobs(read, head, at(tokens, trained_at), **options)
