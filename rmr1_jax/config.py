@@ -87,7 +87,7 @@ def build_config(cls: type[C], tree: Mapping[str, Any], *, source: str) -> C:
     try:
         return _adapter(cls).validate_python(_merge(sections, current_names(tree)))
     except pydantic.ValidationError as e:
-        raise InputError(f"{source}: " + "; ".join(_explain(cls, error) for error in e.errors())) from e
+        raise InputError(f"{source}: " + "; ".join(_explanations(cls, e.errors()))) from e
 
 
 def current_names(tree: Mapping[str, Any]) -> dict[str, Any]:
@@ -113,6 +113,15 @@ def config_differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: s
 
 
 _adapter = cache(pydantic.TypeAdapter)
+
+
+def _explanations(cls: Any, errors: Sequence[Any]) -> Iterator[str]:
+    """Yield what is wrong; the known keys of a section, which may be many, are listed once."""
+    listed: set[str] = set()
+    for error in errors:
+        text, known, names = _explain(cls, error).partition("; known here: ")
+        yield text if names in listed else text + known + names
+        listed.add(names)
 
 
 def _explain(cls: Any, error: Any) -> str:

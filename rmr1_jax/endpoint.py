@@ -20,7 +20,6 @@ import itertools
 import math
 import os
 import random
-import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -29,15 +28,16 @@ from typing import Annotated, Any, NamedTuple
 from urllib.parse import urlsplit
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
-from tqdm import tqdm
 
 from rmr1_jax.config import config_dataclass
+from rmr1_jax.distributed.terminal import say
 from rmr1_jax.errors import InputError, RunError
 from rmr1_jax.prompts.prompt import Messages
 from rmr1_jax.reply import ACCEPT_REFUSALS, Answer, ReplyError, read_reply
 
 SENT = ("model", "temperature", "max_tokens", "seed")  # sent with each request, unless None or not taken
 IN_A_ROW = 10  # consecutive failures after which the endpoint is at fault, and not the requests
+NOTES_APART = 5.0  # seconds between two lines about failures before the first answer
 LONGEST_WAIT = 120.0  # seconds between two tries, even if the endpoint asks for more
 FATAL = (401, 402, 404, 405)  # HTTP status: no request can succeed (wrong key, no credit, no such model or address)
 
@@ -95,7 +95,7 @@ class Endpoint:
         import openai  # imported here because it takes half a second
 
         self.config, self._key, self._answers = config, _key(config), False
-        self._not_taken, self._lock = frozenset[str](), threading.Lock()
+        self._not_taken, self._lock, self._noted = frozenset[str](), threading.Lock(), -NOTES_APART
         timeout = openai.Timeout(config.timeout, connect=min(config.timeout, 20.0))
         options = {"base_url": config.base_url, "timeout": timeout, "max_retries": 0}  # `_answer` retries, and counts
         self._client = openai.OpenAI(api_key=self._key or "none", **options)
@@ -190,8 +190,19 @@ class Endpoint:
             if failures > self.config.retries:
                 return Answer(tries=tries, error=f"{error} (after {tries} tries)", failure="gave_up")
             doubled = self.config.backoff * 2.0 ** min(failures - 1, 20) * random.uniform(0.75, 1.0)
-            if stop.wait(min(max(asked_to_wait, doubled), LONGEST_WAIT)):
+            wait = min(max(asked_to_wait, doubled), LONGEST_WAIT)
+            self._note_failure(f"{error}; try {tries + 1} follows in {wait:.0f} s")
+            if stop.wait(wait):
                 return Answer(tries=tries, error="interrupted", failure="gave_up")
+
+    def _note_failure(self, text: str) -> None:
+        """Say why no answer comes, until the first one has come, and not for each of the concurrent requests."""
+        with self._lock:
+            now = time.monotonic()
+            if self._answers or now - self._noted < NOTES_APART:
+                return
+            self._noted = now
+        say(f"note: {self.name}: {text}")
 
     def _fields(self, request: Request, not_taken: frozenset[str]) -> dict[str, Any]:
         """Return the fields of a request, except for its messages and those that the endpoint does not take."""
@@ -214,8 +225,7 @@ class Endpoint:
             changes = [
                 f"{n} is sent as max_completion_tokens" if n == "max_tokens" else f"{n} is not sent" for n in new
             ]
-            # Not inside the line of a progress bar.
-            tqdm.write(f"note: {self.name} does not take {', '.join(new)}: {', '.join(changes)}", file=sys.stderr)
+            say(f"note: {self.name} does not take {', '.join(new)}: {', '.join(changes)}")
 
     def _ask_once(self, request: Request, fields: Mapping[str, Any], tries: int) -> Answer:
         import openai
@@ -252,7 +262,8 @@ def _key(config: EndpointConfig) -> str:
     if not (key := os.environ.get(config.key_variable, "").strip()):
         raise InputError(
             f"the environment variable {config.key_variable} is not set; it must hold the API key for "
-            f"{config.model}. Set it, or name another variable in key_variable (null for an endpoint without a key)"
+            f"{config.model}. Set it, or name another variable in key_variable; for an endpoint without a key give "
+            "key_variable=null, which on the command line is --key-variable ''"
         )
     if not (key.isascii() and key.isprintable()) or " " in key:
         raise InputError(

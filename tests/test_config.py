@@ -98,7 +98,11 @@ def test_a_section_starts_from_its_own_field_s_defaults():
         ({"out": "a", "several": {"rate": 3}}, "several: Input should be a valid tuple"),
         (
             {"out": "a", "qqq": 1, "zzz": 2},
-            "unknown key qqq; known here: out, steps, inner, maybe, several; unknown key zzz",
+            "t: unknown key qqq; known here: out, steps, inner, maybe, several; unknown key zzz",
+        ),
+        (
+            {"out": "a", "zzz": 1, "inner": {"qqq": 2}, "xxx": 3},
+            "unknown key zzz; known here: out, steps, inner, maybe, several; unknown key xxx",
         ),
         ({}, "out: Field required"),
         ({"out": 5}, "out: Input should be a valid string (got 5)"),

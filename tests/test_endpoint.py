@@ -153,10 +153,12 @@ def test_the_key_comes_from_the_environment_and_is_never_shown(monkeypatch, capf
         assert [answer.text for _, answer in endpoint(server, key_variable=None).ask(asking("a"))] == ["x"]
 
 
-def test_no_server():
+def test_no_server(capsys):
     with ChatServer(lambda request, number: "x") as server:
         pass
     [(_, answer)] = endpoint(server, retries=1).ask(asking("a"))
+    notes = capsys.readouterr().err
+    assert notes.count("note: ") == 1 and "refused; try 2 follows in " in notes.lower()
     assert answer.failure == "gave_up" and "Connection error" in answer.error and "refused" in answer.error
 
 

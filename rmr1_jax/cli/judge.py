@@ -112,6 +112,7 @@ class Judge(AnyJudgeOptions):
         from rmr1_jax.pairs.pair import PreferencePair
 
         with starting(f"judge: one question, for {self.model}"):
+            from rmr1_jax.distributed.terminal import waiting
             from rmr1_jax.judge.file import judge_file
             from rmr1_jax.judge.rows import verdict_row
             from rmr1_jax.judge.summary import Outcome, Summary
@@ -120,7 +121,8 @@ class Judge(AnyJudgeOptions):
         with all_processes(loads_model=self.judge != "endpoint") as first:
             judge, identity = self._load(self.output)
             if self.output is None:
-                judgement = judge.compare_many([pair], **dataclasses.asdict(voting))[0]
+                with waiting(f"judging with {self.model}"):
+                    judgement = judge.compare_many([pair], **dataclasses.asdict(voting))[0]
                 row = verdict_row(pair, judgement)
             else:
                 digest = hashlib.sha256(repr(pair.conversation_a + pair.conversation_b).encode()).hexdigest()[:16]

@@ -64,13 +64,15 @@ class Report:
     """File to write. Defaults to report.html in the first directory, or to FILE.html beside a file FILE.jsonl."""
 
     def run(self) -> None:
-        from rmr1_jax.report.report import write_report
+        from rmr1_jax.report.report import found_below, write_report
 
         if not self.run_dirs:
             raise InputError("no run directory is given; expected rmr1 report RUN_DIR [RUN_DIR ...]")
         first = self.run_dirs[0]
         out = first.with_suffix(".html") if first.is_file() else first / "report.html"
         print(f"written: {write_report(self.run_dirs, self.out or out)}")
+        if found := found_below(self.run_dirs):
+            print(f"shows:   {', '.join(map(str, found))}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -76,7 +76,8 @@ def _check_options(known: Sequence[str], words: Sequence[str], program: str, set
 def _nearest(word: str, known: Iterable[str], introduction: str) -> str:
     known = list(known)
     longer = [each for each in known if len(word) > 3 and each.startswith(word)]
-    near = longer or difflib.get_close_matches(word, known, n=1)
+    names = {each.lstrip("-"): each for each in known}  # the dashes are alike in all options
+    near = longer or [names[name] for name in difflib.get_close_matches(word.lstrip("-"), names, n=1)]
     if near:
         return f"did you mean {near[0]}? "
     return f"{introduction} {', '.join(known)}. " if introduction else ""

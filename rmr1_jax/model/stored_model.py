@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from rmr1_jax.distributed.exchange import first
 from rmr1_jax.distributed.mesh import weight_sharding
+from rmr1_jax.distributed.terminal import pace
 from rmr1_jax.errors import InputError
 from rmr1_jax.model.config import QwenConfig
 from rmr1_jax.model.qwen import Params, Transformer
@@ -94,9 +95,9 @@ class StoredModel:
             desc=f"reading {self.directory.name}",
             unit="B",
             unit_scale=True,
-            delay=PROGRESS_AFTER,
             disable=not first(),
             dynamic_ncols=True,
+            **{"delay": PROGRESS_AFTER, **pace(brief=True)},
         )
         with bar:
             for block, rows in _read_ahead(blocks):

@@ -227,8 +227,12 @@ def _better(row: Row, sides: tuple[str, str]) -> str | None:
 def _looks_like(row: Row) -> str:
     """Describe a row that lacks something by the nearest format, what of it is missing, and the fields it has."""
     keys = [str(key) for key in row.value]
+    # A field that has its own place in the format is not another one misspelt.
     near = {
-        shape: [difflib.get_close_matches(name, keys, n=1, cutoff=0.8) for name in fields]
+        shape: [
+            difflib.get_close_matches(name, [k for k in keys if k == name or k not in fields], n=1, cutoff=0.8)
+            for name in fields
+        ]
         for shape, fields in _SHAPES.items()
     }
     shape = max(near, key=lambda shape: sum(map(bool, near[shape])) / len(near[shape]))

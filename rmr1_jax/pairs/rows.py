@@ -45,6 +45,10 @@ class Place:
     def __str__(self) -> str:
         return f"{self.file}, row {self.index}" if self.line is None else f"{self.file}:{self.line}"
 
+    def within(self) -> str:
+        """Returns the place within its file, counted as the whole place is."""
+        return f"row {self.index}" if self.line is None else f"line {self.line}"
+
 
 class BadRow(InputError):
     """A row that cannot be used: its place, the field (None: the whole row), the reason, and the row's text."""
@@ -190,7 +194,7 @@ def parse_rows(
         report: is kept up to date while the items are consumed.
     """
     report = ReadReport() if report is None else report
-    seen: dict[str, int] = {}  # id -> the number of its row
+    seen: dict[str, Place] = {}  # id -> where its row is
     with nullcontext() if rejects is None else open_file(Path(rejects), "w") as rejected:
         for row in rows:
             report.read += 1
@@ -200,7 +204,7 @@ def parse_rows(
                 items = parse(row)
                 for item in items:
                     if item.id in seen:
-                        raise row.bad("id", f"is {item.id!r} a second time; row {seen[item.id]} has it too")
+                        raise row.bad("id", f"is {item.id!r} a second time; {seen[item.id].within()} has it too")
             except BadRow as bad:
                 report.rejected += 1
                 if rejected is None:
@@ -209,7 +213,7 @@ def parse_rows(
                 rejected.write(json.dumps({**place, "field": bad.field, "reason": bad.reason, "raw": bad.raw}) + "\n")
                 rejected.flush()  # the rejects must not lag behind the counts when the run is killed
                 continue
-            seen.update((item.id, row.place.index) for item in items)
+            seen.update((item.id, row.place) for item in items)
             report.kept += 1
             report.made += len(items)
             yield from items

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,8 @@ from rmr1_jax.files.write import to_json, write_whole, writing
 from rmr1_jax.report.curves import PLOT
 from rmr1_jax.report.evaluation import evaluation_page, find_evaluations
 from rmr1_jax.report.prepared import prepared_page
-from rmr1_jax.report.reading import named_roots
-from rmr1_jax.report.training import holds_run, training_page
+from rmr1_jax.report.reading import find_holders, named_roots
+from rmr1_jax.report.training import FILES, holds_run, training_page
 
 
 def write_report(run_dirs: Sequence[Path], out: Path, *, max_traces: int = 48) -> Path:
@@ -55,9 +56,23 @@ def write_report(run_dirs: Sequence[Path], out: Path, *, max_traces: int = 48) -
     if alone:
         raise InputError(
             f"{alone[0]} is an evaluation and {trained[0]} a training run; a page shows one kind. Make two: "
-            f"rmr1 report {' '.join(alone)}, and rmr1 report {' '.join(trained)}"
+            f"rmr1 report {_paths(roots, alone)}, and rmr1 report {_paths(roots, trained)}"
         )
     return _render("training.html.j2", training_page(roots, evaluated, max_traces=max_traces), out)
+
+
+def found_below(run_dirs: Sequence[Path]) -> list[Path]:
+    """Returns the runs and evaluations that a page shows because they lie in a directory that is none itself."""
+    found: list[Path] = []
+    for root in map(Path, run_dirs):
+        parts = [*find_evaluations(root), *find_holders(root, FILES)]
+        found += [] if root in parts else parts
+    return list(dict.fromkeys(found))
+
+
+def _paths(roots: Sequence[tuple[str, Path]], names: Sequence[str]) -> str:
+    """Returns the paths of the named directories as words of a command."""
+    return shlex.join(str(path) for name, path in roots if name in names)
 
 
 def _render(template: str, variables: Mapping[str, Any], out: Path) -> Path:

@@ -55,8 +55,8 @@ def training_page(
         if not parts:
             raise InputError(
                 f"{root}: no run here. Expected one of {', '.join(FILES)} in it or up to {DEPTH} directories below; "
-                "give the directory that `rmr1 quickstart`, `rmr1 sft`, `rmr1 grpo` or `rmr1 judge` wrote to; an "
-                "evaluation's (`rmr1 eval`, `rmr1 score`) holds judgements.jsonl"
+                "give the directory that `rmr1 quickstart`, `rmr1 sft` or `rmr1 grpo` wrote to, or the file that "
+                "`rmr1 judge` wrote; an evaluation's directory (`rmr1 eval`, `rmr1 score`) holds judgements.jsonl"
             )
         for part in parts:
             page.add(name, part.relative_to(root).parts, part)

@@ -80,7 +80,7 @@ def grpo(
     functions = {"reward": reward, "loss": None if loss is policy_loss else loss}
     check_run(config, Path(config.out), functions)
     given, reward = policy is not None, reward or make_reward(config.reward, config.structure)
-    policy = policy or load_policy(config)
+    policy = policy or load_policy(config, reads_data=prompts is None)
     prompts, held_out, own_prompt = _open_prompts(config, policy, prompts, eval_prompts)
     steps = config.steps or max(1, len(prompts) // config.prompts_per_step)
     evaluation = grpo_evaluation(config, policy, held_out, reward)

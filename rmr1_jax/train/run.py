@@ -20,7 +20,7 @@ from rmr1_jax.distributed.mesh import make_mesh
 from rmr1_jax.distributed.preemption import Preempted, Preemption
 from rmr1_jax.distributed.profile import profiling
 from rmr1_jax.distributed.terminal import bar, say, waiting
-from rmr1_jax.errors import RunError
+from rmr1_jax.errors import InputError, RunError
 from rmr1_jax.model.qwen import Params
 from rmr1_jax.policy import Policy, load
 from rmr1_jax.train.checkpoint import Checkpointer, is_held_out
@@ -151,8 +151,14 @@ class _Recorded:
             self._open.close()
 
 
-def load_policy(config: RunConfig) -> Policy:
-    """The policy that a run starts from, with float32 weights on the run's mesh."""
+def load_policy(config: RunConfig, *, reads_data: bool) -> Policy:
+    """The policy that a run starts from, with float32 weights on the run's mesh. Raises InputError first if the run
+    reads its data and there is none, because loading may take minutes."""
+    if reads_data and not (config.data and Path(config.data).exists()):
+        raise InputError(
+            f"data={config.data}: no such file or directory; give a set made by `rmr1 data prepare`, or published rows "
+            "in JSONL or Parquet"
+        )
     options = {"master_dtype": "float32", "chat_template_kwargs": config.chat_template_kwargs}
     with waiting(f"loading {config.model}"):
         return load(config.model, config.dtype, make_mesh(config.mesh), **options)

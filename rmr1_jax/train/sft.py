@@ -53,7 +53,7 @@ def sft(
     """
     check_run(config, Path(config.out))
     given, prompt = policy is not None, None
-    policy = policy or load_policy(config)
+    policy = policy or load_policy(config, reads_data=examples is None)
     if examples is None:
         examples, prompt = open_examples(config.data, "sft", policy.tokenizer), prompt_of(config.data)
     if eval_examples is None and config.eval_data:

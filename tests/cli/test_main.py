@@ -213,10 +213,19 @@ def test_export_writes_the_newest_checkpoint(policy, folder, tmp_path, capsys):
 @pytest.mark.parametrize("wrong", ["data", "model"])
 def test_a_failed_start_leaves_nothing(stage, wrong, folder, tmp_path, capsys):
     (tmp_path / "run.yaml").write_text(
-        f"{{model: {folder / 'model'}, data: none.jsonl, out: {tmp_path / 'runs/first'}}}"
+        f"{{model: {folder / 'model'}, data: {tmp_path / 'none.jsonl'}, out: {tmp_path / 'runs/first'}}}"
     )
-    assert "TYPO" in error_of(capsys, [stage, str(tmp_path / "run.yaml"), f"{wrong}=TYPO"], 2)
+    (tmp_path / "none.jsonl").touch()
+    error = error_of(capsys, [stage, str(tmp_path / "run.yaml"), f"{wrong}=TYPO"], 2)
+    assert ("data=TYPO: no such file or directory; give a set" if wrong == "data" else "'TYPO'") in error
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("stage", ["sft", "grpo"])
+def test_data_is_looked_for_before_the_model_is_loaded(stage, tmp_path, capsys):
+    (tmp_path / "run.yaml").write_text(f"{{model: TYPO, out: {tmp_path / 'run'}}}")
+    assert "data=none.jsonl: no such file" in error_of(capsys, [stage, str(tmp_path / "run.yaml"), "data=none.jsonl"], 2)
+    assert "data=: no such file" in error_of(capsys, [stage, str(tmp_path / "run.yaml")], 2)
 
 
 @pytest.mark.slow

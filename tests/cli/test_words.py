@@ -23,6 +23,7 @@ from rmr1_jax.cli import main as cli
         ("judge --modle x", "rmr1 judge has no option --modle; did you mean --model?"),
         ("judge --temp 1", "rmr1 judge has no option --temp; did you mean --temperature?"),
         ("judge --max_new_tokes 1", "rmr1 judge has no option --max_new_tokes; did you mean --max-new-tokens?"),
+        ("judge --data f", "rmr1 judge has no option --data; `rmr1 judge --help` describes the options"),
         ("judge --quux 1", "rmr1 judge has no option --quux; `rmr1 judge --help` describes the options"),
         ("data show f --modle m", "rmr1 data show has no option --modle; did you mean --model?"),
         ("sft c.yaml --model X", "rmr1 sft takes settings as KEY=VALUE: write model=X"),

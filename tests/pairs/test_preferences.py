@@ -239,6 +239,7 @@ TRL = {"prompt": said(ASKED), "chosen": reply(GOOD), "rejected": reply(BAD)}
         ({"prompt": ASKED, "chosen": GOOD, "Rejected": BAD}, "without 'rejected' (is it 'Rejected'?); it has"),
         ({"chosen": GOOD, "rejected": BAD[1:]}, "field 'chosen' and 'rejected' do not begin with the same question"),
         ({"chosen": GOOD, "rejected": GOOD + " Yes."}, "or 'rejected' is the beginning of the other"),
+        ({"question": ASKED, "response_a": GOOD}, "(question, response_a, response_b) without 'response_b'; it has"),
         ({"response_a": GOOD, "response_b": BAD}, "field 'question' is missing; the row looks like this project's"),
         ({"text": GOOD, "label": 1}, "got none of them. It has 'text', 'label', and looks like no format"),
         ({"input": ASKED, "accepted": GOOD}, "looks like Code-Preference-Pairs' format (input, accepted, rejected)"),

@@ -434,7 +434,7 @@ def test_array_that_is_not_utf8(tmp_path):
 
 def test_a_second_row_with_an_id(tmp_path):
     path = write_jsonl(tmp_path / "p.jsonl", [{**ROW, "id": 1}, {**ROW, "id": 2}, {**ROW, "id": "1"}])
-    with pytest.raises(BadRow, match=r"p.jsonl:3: field 'id' is '1' a second time; row 0 has it too"):
+    with pytest.raises(BadRow, match=r"p.jsonl:3: field 'id' is '1' a second time; line 1 has it too"):
         list(read_pairs(path))
     report = ReadReport()
     pairs = read_pairs(path, rejects=tmp_path / "r.jsonl", report=report)

@@ -6,6 +6,7 @@ import pytest
 from evaluations import make_evaluation
 from run_directories import make_run, words_of
 
+from rmr1_jax.cli import main as cli
 from rmr1_jax.errors import InputError
 from rmr1_jax.report.report import write_report
 
@@ -26,10 +27,21 @@ def test_a_directory_without_a_run_says_what_was_expected(tmp_path):
         write_report([], tmp_path / "report.html")
 
 
+def test_a_directory_of_several_runs_says_which_it_shows(tmp_path, capsys):
+    for name in ("one", "two"):
+        make_run(tmp_path / "all" / name)
+    assert cli.main(["report", str(tmp_path / "all")]) == 0
+    shown = capsys.readouterr().out.splitlines()[1]
+    assert shown.startswith("shows:   ") and f"{tmp_path}/all/one" in shown and f"{tmp_path}/all/two" in shown
+    assert cli.main(["report", str(tmp_path / "all/one")]) == 0
+    assert "shows:" not in capsys.readouterr().out
+
+
 def test_runs_and_evaluations_need_a_page_each(tmp_path):
     run, evaluation = make_run(tmp_path / "run"), make_evaluation(tmp_path / "evaluation")
     with pytest.raises(
-        InputError, match=r"evaluation is an evaluation and run a training run; .* Make two: rmr1 report"
+        InputError,
+        match=rf"evaluation is an evaluation and run a training run; .* rmr1 report {evaluation}, and rmr1 report {run}",
     ):
         page_of(run, evaluation)
     make_evaluation(run / "eval")
