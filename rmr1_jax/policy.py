@@ -135,7 +135,8 @@ class Policy:
         if not total.samples:
             return ""
         return (
-            f"sampled {total.samples:,} texts, {total.new_tokens:,} tokens at {speed:,.0f} tokens/s on {where}, "
+            f"sampled {total.samples:,} text{'s' * (total.samples > 1)}, {total.new_tokens:,} tokens at "
+            f"{speed:,.{int(speed < 10)}f} tokens/s on {where}, "
             f"occupancy {total.occupancy:.0%}"
         )
 

@@ -27,7 +27,7 @@ from rmr1_jax.judge.judgement import (
 )
 from rmr1_jax.model.tokenizer import completion_text
 from rmr1_jax.pairs.pair import PreferencePair, render_pair
-from rmr1_jax.prompts.prompt import Prompt
+from rmr1_jax.prompts.prompt import PROMPT_FILE, Prompt
 from rmr1_jax.sampler.layout import default_slots
 from rmr1_jax.sampler.sample import Sample, SamplingConfig, token_limits
 
@@ -39,7 +39,8 @@ class Judge(TextJudge):
     """Samples a trace on the two answers from `policy` and reads the verdict from it.
 
     Args:
-        prompt: "cor", "reasoning", "compare", "rubric", a prompt file, or a `Prompt`.
+        prompt: "cor", "reasoning", "compare", "rubric", a prompt file, or a `Prompt`. Default: prompt.yaml beside the
+            loaded model, which training writes, or "cor" if there is none.
         rule: how a verdict is read, "strict" or "eval" (the published rule); see `prompts/verdict.py`.
         max_new_tokens: limit of one text. Default: 8192, or half of the model's positions if that is less.
         max_prompt_tokens: pairs with a longer prompt get the status "too_long"; a prompt is never cut. Default and
@@ -61,7 +62,7 @@ class Judge(TextJudge):
     def __init__(
         self,
         policy: Policy,
-        prompt: str | Path | Prompt = "cor",
+        prompt: str | Path | Prompt | None = None,
         *,
         rule: str = "strict",
         max_new_tokens: int | None = None,
@@ -76,6 +77,9 @@ class Judge(TextJudge):
         limits = token_limits(policy.config, max_new_tokens, max_prompt_tokens)
         self.max_new_tokens, self.max_prompt_tokens = limits
         sampling = JudgeSampling(temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p)
+        if prompt is None:
+            own = policy.tokenizer.directory / PROMPT_FILE
+            prompt = own if own.is_file() else "cor"
         super().__init__(prompt, rule, sampling, escape_untrusted)
         self.policy, self.slots = policy, default_slots(policy.mesh) if slots is None else slots
 

@@ -93,6 +93,7 @@ class Run:
         and at steps at which it is not measured."""
         if evaluation is None or not (self._is_last or (self._step + 1) % self._config.eval_every == 0):
             return {}
+        self._bar.set_postfix_str("measuring the held-out data")
         self._measured = {f"eval_{name}": value for name, value in evaluation(params).items()}
         self.lap("eval_seconds")
         return self._measured

@@ -53,6 +53,7 @@ def judge_arguments(folder: Path, output: str, *more: str) -> list[str]:
 
 def error_of(capsys, argv, code: int) -> str:
     """The command's one line on stderr."""
+    capsys.readouterr()  # what a slow set-up said
     assert cli.main(argv) == code
     err = capsys.readouterr().err
     assert err.startswith("error: ") and err.count("\n") == 1
@@ -224,7 +225,9 @@ def test_a_failed_start_leaves_nothing(stage, wrong, folder, tmp_path, capsys):
 @pytest.mark.parametrize("stage", ["sft", "grpo"])
 def test_data_is_looked_for_before_the_model_is_loaded(stage, tmp_path, capsys):
     (tmp_path / "run.yaml").write_text(f"{{model: TYPO, out: {tmp_path / 'run'}}}")
-    assert "data=none.jsonl: no such file" in error_of(capsys, [stage, str(tmp_path / "run.yaml"), "data=none.jsonl"], 2)
+    assert "data=none.jsonl: no such file" in error_of(
+        capsys, [stage, str(tmp_path / "run.yaml"), "data=none.jsonl"], 2
+    )
     assert "data=: no such file" in error_of(capsys, [stage, str(tmp_path / "run.yaml")], 2)
 
 

@@ -11,7 +11,7 @@ from rmr1_jax.judge.file import verdict_row
 from rmr1_jax.judge.judge import Judge
 from rmr1_jax.judge.judgement import Voting, settle
 from rmr1_jax.pairs.pair import PreferencePair
-from rmr1_jax.prompts.prompt import get_prompt
+from rmr1_jax.prompts.prompt import get_prompt, save_prompt
 from rmr1_jax.quickstart.world import world_prompt
 
 
@@ -37,6 +37,15 @@ from rmr1_jax.quickstart.world import world_prompt
 )
 def test_settle(verdicts, expected):
     assert settle([[None if v == "-" else v for v in order] for order in verdicts]) == expected
+
+
+def test_the_prompt_beside_the_model_is_the_default(tmp_path):
+    policy = ScriptedPolicy(lambda prompt, number: "")
+    assert Judge(policy).prompt == get_prompt("cor")
+    policy.directory = tmp_path
+    save_prompt(world_prompt(), tmp_path / "prompt.yaml")
+    assert Judge(policy).prompt.identity == world_prompt().identity != get_prompt("cor").identity
+    assert Judge(policy, "compare").prompt == get_prompt("compare")
 
 
 def test_one_verdict():

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import tempfile
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -39,6 +40,7 @@ class ScriptedPolicy(Tokenizer):
     `opening`."""
 
     stats_text = Policy.stats_text
+    directory = Path("a model without files")
 
     def __init__(self, script, positions: int = 20_000, opening: str = ""):
         self.script, self.opening, self.calls = script, opening, []
