@@ -39,10 +39,8 @@ def test_a_directory_of_several_runs_says_which_it_shows(tmp_path, capsys):
 
 def test_runs_and_evaluations_need_a_page_each(tmp_path):
     run, evaluation = make_run(tmp_path / "run"), make_evaluation(tmp_path / "evaluation")
-    with pytest.raises(
-        InputError,
-        match=rf"evaluation is an evaluation and run a training run; .* rmr1 report {evaluation}, and rmr1 report {run}",
-    ):
+    commands = f"rmr1 report {evaluation}, and rmr1 report {run}"
+    with pytest.raises(InputError, match=rf"evaluation is an evaluation and run a training run; .* {commands}"):
         page_of(run, evaluation)
     make_evaluation(run / "eval")
     words = words_of(page_of(run))
