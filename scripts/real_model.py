@@ -1,10 +1,12 @@
-"""The table at the end of `scripts/real_model`.
+"""The parts of `scripts/real_model` that are no command of `rmr1`: the rows that are judged, and the table at the end.
 
-python scripts/real_model.py --out runs/real_model --trained distill_sft.jsonl
+python scripts/real_model.py held-out --rows rewardbench.jsonl --trained distill_sft.jsonl --limit 40 --out rows.jsonl
+python scripts/real_model.py table --out runs/real_model --trained distill_sft.jsonl
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -26,6 +28,27 @@ JUDGED = {
 }
 
 
+def held_out(rows: Path, trained: Path, limit: int, out: Path) -> None:
+    """Write the rows whose question is in no row that is trained on: of every subset in turn, up to a limit.
+
+    Args:
+        rows: RewardBench rows.
+        trained: The rows that are trained on.
+        limit: Most rows to write.
+        out: File to write.
+    """
+    texts = trained.read_text()
+    subsets: dict[str, list[str]] = {}
+    for line in rows.read_text().splitlines():
+        row = json.loads(line)
+        if not is_in(row["prompt"], texts):
+            subsets.setdefault(row["subset"], []).append(line)
+    rounds = itertools.chain(*itertools.zip_longest(*subsets.values()))
+    kept = [line for line in rounds if line][:limit]
+    out.write_text("".join(line + "\n" for line in kept))
+    print(f"{len(kept)} rows of {len(subsets)} subsets have a question that is not trained on: {out}")
+
+
 def table(out: Path, trained: Path) -> None:
     """Print the shares of valid traces and of right verdicts before and after training, and the seconds of each stage.
 
@@ -42,7 +65,7 @@ def table(out: Path, trained: Path) -> None:
     print("| judge | prompt | valid traces | right verdicts | tokens a text | minutes |\n|---|---|---|---|---|---|")
     for name, (when, prompt) in JUDGED.items():
         rows = list(read_judgements(out / name / "judgements.jsonl"))
-        if leaked := [row["id"] for row in rows if json.dumps(row.get("question", row["id"]))[1:-1] in texts]:
+        if leaked := [row["id"] for row in rows if is_in(row["question"], texts)]:
             sys.exit(f"error: the questions of {leaked} are among the rows that were trained on")
         traces = [row["texts"][0][0] if row["texts"] else "" for row in rows]
         valid = sum(bool(strict_verdict(t)) and parse_trace(t).is_complete(structure) for t in traces)
@@ -53,10 +76,15 @@ def table(out: Path, trained: Path) -> None:
     print(f"\nSFT: {seconds['sft'] / 60:.0f} minutes; all stages: {sum(seconds.values()) / 60:.0f} minutes")
 
 
+def is_in(question: str, texts: str) -> bool:
+    """Whether a question stands in JSON lines, whose strings may have escaped characters beyond ASCII or not."""
+    return any(json.dumps(question.strip(), ensure_ascii=ascii)[1:-1] in texts for ascii in (True, False))
+
+
 def share(count: int, total: int) -> str:
     low, high = share_interval(count, total)
     return f"{count} of {total} ({low:.0%} to {high:.0%})"
 
 
 if __name__ == "__main__":
-    tyro.cli(table)
+    tyro.extras.subcommand_cli_from_dict({"held-out": held_out, "table": table})

@@ -1,4 +1,4 @@
-"""scripts/real_model.py: its table counts what the judgements hold."""
+"""scripts/real_model.py: no judged row is trained on, and its table counts what the judgements hold."""
 
 import importlib.util
 import json
@@ -63,3 +63,14 @@ def test_the_table(script, tmp_path, capsys):
     (tmp_path / "trained.jsonl").write_text(json.dumps({"context_messages": ["Question 3?"]}))
     with pytest.raises(SystemExit, match="trained on"):
         script.table(tmp_path, tmp_path / "trained.jsonl")
+
+
+def test_rows_that_are_trained_on_are_not_judged(script, tmp_path):
+    rows = [{"id": k, "subset": f"s{k % 3}", "prompt": f'Grüße "{k}"?\nNow.'} for k in range(9)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    # The same questions inside a longer text, once as JSON with escapes and once without.
+    inside = [json.dumps({"text": f"[Client]\n{rows[k]['prompt']} [/Client]"}, ensure_ascii=k == 1) for k in (1, 3)]
+    (tmp_path / "trained.jsonl").write_text("\n".join(inside))
+    script.held_out(tmp_path / "rows.jsonl", tmp_path / "trained.jsonl", 5, tmp_path / "out.jsonl")
+    kept = [json.loads(line)["id"] for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert kept == [0, 2, 4, 6, 5]  # one of each subset, then the next of each
