@@ -117,7 +117,7 @@ def bench(monkeypatch):
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "readme_bench", module)
     spec.loader.exec_module(module)
-    for command in (module.Sample, module.Steps, module.Train):
+    for command in (module.Sample, module.Steps, module.Train, module.GrpoUpdate):
         monkeypatch.setattr(command, "run", lambda self: None)
     return module
 
