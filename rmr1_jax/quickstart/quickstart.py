@@ -106,8 +106,8 @@ def quickstart(out: str | Path, *, seed: int = 0, control: bool = False) -> dict
     (out / "samples.jsonl").write_text(samples, encoding="utf-8")
     (out / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     report = write_report([out], out / "report.html")
-    print(f"\n{table(results)}\n\nThe report: {report}\nNext, let the trained judge compare pairs of your own:")
-    print(f"    rmr1 judge --model {out}/grpo/model --input pairs.jsonl --output verdicts.jsonl")
+    print(f"\n{table(results)}\n\nThe report: {report}\nNext, let the judge compare two answers of its small world:")
+    print(f'    rmr1 judge --model {out}/grpo/model "Swap d g c." "Surely! It is c g d." "Perhaps! It is g d c."')
     return results
 
 

@@ -21,6 +21,7 @@ from jax.sharding import Mesh
 from rmr1_jax.distributed.exchange import all_shares, any_of, first, gather, own_share
 from rmr1_jax.distributed.mesh import local_mesh, sampling_mesh
 from rmr1_jax.distributed.preemption import Preempted
+from rmr1_jax.errors import InputError
 from rmr1_jax.model.tokenizer import Tokenizer, completion_text
 from rmr1_jax.policy import DTYPES, Policy
 from rmr1_jax.prompts.trace import parse_trace
@@ -150,6 +151,16 @@ def _in_shares(
     return [Group(p, *result) for p, result in zip(prompts, results, strict=True)], gather(stats)
 
 
+def _as_number(value: object) -> float:
+    """What a reward function returned, as a number."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise InputError(
+            f"a reward is {value!r:.80}; reward(text, prompt) must return one number for one text"
+        ) from None
+
+
 def score(
     prompts: Sequence[RlPrompt],
     groups: Sequence[Sequence[Sample]],
@@ -159,13 +170,14 @@ def score(
     normalize_std: bool,
 ) -> list[Group]:
     """The groups of the sampler's results, with rewards and advantages. A text begins with the `<think>` that the chat
-    template opens for it, so that a thought that never ends is rewarded as one. Raises InputError if a reward is not
-    finite."""
+    template opens for it, so that a thought that never ends is rewarded as one. Raises InputError if a reward is not a
+    finite number."""
     texts = [
         [completion_text(tokenizer, prompt.tokens.tolist(), sample.token_ids) for sample in group]
         for prompt, group in zip(prompts, groups, strict=True)
     ]
-    rewards = np.asarray([[reward(t, p) for t in group] for p, group in zip(prompts, texts, strict=True)], np.float32)
+    rewarded = [[_as_number(reward(t, p)) for t in group] for p, group in zip(prompts, texts, strict=True)]
+    rewards = np.asarray(rewarded, np.float32)
     advantages = group_advantages(rewards, normalize_std=normalize_std)
     return [Group(*x) for x in zip(prompts, groups, texts, rewards, advantages, strict=True)]
 

@@ -41,11 +41,11 @@ def test_settle(verdicts, expected):
 
 def test_the_prompt_beside_the_model_is_the_default(tmp_path):
     policy = ScriptedPolicy(lambda prompt, number: "")
-    assert Judge(policy).prompt == get_prompt("cor")
+    assert Judge(policy).prompt.identity == get_prompt("cor").identity
     policy.directory = tmp_path
     save_prompt(world_prompt(), tmp_path / "prompt.yaml")
     assert Judge(policy).prompt.identity == world_prompt().identity != get_prompt("cor").identity
-    assert Judge(policy, "compare").prompt == get_prompt("compare")
+    assert Judge(policy, "compare").prompt.identity == get_prompt("compare").identity
 
 
 def test_one_verdict():

@@ -106,6 +106,12 @@ def test_a_reward_must_be_finite():
         score(PROMPTS[:1], [[sample([1])]], IdsAsText(), lambda text, prompt: float("nan"), normalize_std=True)
 
 
+@pytest.mark.parametrize("returned", [[1.0], None, "good"])
+def test_a_reward_must_be_a_number(returned):
+    with pytest.raises(InputError, match=r"a reward is .*; reward\(text, prompt\) must return one number"):
+        score(PROMPTS[:1], [[sample([1])]], IdsAsText(), lambda text, prompt: returned, normalize_std=True)
+
+
 # ---- packing
 
 GROUPS = [group(PROMPTS[0], (2, 1.0), (4, -1.0)), group(PROMPTS[1], (3, 0.0), (3, 0.0)), group(PROMPTS[2], (5, 0.5))]
