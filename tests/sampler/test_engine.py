@@ -17,7 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-import tqdm
 from jax.sharding import Mesh
 from training import to_mesh
 from transformers import AutoModelForCausalLM, Qwen2Config
@@ -454,7 +453,7 @@ def test_a_stream_that_is_left_leaves_nothing_behind(model):
 
 def test_samples_come_as_they_finish_and_a_bar_shows_the_rate(model, monkeypatch, capsys):
     settings = SamplingConfig(n=3, max_new_tokens=64)
-    monkeypatch.setattr(engine_module, "tqdm", functools.partial(tqdm.tqdm, mininterval=0))
+    monkeypatch.setattr(engine_module, "pace", lambda brief: {"mininterval": 0})
     stream = model.engine.stream(model.weights, PROMPTS, STOPS, sampling=settings, bar=True)
     at = [model.engine.stats.new_tokens for _ in stream]
     assert len(at) == 24 and at[0] < 0.5 * at[-1]
