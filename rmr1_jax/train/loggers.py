@@ -199,7 +199,7 @@ def _run_id(path: Path) -> str:
 def _remove_copies(current: Path, run_id: str) -> bool:
     """Remove the directories of earlier offline processes of a W&B run, because `current` gets all their steps. Those
     that were synchronized are kept, as W&B has marked them; returns whether there are any."""
-    earlier = [path for path in current.parent.glob(f"offline-run-*-{run_id}") if path != current]
+    earlier = [path for path in current.parent.glob(f"offline-run-*-{run_id}*") if path != current]
     kept = [path for path in earlier if list(path.glob("*.synced"))]
     for path in set(earlier) - set(kept):
         shutil.rmtree(path)

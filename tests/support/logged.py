@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,13 +24,23 @@ def events_of(directory: Path) -> dict[int, dict[str, float]]:
 
 
 def offline_history(directory: Path) -> tuple[list[str], list[tuple[int, dict[str, float]]]]:
-    """The ids of the offline runs in `directory/wandb`, and the logged values of all steps in their order."""
+    """The ids of the offline runs in `directory/wandb`, and the logged values of all steps in their order. Waits until
+    W&B's own process has written the end of the newest run: `finish` returns before."""
     from wandb.proto.wandb_internal_pb2 import Record
 
+    def records(path: Path) -> list[Record]:
+        return [Record.FromString(data) for data in _records(path.read_bytes())]
+
+    def ended() -> bool:
+        newest = max(directory.glob("wandb/offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime, default=None)
+        return newest is not None and any(r.WhichOneof("record_type") == "exit" for r in records(newest))
+
+    deadline = time.monotonic() + 60
+    while not ended() and time.monotonic() < deadline:
+        time.sleep(0.05)
     ids, rows = [], []
     for path in sorted(directory.glob("wandb/offline-run-*/*.wandb")):
-        for data in _records(path.read_bytes()):
-            record = Record.FromString(data)
+        for record in records(path):
             if record.WhichOneof("record_type") == "run":
                 ids.append(record.run.run_id)
             if record.WhichOneof("record_type") == "history":
