@@ -67,7 +67,7 @@ class CompiledUpdate:
 
         start = time.perf_counter()
         update = compile_update(state, loss=loss, optimizer=optimizer, clip=1.0)
-        self._step = update.lower(state, batch, count).compile()
+        self._step = update.lower(state, [(batch, count)]).compile()
         self.compile_seconds = time.perf_counter() - start
         self.temporaries = self._step.memory_analysis().temp_size_in_bytes
         self._state, self._batch, self._count = state, batch, count
@@ -76,6 +76,6 @@ class CompiledUpdate:
 
     def __call__(self) -> dict[str, float]:
         start = time.perf_counter()
-        self._state, metrics = self._step(self._state, self._batch, self._count)
+        self._state, metrics = self._step(self._state, [(self._batch, self._count)])
         loss = float(metrics["loss"])
         return {"seconds": time.perf_counter() - start, "loss": loss, "grad_norm": float(metrics["grad_norm"])}

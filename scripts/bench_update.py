@@ -209,10 +209,10 @@ def with_old_logp(groups: list[Any], config: Any, model: Any, params: Any, seed:
     from rmr1_jax.train.grpo import batch_logprobs
     from rmr1_jax.train.micro_batches import mini_batch
 
-    batch = mini_batch(groups, config, skip_unmixed=False)
-    inputs = {k: v for k, v in batch.arrays.items() if v.dtype == np.int32}
-    logp = jax.jit(functools.partial(batch_logprobs, split(model)[0]))(params, inputs, batch.count)
-    numbers = batch.arrays["sampler_logp"].astype(int)  # see `made_groups`
+    ((arrays, count),), *_ = mini_batch(groups, config, skip_unmixed=False)
+    inputs = {k: v for k, v in arrays.items() if v.dtype == np.int32}
+    logp = jax.jit(functools.partial(batch_logprobs, split(model)[0]))(params, inputs, count)
+    numbers = arrays["sampler_logp"].astype(int)  # see `made_groups`
     by_number = np.zeros(numbers.max() + 1, np.float32)
     by_number[numbers] = logp
     by_number += np.random.default_rng([seed, 2]).normal(0, 0.1, by_number.shape).astype(np.float32)
@@ -238,14 +238,14 @@ def our_update(groups: list[Any], config: Any, model: Any, params: Any) -> Compi
     from rmr1_jax.train.micro_batches import mini_batch
     from rmr1_jax.train.optim import init_state, make_optimizer, master_weights
 
-    batch = mini_batch(groups, config, skip_unmixed=True)
-    arrays = batch.arrays | {"old_logp": batch.arrays["sampler_logp"]}
+    ((arrays, count),), *_ = mini_batch(groups, config, skip_unmixed=True)
+    arrays |= {"old_logp": arrays["sampler_logp"]}
     forward = forward_options(config, model.config, single_device_mesh(), mean_length([g.prompt for g in groups]))
     loss = functools.partial(grpo_micro_loss, split(model)[0], config, policy_loss, **forward)
     optimizer = make_optimizer(config.optimizer, 100)
     state = init_state(master_weights(params, keep=True), optimizer)
-    update = CompiledUpdate(state, arrays, batch.count, loss=loss, optimizer=optimizer)
+    update = CompiledUpdate(state, arrays, count, loss=loss, optimizer=optimizer)
     responses = sum(len(sample.token_ids) for group in groups for sample in group.samples)
     update.facts["distinct_tokens"] = responses + sum(len(group.prompt.tokens) for group in groups)
-    update.facts["positions"] = batch.count * config.micro_rows * config.row_length
+    update.facts["positions"] = count * config.micro_rows * config.row_length
     return update

@@ -60,8 +60,8 @@ def _measure(work: Path, count: int, seed: int, report: Path) -> int:
             saves, began, used = bool(stretch % 2), time.perf_counter(), time.process_time()
             seconds = checkpoints.save(state, {}) if saves else 0.0
             for _ in range(STEPS):
-                micro, _ = to_micro_batches(next(batches), SFT.micro_rows, policy.mesh)
-                state, metrics = step(state, micro, len(micro["tokens"]))
+                stacks, _ = to_micro_batches(next(batches), SFT.micro_rows, policy.mesh)
+                state, metrics = step(state, stacks)
                 jax.device_get(metrics)
                 checkpoints.check()
             checkpoints.finish()

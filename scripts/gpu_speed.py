@@ -75,7 +75,7 @@ def sft(case: str, *, out: Path, tiny: bool) -> Rows:
     attention, most = forward["attention"], segment_limit(forward["attention"])
     batches, _ = batches_of(config, examples, mesh, most)()
     batch = next(batches)
-    micro, facts = to_micro_batches(batch, rows, mesh)
+    ((micro, _),), facts = to_micro_batches(batch, rows, mesh)
     optimizer = make_optimizer(config.optimizer, 100)
     with jax.set_mesh(mesh):
         state = init_state(init_params(Qwen(model), jax.random.key(0), mesh=mesh), optimizer)

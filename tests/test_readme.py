@@ -161,7 +161,7 @@ def test_the_strict_rule(x):
 def test_keys_of_sft_metrics(tiny_policy, tmp_path, monkeypatch):
     def instead_of_compiling(state, **unused):
         metrics = {"loss": 1.0, "grad_norm": 1.0}
-        return lambda state, batch, count: (state._replace(step=state.step + 1), metrics)
+        return lambda state, stacks: (state._replace(step=state.step + 1), metrics)
 
     monkeypatch.setattr(importlib.import_module("rmr1_jax.train.sft"), "compile_update", instead_of_compiling)
     row = sft_example(tiny_policy.tokenizer, "0", [{"role": "user", "content": "Reverse a b c."}], "c b a")

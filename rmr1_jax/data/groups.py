@@ -29,39 +29,45 @@ def pack_groups(
     prompts: Sequence[int],
     groups: Sequence[Sequence[int]],
     lengths: Sequence[int],
-    row_length: int,
+    row_length: int | np.ndarray,
     *,
     max_items: int | None = None,
-    max_separate: int | None = None,
+    max_separate: float | None = None,
 ) -> list[list[Piece]]:
     """Pack groups into rows of `row_length`, each prompt once a row; a group is split where that saves rows or it is
     longer than a row.
 
     Args:
         prompts: the tokens of each prompt, at least 1. groups: the numbers of each prompt's responses, possibly none.
-        lengths: the tokens of each response. A prompt and any one of its responses fit into a row. max_items: the most
-            responses in a row. max_separate: the most tokens in a row if each response had a prompt of its own, at
-            least `row_length`.
+        lengths: the tokens of each response. row_length: of all rows, or of each one, the longest first. A prompt and
+            any one of its responses fit into a row, and what does not fit into the shorter rows into the longer ones.
+        max_items: the most responses in a row. max_separate: the most tokens in a row if each response had a prompt of
+            its own, as a multiple of the row's length, at least 1.
 
     Returns:
         The pieces of each row.
     """
-    limits = (row_length, max_items or len(lengths), max_separate or row_length * len(lengths))
+    sizes = np.full(len(lengths), row_length) if np.ndim(row_length) == 0 else np.asarray(row_length)
+    separate = np.floor(sizes * (max_separate or len(lengths)))
+    limits = np.stack([sizes, np.full(len(sizes), max_items or len(lengths)), separate], axis=1).astype(np.int64)
     plans = [_pack(prompts, groups, lengths, limits, worth) for worth in (np.inf, WORTH_REPEATING)]
-    return min(plans, key=len)
+    fitting = [plan for plan in plans if plan is not None]
+    assert fitting, "a prompt with one of its responses is longer than a row"
+    return min(fitting, key=len)
 
 
 def _pack(
     prompts: Sequence[int],
     groups: Sequence[Sequence[int]],
     lengths: Sequence[int],
-    limits: tuple[int, int, int],
+    limits: np.ndarray,
     worth: float,
-) -> list[list[Piece]]:
+) -> list[list[Piece]] | None:
     """`pack_groups` with a group split where the responses that go first have `worth` times the prompt's tokens: groups
-    and responses from the longest on, each to the first row with room for all that is left of the group."""
+    and responses from the longest on, each to the first row with room for all that is left of the group. limits: the
+    tokens, responses and separate tokens that fit into each row, [rows, 3]. None: a response does not fit."""
     rows: list[list[Piece]] = []
-    room = np.zeros((sum(map(len, groups)), 3), np.int64)  # tokens, responses and separate tokens that fit into a row
+    room = limits.copy()
 
     def needs(group: int, responses: Sequence[int]) -> np.ndarray:
         own = sum(1 + lengths[i] for i in responses)
@@ -88,9 +94,9 @@ def _pack(
                     row, part = emptiest, some
             if row == len(rows):
                 rows.append([])
-                room[row] = limits
                 part = that_fit(group, left, room[row])
-            assert part, "a prompt with one of its responses is longer than a row"
+            if not part:
+                return None
             rows[row].append(Piece(group, sorted(part)))
             room[row] -= needs(group, part)
             left = [i for i in left if i not in part]

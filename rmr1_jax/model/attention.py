@@ -76,9 +76,9 @@ def keep_attention(primitive: Any, *_: Any, **params: Any) -> bool:
     return bool(named) or primitive.name == CUDNN_FORWARD
 
 
-def unfolded_limit(attention: Resolved, T: int) -> int | None:
-    """Returns the most tokens that a row of T may unfold to (`unfold.py`); None: any number, where none unfolds."""
-    return UNFOLDED_ROWS * T if isinstance(attention, cudnn.Cudnn) else None
+def unfolded_limit(attention: Resolved) -> int | None:
+    """Returns how many times its length a row may unfold to (`unfold.py`); None: any number, where none unfolds."""
+    return UNFOLDED_ROWS if isinstance(attention, cudnn.Cudnn) else None
 
 
 def segment_limit(attention: Resolved) -> int | None:

@@ -173,6 +173,8 @@ def _number(value: float | None, unit: float) -> str:
 def _remarks(config: Config | JudgingConfig, lines: Sequence[Line], lengths: Lengths | None) -> Iterator[str]:
     yield "Compiled, not run. Memory and bytes between chips are in GiB per chip, TFLOP are of one call on all chips."
     yield "The time is a lower bound: the longest of those for compute, memory and links, each at its peak speed."
+    if getattr(config, "short_rows", None):
+        yield "The plan does not know short_row_length: it is that of rows of row_length alone, which take more memory."
     if any(line["program"] == "grpo_update" for line in lines):
         yield from _row_remarks(config, lengths)
     too_large = [line for line in lines if not line["fits"]]

@@ -155,7 +155,7 @@ def training_programs(
         updates = 1 if is_sft else config.updates_per_step
         reference = reference_bytes(config, model, mesh)
         held = reference + (updates - 1) * bytes_per_chip(batch)
-        yield "sft_update" if is_sft else "grpo_update", compile_here(update, state, batch, count, resident=held)
+        yield "sft_update" if is_sft else "grpo_update", compile_here(update, state, [(batch, count)], resident=held)
         if is_sft:
             return
         logprobs = jax.jit(functools.partial(batch_logprobs, graphdef, **forward))

@@ -66,6 +66,9 @@ class RunConfig:
     """Seed of the order of the rows and of the sampling."""
     row_length: PositiveInt = 12288
     """Length of a packed row."""
+    short_row_length: PositiveInt | None = None
+    """Length of the rows for what fits into them, a divisor of row_length; the rest goes into rows of row_length. All
+    rows of a micro-batch have one length. null, or row_length and more: every row has row_length."""
     micro_rows: PositiveInt = 8
     """Number of packed rows that are on the devices at once; a multiple of mesh.replica x mesh.fsdp."""
     optimizer: OptimConfig = OptimConfig()
@@ -100,6 +103,20 @@ class RunConfig:
     """Where the metrics are shown besides metrics.jsonl: tensorboard (event files in out/tensorboard), wandb (Weights &
     Biases). Each requires the extra of its name: pip install 'rmr1-jax[tensorboard]'."""
 
+    def __post_init__(self):
+        if self.short_rows and self.row_length % self.short_rows:
+            below = next(n for n in range(self.short_rows, 0, -1) if self.row_length % n == 0)
+            raise InputError(
+                f"short_row_length={self.short_rows} must divide row_length={self.row_length}; {below} does, and null "
+                "turns it off"
+            )
+
+    @property
+    def short_rows(self) -> int | None:
+        """The length of short rows; None where there are none."""
+        short = self.short_row_length
+        return short if short and short < self.row_length else None
+
 
 @config_dataclass
 class SftConfig(RunConfig):
@@ -115,6 +132,7 @@ class SftConfig(RunConfig):
     """If an example is longer than row_length: an error, or drop it."""
 
     def __post_init__(self):
+        super().__post_init__()
         if self.rows_per_step % self.micro_rows:
             raise InputError(f"rows_per_step={self.rows_per_step} must be a multiple of micro_rows={self.micro_rows}")
 
@@ -175,6 +193,7 @@ class GrpoConfig(RunConfig):
     """Devices that share one copy of the weights while sampling, all in one process. null: mesh.tensor."""
 
     def __post_init__(self):
+        super().__post_init__()
         prompts, size = self.prompts_per_step, self.mini_batch_prompts
         if prompts % size:
             raise InputError(f"prompts_per_step={prompts} must be a multiple of mini_batch_prompts={size}")

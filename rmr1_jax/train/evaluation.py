@@ -14,7 +14,7 @@ import jax
 from flax import nnx
 
 from rmr1_jax.data.examples import Example
-from rmr1_jax.data.packing import mean_length, sft_batches
+from rmr1_jax.data.packing import Packing, mean_length, sft_batches
 from rmr1_jax.distributed.mesh import own_rows
 from rmr1_jax.errors import InputError
 from rmr1_jax.model.attention import segment_limit
@@ -49,7 +49,10 @@ def sft_evaluation(config: SftConfig, policy: Policy, examples: Sequence[Example
         return sft_loss(logp, batch["weights"])
 
     options = {"row_length": config.row_length, "batch_rows": config.micro_rows, "epochs": 1, "seed": 0}
-    options |= {"own": own_rows(policy.mesh, config.micro_rows), "max_items": segment_limit(forward["attention"])}
+    options |= {
+        "own": own_rows(policy.mesh, config.micro_rows),
+        "packing": Packing(segment_limit(forward["attention"])),
+    }
     make_batches = functools.partial(sft_batches, examples, **options)
     try:
         make_batches()
@@ -59,7 +62,7 @@ def sft_evaluation(config: SftConfig, policy: Policy, examples: Sequence[Example
     def measure(params: Params) -> dict[str, float]:
         total, count = 0.0, 0
         for batch in make_batches()[0]:
-            micro, facts = to_micro_batches(batch, config.micro_rows, policy.mesh)
+            ((micro, _),), facts = to_micro_batches(batch, config.micro_rows, policy.mesh)
             total += float(mean_loss(params, micro)) * facts["trained_tokens"]
             count += facts["trained_tokens"]
         return {"loss": total / count}

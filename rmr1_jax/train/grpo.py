@@ -41,8 +41,9 @@ from rmr1_jax.train.health import CollapseWatch, check_finite
 from rmr1_jax.train.logprobs import forward_options, row_logprobs
 from rmr1_jax.train.losses import LossInputs, PolicyLoss, mean_metrics, policy_loss
 from rmr1_jax.train.metrics import as_floats, mfu, throughput, train_flops
-from rmr1_jax.train.micro_batches import MiniBatch, drop_longer, mini_batch
+from rmr1_jax.train.micro_batches import MiniBatch, drop_longer, mini_batch, positions_of
 from rmr1_jax.train.optim import (
+    Stack,
     TrainState,
     compile_update,
     in_memory,
@@ -223,7 +224,7 @@ class _Trainer:
         self.skip_unmixed = loss is policy_loss and not (config.loss.kl_coef or config.loss.entropy_coef)
         forward = forward_options(config, policy.config, policy.mesh, prompt_length)
         most = min(config.max_segments, segment_limit(forward["attention"]) or config.max_segments)
-        self.max_separate = unfolded_limit(forward["attention"], config.row_length)
+        self.max_separate = unfolded_limit(forward["attention"])
         self.config = dataclasses.replace(config, max_segments=most)
         forward["temperature"] = config.sampling.temperature or 1.0
         graphdef = split(policy.model)[0]
@@ -239,18 +240,22 @@ class _Trainer:
         for members in (groups[start : start + size] for start in range(0, len(groups), size)):
             options = {"skip_unmixed": self.skip_unmixed, "own": own, "max_separate": self.max_separate}
             batch = mini_batch(members, self.config, **options)
-            arrays = place_rows(self.mesh, "ABT", batch.arrays, self.config.micro_rows)
-            inputs = {k: v for k, v in arrays.items() if v.dtype == jnp.int32}
-            if self.config.old_logp == "sampler":
-                arrays["old_logp"] = arrays["sampler_logp"]
-            elif self.config.updates_per_step > 1:
-                # The first update trains the weights that sampled, whose log-probabilities it computes itself.
-                known = self._logprobs(params, inputs, batch.count) if prepared else arrays["weights"] * jnp.nan
-                arrays["old_logp"] = known
-            if self.reference is not None:
-                arrays["ref_logp"] = self._logprobs(in_memory(self.reference, "device"), inputs, batch.count)
-            prepared.append((members, batch._replace(arrays=arrays)))
+            stacks = [self._with_logprobs(*stack, params, first=not prepared) for stack in batch.stacks]
+            prepared.append((members, batch._replace(stacks=stacks)))
         return jax.block_until_ready(prepared)
+
+    def _with_logprobs(self, arrays: dict[str, np.ndarray], count: int, params: Params, *, first: bool) -> Stack:
+        """A stack on the mesh, with the log-probabilities that its update needs. first: that is the step's first."""
+        placed = place_rows(self.mesh, "ABT", arrays, self.config.micro_rows)
+        inputs = {k: v for k, v in placed.items() if v.dtype == jnp.int32}
+        if self.config.old_logp == "sampler":
+            placed["old_logp"] = placed["sampler_logp"]
+        elif self.config.updates_per_step > 1:
+            # The first update trains the weights that sampled, whose log-probabilities it computes itself.
+            placed["old_logp"] = placed["weights"] * jnp.nan if first else self._logprobs(params, inputs, count)
+        if self.reference is not None:
+            placed["ref_logp"] = self._logprobs(in_memory(self.reference, "device"), inputs, count)
+        return placed, count
 
     def update(
         self, state: TrainState, batches: list[tuple[list[Group], MiniBatch]], step: int
@@ -260,22 +265,23 @@ class _Trainer:
         what ends in `_max` their maximum."""
         applied, skipped = [], []
         for number, (members, batch) in enumerate(batches):
-            state, metrics = self._update(state, batch.arrays, batch.count)
+            state, metrics = self._update(state, batch.stacks)
             totals = {k: metrics.pop(k) for k in ("loss", "grad_norm")}  # not sums over tokens, as the others are
             row = as_floats(totals | mean_metrics(metrics))
             what = f"update {number} of the prompts {[g.prompt.id for g in members][:8]}..."
             describe = functools.partial(describe_groups, members)
             is_finite = check_finite(row, step, what, state=state, describe=describe, config=self.config)
-            (applied if is_finite else skipped).append(row | {"packed": sum(batch.lengths) / self._positions(batch)})
+            (applied if is_finite else skipped).append(
+                row | {"packed": sum(batch.lengths) / positions_of(batch.stacks)}
+            )
         trained_tokens = sum(row["tokens"] for row in applied)
         rows = [{k: v for k, v in row.items() if k != "tokens"} for row in applied or skipped]
         joined = {k: float((max if k.endswith("_max") else np.mean)([row[k] for row in rows])) for k in rows[0]}
-        joined |= {"trained_tokens": trained_tokens, "positions": sum(self._positions(batch) for _, batch in batches)}
+        joined |= {
+            "trained_tokens": trained_tokens,
+            "positions": sum(positions_of(batch.stacks) for _, batch in batches),
+        }
         return state, joined, len(skipped)
-
-    def _positions(self, batch: MiniBatch) -> int:
-        """The positions that an update computes, padding included."""
-        return batch.count * self.config.micro_rows * self.config.row_length
 
 
 def _check_sizes(config: GrpoConfig, prompts: Sequence[RlPrompt], mesh: Mesh) -> None:

@@ -8,23 +8,24 @@ Next: `logprobs.py`, what a step computes of them.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float, Int
 
 from rmr1_jax.data.groups import pack_groups
-from rmr1_jax.data.packing import Batch, View, assemble, lengths_of, pack
+from rmr1_jax.data.packing import Batch, View, assemble, lengths_of, pack, row_lengths
 from rmr1_jax.distributed.mesh import own_rows, place_rows
 from rmr1_jax.distributed.terminal import say
 from rmr1_jax.sampler.sample import Sample
 from rmr1_jax.train.config import GrpoConfig
 from rmr1_jax.train.logprobs import trained_places
 from rmr1_jax.train.losses import aggregation_weights
+from rmr1_jax.train.optim import Stack
 from rmr1_jax.train.rollout import Group
 
 
@@ -36,16 +37,24 @@ def drop_longer(examples: Sequence[Any], limit: int, name: str) -> Sequence[Any]
     return View(examples, fits.nonzero()[0])
 
 
-def to_micro_batches(batch: Batch, micro_rows: int, mesh: Mesh) -> tuple[dict[str, jax.Array], dict[str, Any]]:
-    """The rows of a batch as arrays [A, micro_rows, T] on the mesh, with weights that average the loss over the trained
-    tokens of the whole step; and facts about the batch for the metrics."""
-    rows = dict(batch.rows)
-    rows["weights"] = rows.pop("trained") / max(1, batch.trained_tokens)
-    own, T = len(own_rows(mesh, micro_rows)), rows["tokens"].shape[-1]
-    micro = _with_trained_places({k: v.reshape(-1, own, T) for k, v in rows.items()}, batch.most_trained)
-    positions, tokens = len(micro["tokens"]) * micro_rows * T, sum(batch.lengths)
-    facts = {"tokens": tokens, "trained_tokens": batch.trained_tokens, "packed": tokens / positions}
-    return place_rows(mesh, "ABT", micro, micro_rows), facts
+def to_micro_batches(batch: Batch, micro_rows: int, mesh: Mesh) -> tuple[list[Stack], dict[str, Any]]:
+    """The rows of a batch as arrays [A, micro_rows, T] on the mesh, for each T, with weights that average the loss over
+    the trained tokens of the whole step; and facts about the batch for the metrics."""
+    stacks, own = [], len(own_rows(mesh, micro_rows))
+    for rows in batch.rows:
+        arrays = dict(rows.arrays)
+        arrays["weights"] = arrays.pop("trained") / max(1, batch.trained_tokens)
+        arrays = {k: v.reshape(-1, own, v.shape[-1]) for k, v in arrays.items()}
+        arrays = place_rows(mesh, "ABT", _with_trained_places(arrays, rows.most_trained), micro_rows)
+        stacks.append((arrays, -(-rows.used // micro_rows)))
+    tokens = sum(batch.lengths)
+    facts = {"tokens": tokens, "trained_tokens": batch.trained_tokens, "packed": tokens / positions_of(stacks)}
+    return stacks, facts
+
+
+def positions_of(stacks: Sequence[Stack]) -> int:
+    """The positions that an update computes, padding included."""
+    return sum(count * math.prod(arrays["tokens"].shape[1:]) for arrays, count in stacks)
 
 
 def _with_trained_places(arrays: dict[str, np.ndarray], most: int) -> dict[str, np.ndarray]:
@@ -57,14 +66,14 @@ def _with_trained_places(arrays: dict[str, np.ndarray], most: int) -> dict[str, 
 class MiniBatch(NamedTuple):
     """The data of one GRPO update.
 
-    arrays: [A, B, T] each: tokens, positions, segment_ids and, where prompts are shared, parents int32; weights,
-    advantages, sampler_logp float32; and perhaps trained_at [A, B, S] int32 (see `trained_places`). A is a power of
-    two: few shapes, few compilations. count: how many of the A micro-batches hold anything, at least 1. lengths,
-    starts: the tokens of each segment in them, of all processes, and the position of its first token.
+    stacks: for each length T of rows, arrays [A, B, T]: tokens, positions, segment_ids and, where prompts are shared,
+    parents int32; weights, advantages, sampler_logp float32; and perhaps trained_at [A, B, S] int32 (see
+    `trained_places`). A is a power of two: few shapes, few compilations. Beside them, how many of the A micro-batches
+    hold anything, at least 1. lengths, starts: the tokens of each segment in them, of all processes, and the position
+    of its first token.
     """
 
-    arrays: dict[str, Any]
-    count: int
+    stacks: list[Stack]
     lengths: list[int]
     starts: list[int]
 
@@ -112,7 +121,7 @@ def mini_batch(
     *,
     skip_unmixed: bool,
     own: Sequence[int] | None = None,
-    max_separate: int | None = None,
+    max_separate: float | None = None,
 ) -> MiniBatch:
     """Pack the trajectories of one update.
 
@@ -130,32 +139,70 @@ def mini_batch(
     options = {"max_items": config.max_segments}
     if config.share_prompts:
         options |= {"max_separate": max_separate}
-        rows = _shared_rows(groups, responses, set(kept), config.row_length, options)
+
+    short = config.short_rows or 0
+    if config.share_prompts:
+        groups_of = np.repeat(np.arange(len(groups)), [len(g.samples) for g in groups])
+        sizes = np.bincount(groups_of[kept], 1 + responses[kept], len(groups)) + [
+            len(g.prompt.tokens) - 1 for g in groups
+        ]
+        long = [i for i in kept if sizes[groups_of[i]] > short]
     else:
-        packed = pack([t.length for t in trajectories], config.row_length, kept, **options)
-        rows = [[Segment(i) for i in row] for row in packed]
-    weights = _weights(responses, rows, config)
-    count = max(1, -(-len(rows) // config.micro_rows))
-    room = 2 ** (count - 1).bit_length()
+        long = [i for i in kept if trajectories[i].length > short]
+
+    def rows_of(row_length: int | np.ndarray, only: Sequence[int]) -> list[list[Segment]]:
+        if config.share_prompts:
+            return _shared_rows(groups, responses, set(only), row_length, options)
+        order = sorted(only, key=lambda i: trajectories[i].length <= short)  # in order, but first what needs a long row
+        packed = pack([t.length for t in trajectories], row_length, order, **options)
+        return [[Segment(i) for i in row] for row in packed]
+
+    classes = _row_classes(rows_of, kept, long, config)
+    weights = _weights(responses, classes, config)
     own = range(config.micro_rows) if own is None else own
-    padded = rows + [[]] * (room * config.micro_rows - len(rows))
-    places = [a * config.micro_rows + b for a in range(room) for b in own]
-    filled = [[trajectories[s.trajectory].packed(s, weights[s.trajectory]) for s in padded[place]] for place in places]
-    values = ["weights", "advantages", "sampler_logp"]
-    arrays = assemble(filled, config.row_length, values, shared=config.share_prompts)
-    most = max((sum(int(responses[s.trajectory]) for s in row if not s.prompt_only) for row in rows), default=0)
-    arrays = _with_trained_places({k: v.reshape(room, len(own), config.row_length) for k, v in arrays.items()}, most)
-    segments = [s for row in rows for s in row]
+    stacks = []
+    for T, rows in classes.items():
+        count = max(1, -(-len(rows) // config.micro_rows))
+        room = 2 ** (count - 1).bit_length()
+        padded = rows + [[]] * (room * config.micro_rows - len(rows))
+        chosen = [padded[a * config.micro_rows + b] for a in range(room) for b in own]
+        filled = [[trajectories[s.trajectory].packed(s, weights[s.trajectory]) for s in row] for row in chosen]
+        arrays = assemble(filled, T, ["weights", "advantages", "sampler_logp"], shared=config.share_prompts)
+        most = max((sum(int(responses[s.trajectory]) for s in row if not s.prompt_only) for row in rows), default=0)
+        arrays = {k: v.reshape(room, len(own), T) for k, v in arrays.items()}
+        stacks.append((_with_trained_places(arrays, most), count))
+    segments = [s for rows in classes.values() for row in rows for s in row]
     spans = [trajectories[s.trajectory].tokens_of(s) for s in segments]
-    return MiniBatch(arrays, count, [s.stop - s.start for s in spans], [s.start for s in spans])
+    return MiniBatch(stacks, [s.stop - s.start for s in spans], [s.start for s in spans])
+
+
+def _row_classes(
+    rows_of: Callable[..., list[list[Segment]]], kept: Sequence[int], long: Sequence[int], config: GrpoConfig
+) -> dict[int, list[list[Segment]]]:
+    """The rows of each length that has any: those that make the fewest positions, padding included, and among such
+    the fewest long rows. rows_of: packs trajectories into rows of one length or of several. long: those of the
+    trajectories `kept` that fit into no short row."""
+    T, short, micro = config.row_length, config.short_rows, config.micro_rows
+    whole, plans = rows_of(T, kept), []
+    if short:
+        need, most = (-(-len(rows) // micro) * micro for rows in (rows_of(T, long), whole))
+        for count in range(need, most, micro):
+            rows = rows_of(row_lengths(count, T, short, len(kept)), kept)
+            plans.append({T: rows[:count], short: rows[count:]})
+
+    def positions(plan: dict[int, list]) -> int:
+        return sum(-(-len(rows) // micro) * length for length, rows in plan.items())
+
+    best = min([*plans, {T: whole}], key=positions)
+    return {length: rows for length, rows in best.items() if rows} or {T: []}
 
 
 def _shared_rows(
     groups: Sequence[Group],
     responses: Int[np.ndarray, " S"],
     kept: set[int],
-    row_length: int,
-    limits: dict[str, int | None],
+    row_length: int | np.ndarray,
+    limits: dict[str, Any],
 ) -> list[list[Segment]]:
     """The segments of each row that holds a group's prompt once. A prompt of one token leaves no segment of its own."""
     starts = np.cumsum([0, *(len(g.samples) for g in groups)])
@@ -175,11 +222,13 @@ def _shared_rows(
 
 
 def _weights(
-    responses: Int[np.ndarray, " S"], rows: Sequence[Sequence[Segment]], config: GrpoConfig
+    responses: Int[np.ndarray, " S"], classes: dict[int, list[list[Segment]]], config: GrpoConfig
 ) -> Float[np.ndarray, " S"]:
     """The weight of the tokens of each trajectory's response."""
-    micro_of = np.full(len(responses), -1)
-    for r, row in enumerate(rows):
-        micro_of[[s.trajectory for s in row]] = r // config.micro_rows
+    micro_of, first = np.full(len(responses), -1), 0
+    for rows in classes.values():
+        for r, row in enumerate(rows):
+            micro_of[[s.trajectory for s in row]] = first + r // config.micro_rows
+        first = micro_of.max() + 1
     limit = config.sampling.max_new_tokens
     return aggregation_weights(responses, config.aggregation, micro_batch_of=micro_of, max_length=limit)

@@ -6,14 +6,17 @@ GRPO step with fewer rows than the last one recompiles nothing. Next: `micro_bat
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Int, PyTree, Shaped
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Int, PyTree
 from pydantic import Field, PositiveFloat
 
 from rmr1_jax.config import config_dataclass
@@ -73,6 +76,9 @@ class TrainState(NamedTuple):
     step: Int[Array, ""]
 
 
+# Micro-batches of one shape, [A, B, T] each, and how many of the A to use.
+Stack = tuple[dict[str, jax.Array | np.ndarray], ArrayLike]
+
 # loss(params, micro_batch) -> (scalar, sums of metrics). Micro-batches' losses add up to the mini-batch's.
 MicroLoss = Callable[[Any, dict[str, jax.Array]], tuple[jax.Array, dict[str, jax.Array]]]
 
@@ -131,16 +137,16 @@ def init_state(params: Any, optimizer: optax.GradientTransformation, memory: Mem
 
 def compile_update(
     state: TrainState, *, loss: MicroLoss, optimizer: optax.GradientTransformation, clip: float
-) -> Callable[[TrainState, dict[str, jax.Array], int], tuple[TrainState, dict[str, jax.Array]]]:
+) -> Callable[[TrainState, Sequence[Stack]], tuple[TrainState, dict[str, jax.Array]]]:
     """Compile `update` for one layout of the state, which it donates. Moments in host memory are on the devices only
     during the update. state: arrays or their description (`abstract_state`)."""
     layout = jax.tree.map(lambda x: x.sharding, state)
     on_device = jax.tree.map(lambda s: s.with_memory_kind(MEMORY_KINDS["device"]), layout.opt_state)
 
-    def step(state: TrainState, micro_batches: dict[str, jax.Array], count: jax.Array):
+    def step(state: TrainState, stacks: Sequence[Stack]):
         if on_device != layout.opt_state:
             state = state._replace(opt_state=jax.device_put(state.opt_state, on_device))
-        return update(state, micro_batches, count, loss=loss, optimizer=optimizer, clip=clip)
+        return update(state, stacks, loss=loss, optimizer=optimizer, clip=clip)
 
     return jax.jit(step, donate_argnums=0, out_shardings=(layout, None))
 
@@ -154,14 +160,13 @@ def global_norm(grads: PyTree[Float[Array, "..."]]) -> Float[Array, ""]:
 
 def update(
     state: TrainState,
-    micro_batches: dict[str, Shaped[Array, "A B _"]],
-    count: Int[Array, ""],
+    stacks: Sequence[Stack],
     *,
     loss: MicroLoss,
     optimizer: optax.GradientTransformation,
     clip: float,
 ) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
-    """One optimizer step over the first `count` of A micro-batches; a pure function to jit.
+    """One optimizer step over the micro-batches of `stacks`, one for each length of rows; a pure function to jit.
 
     Returns the next state, and the metrics: the sums that `loss` returns, `loss`, and `grad_norm` before clipping. If
     the loss or the norm is not finite, the weights and moments stay as they were, so that nothing broken can be saved;
@@ -169,19 +174,22 @@ def update(
     """
     value_and_grad = jax.value_and_grad(loss, has_aux=True)
 
-    def one(i):
-        (value, sums), grads = value_and_grad(state.params, {k: v[i] for k, v in micro_batches.items()})
+    def one(stack, i):
+        (value, sums), grads = value_and_grad(state.params, {k: v[i] for k, v in stack.items()})
         return grads, sums | {"loss": value}
 
-    def add(i, total):
-        grads, sums = one(i)
+    def add(stack, i, total):
+        grads, sums = one(stack, i)
         return jax.tree.map(jnp.add, total[0], grads), add_metrics(total[1], sums)
 
-    if jax.tree.leaves(micro_batches)[0].shape[0] == 1:  # no buffer of zeros, and no addition
-        grads, metrics = one(0)
+    first, _ = stacks[0]
+    if len(stacks) == jax.tree.leaves(first)[0].shape[0] == 1:  # no buffer of zeros, and no addition
+        grads, metrics = one(first, 0)
     else:
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, 0))
-        grads, metrics = jax.lax.fori_loop(0, count, add, zeros)
+        total = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(partial(one, first), 0))
+        for stack, count in stacks:
+            total = jax.lax.fori_loop(0, count, partial(add, stack), total)
+        grads, metrics = total
     with jax.named_scope("update"):
         norm = global_norm(grads)
         finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])

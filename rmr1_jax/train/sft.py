@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Shaped
 
 from rmr1_jax.data.examples import Example
-from rmr1_jax.data.packing import Batch, mean_length, sft_batches
+from rmr1_jax.data.packing import Batch, Packing, mean_length, sft_batches
 from rmr1_jax.data.store import open_examples, prompt_of
 from rmr1_jax.distributed.mesh import check_micro_rows, own_rows
 from rmr1_jax.distributed.terminal import say
@@ -77,9 +77,9 @@ def sft(
         batches, _ = make_batches(start=int(state.step))
         for step in run.steps(int(state.step), steps):
             batch = next(batches)
-            micro, facts = to_micro_batches(batch, config.micro_rows, policy.mesh)
+            stacks, facts = to_micro_batches(batch, config.micro_rows, policy.mesh)
             run.lap("data_seconds")
-            state, metrics = update(state, micro, len(micro["tokens"]))
+            state, metrics = update(state, stacks)
             row = as_floats(metrics)
             run.lap("update_seconds")
             lr = float(schedule(step - cursor["skipped"]))
@@ -110,7 +110,7 @@ def batches_of(
     own = own_rows(mesh, config.micro_rows)
     own = [first + row for first in range(0, config.rows_per_step, config.micro_rows) for row in own]
     options = {"row_length": config.row_length, "batch_rows": config.rows_per_step, "seed": config.seed, "own": own}
-    options["max_items"] = max_items
+    options["packing"] = Packing(max_items, config.short_rows, config.micro_rows)
     return functools.partial(sft_batches, examples, epochs=config.epochs, **options)
 
 

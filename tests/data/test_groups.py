@@ -18,7 +18,7 @@ def random_groups(seed: int, count: int = 40, longest: int = 30):
     return prompts, groups, rng.integers(1, longest, ends[-1]).tolist()
 
 
-@pytest.mark.parametrize("limits", [{}, {"max_items": 3}, {"max_separate": 90}, {"max_items": 1, "max_separate": 64}])
+@pytest.mark.parametrize("limits", [{}, {"max_items": 3}, {"max_separate": 1.4}, {"max_items": 1, "max_separate": 1}])
 def test_every_response_is_in_one_row_with_its_own_prompt(limits):
     for seed in range(5):
         prompts, groups, lengths = random_groups(seed)
@@ -31,7 +31,7 @@ def test_every_response_is_in_one_row_with_its_own_prompt(limits):
             assert sum(prompts[p.prompt] - 1 for p in row) + sum(1 + lengths[i] for i in responses) <= 64
             assert len(responses) <= limits.get("max_items", 99)
             separate = sum(prompts[p.prompt] + lengths[i] for p in row for i in p.responses)
-            assert separate <= limits.get("max_separate", 9999)
+            assert separate <= 64 * limits.get("max_separate", 99)
 
 
 def test_a_group_is_split_only_where_it_must_be_or_saves_a_row():

@@ -122,9 +122,9 @@ def test_the_batches_of_a_run_contain_the_set_once_an_epoch():
     batches = list(batches)
     assert len(batches) == total
     for batch in batches:
-        assert sum(batch.lengths) == (batch.rows["segment_ids"] > 0).sum()
-        assert batch.trained_tokens == batch.rows["trained"].sum()
-    batches = [batch.rows for batch in batches]
+        assert sum(batch.lengths) == (batch.rows[0].arrays["segment_ids"] > 0).sum()
+        assert batch.trained_tokens == batch.rows[0].arrays["trained"].sum()
+    batches = [batch.rows[0].arrays for batch in batches]
     tokens = Counter(np.concatenate([b["tokens"].ravel() for b in batches]).tolist())
     trained = Counter(np.concatenate([b["tokens"][b["trained"] > 0] for b in batches]).tolist())
     del tokens[0]
@@ -139,7 +139,7 @@ def test_the_batches_of_a_run_contain_the_set_once_an_epoch():
 
 def test_the_last_batch_is_filled_up_with_empty_rows():
     batches, total = sft_batches(examples_of([48, 48, 48]), **RUN | {"epochs": 1})
-    *_, last = (batch.rows for batch in batches)
+    *_, last = (batch.rows[0].arrays for batch in batches)
     assert total == 2
     assert (last["segment_ids"][0] == 1).all() and not any(v[1].any() for v in last.values())
 
@@ -154,8 +154,8 @@ def test_start_skips_batches_and_changes_nothing_else():
         assert same == total and len(rest) == total - start
         for a, b in zip(rest, whole[start:], strict=True):
             assert a[1:] == b[1:]
-            for name in b.rows:
-                np.testing.assert_array_equal(a.rows[name], b.rows[name])
+            for name in b.rows[0].arrays:
+                np.testing.assert_array_equal(a.rows[0].arrays[name], b.rows[0].arrays[name])
 
 
 @pytest.mark.parametrize("own", [[0, 1], [2], [1, 3]], ids=str)
@@ -166,9 +166,9 @@ def test_a_process_assembles_only_its_own_rows_and_knows_the_totals(own):
     empty = False
     for part, whole in zip(sft_batches(examples, **sizes, own=own)[0], sft_batches(examples, **sizes)[0], strict=True):
         assert part[1:] == whole[1:]
-        for name, rows in part.rows.items():
-            np.testing.assert_array_equal(rows, whole.rows[name][own])
-        empty |= not part.rows["segment_ids"].any()
+        for name, rows in part.rows[0].arrays.items():
+            np.testing.assert_array_equal(rows, whole.rows[0].arrays[name][own])
+        empty |= not part.rows[0].arrays["segment_ids"].any()
     assert empty == (own == [2])
 
 
@@ -200,7 +200,9 @@ def run_on(examples, hosts: int, start: int = 0, **sizes) -> list[dict]:
     joined = []
     for batches in zip(*parts, strict=True):
         assert len({str(batch[1:]) for batch in batches}) == 1  # all hosts know the same totals
-        joined.append({k: np.concatenate([batch.rows[k] for batch in batches]) for k in batches[0].rows})
+        joined.append(
+            {k: np.concatenate([batch.rows[0].arrays[k] for batch in batches]) for k in batches[0].rows[0].arrays}
+        )
     return joined
 
 
@@ -247,7 +249,7 @@ def test_a_view_knows_its_lengths_without_reading():
 def test_the_first_token_of_a_segment_is_never_trained():
     """No token precedes it in its example: in a packed row another example would predict it."""
     examples = [Example(str(i), np.full(10, i, np.int32), np.ones(10, bool)) for i in range(6)]
-    for batch in (batch.rows for batch in sft_batches(examples, **RUN)[0]):
+    for batch in (batch.rows[0].arrays for batch in sft_batches(examples, **RUN)[0]):
         np.testing.assert_array_equal(batch["trained"], (batch["positions"] > 0) & (batch["segment_ids"] > 0))
 
 

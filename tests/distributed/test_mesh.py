@@ -173,6 +173,6 @@ def test_a_train_state_keeps_its_layout():
 
         step = compile_update(state, loss=loss, optimizer=optimizer, clip=1.0)
         for _ in range(3):
-            state, _ = step(state, {"x": np.ones((2, 4, 8), np.float32)}, 2)
+            state, _ = step(state, [({"x": np.ones((2, 4, 8), np.float32)}, 2)])
             assert jax.tree.map(lambda x: x.sharding, state) == layout
         assert step._cache_size() == 1 and int(state.step) == 3

@@ -179,11 +179,12 @@ def test_updates_that_are_not_finite_are_skipped_and_counted(policy, tmp_path, m
     places = to_micro_batches
 
     def poisoned(batch, *rest):
-        micro, facts = places(batch, *rest)
+        stacks, facts = places(batch, *rest)
+        micro = stacks[0][0]
         if len(seen) == 2:
             micro["weights"] = micro["weights"].at[0, 0, 3].set(jnp.inf)
         seen.append(batch)
-        return micro, facts
+        return stacks, facts
 
     seen: list = []
     monkeypatch.setattr(sft_stage, "to_micro_batches", poisoned)

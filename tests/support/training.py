@@ -145,7 +145,7 @@ def plain_step(policy, loss):
             if not programs:
                 programs.append(compile_update(state, loss=loss, optimizer=optimizer, clip=1e9))
             arrays = {k: jax.device_put(v, activation_sharding(policy.mesh, "ABT", v.shape)) for k, v in arrays.items()}
-            state, metrics = programs[0](state, arrays, count)
+            state, metrics = programs[0](state, [(arrays, count)])
         return state.params, metrics
 
     return step

@@ -113,7 +113,7 @@ def made_groups(policy, rewards=((1, -1, 1, 1), (0, 0, 0, 0), (2, 0, 1, 1))) -> 
 def batch_of(groups, *, skip_unmixed=False, **options):
     """Arrays [1, 16, 128] with the sampler's log-probabilities as those before the update."""
     config = small_grpo(out="", **options)
-    batch, count, *_ = mini_batch(groups, config, skip_unmixed=skip_unmixed)
+    ((batch, count),), *_ = mini_batch(groups, config, skip_unmixed=skip_unmixed)
     return batch | {"old_logp": batch["sampler_logp"]}, count
 
 

@@ -121,7 +121,7 @@ SAMPLING = SamplingConfig(max_new_tokens=8)
 
 def make(groups=GROUPS, *, skip_unmixed=False, own=None, **options):
     config = GrpoConfig(out="", sampling=SAMPLING, **SIZES | options)
-    batch, count, lengths, _ = mini_batch(groups, config, skip_unmixed=skip_unmixed, own=own)
+    ((batch, count),), lengths, _ = mini_batch(groups, config, skip_unmixed=skip_unmixed, own=own)
     if own is None:
         assert sum(lengths) == (batch["segment_ids"] > 0).sum()
     places = batch.pop("trained_at", np.zeros(0))

@@ -75,9 +75,9 @@ def micro_loss(policy):
 
 def micro_batches(batch, micro_rows: int, mesh, spare: int = 1):
     """(arrays [A, micro_rows, T], how many to count): `spare` more than are to be counted."""
-    micro, facts = to_micro_batches(batch, micro_rows, mesh)
-    assert facts["trained_tokens"] == batch.rows["trained"].sum()
-    assert facts["packed"] == (batch.rows["segment_ids"] > 0).mean()
+    ((micro, _),), facts = to_micro_batches(batch, micro_rows, mesh)
+    assert facts["trained_tokens"] == batch.rows[0].arrays["trained"].sum()
+    assert facts["packed"] == (batch.rows[0].arrays["segment_ids"] > 0).mean()
     return {k: np.concatenate([v, *[np.ones_like(v[:1])] * spare]) for k, v in micro.items()}, len(micro["tokens"])
 
 
@@ -130,10 +130,11 @@ def test_a_loss_that_is_not_finite_stops_before_it_is_saved(policy, whole, tmp_p
     steps = iter(range(8))
 
     def poisoned(*args):
-        micro, facts = to_micro_batches(*args)
+        stacks, facts = to_micro_batches(*args)
+        micro = stacks[0][0]
         if next(steps) == 4:
             micro["weights"] = micro["weights"].at[0, 0, 3].set(jnp.inf)
-        return micro, facts
+        return stacks, facts
 
     monkeypatch.setattr("rmr1_jax.train.sft.to_micro_batches", poisoned)
     with pytest.raises(RunError, match=r"step 4: .*loss is (nan|inf) on batch 4 .* last checkpoint is valid"):
@@ -165,7 +166,7 @@ def test_micro_batches_add_up_to_the_step(policy, batch, step):
 def test_eight_devices_update_as_one_does(policy, batch, step, axes):
     """The weights less their gradient, and the loss."""
     sharded = on_mesh(policy, make_mesh(axes))
-    assert batch.rows["segment_ids"].any(axis=1).all()  # every row shard has something to do
+    assert batch.rows[0].arrays["segment_ids"].any(axis=1).all()  # every row shard has something to do
     arrays, count = micro_batches(batch, 8, policy.mesh)
     expected, metrics = step(policy.params, arrays, count)
     params, their_metrics = plain_step(sharded, micro_loss(sharded))(sharded.params, arrays, count)

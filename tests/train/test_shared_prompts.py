@@ -65,7 +65,9 @@ def rows_of(groups, **options):
     """The only micro-batch [B, T] of the groups, and the segments' lengths. Old and reference log-probabilities are
     functions of the sampler's, so that a token has the same ones wherever it lies."""
     sampling = SamplingConfig(max_new_tokens=16)
-    batch, count, lengths, _ = mini_batch(groups, GrpoConfig(sampling=sampling, **SIZES | options), skip_unmixed=False)
+    ((batch, count),), lengths, _ = mini_batch(
+        groups, GrpoConfig(sampling=sampling, **SIZES | options), skip_unmixed=False
+    )
     assert count == 1
     batch = {k: v[0] for k, v in batch.items()}
     noise = np.sin(1000 * batch["sampler_logp"])
