@@ -25,7 +25,8 @@ from rmr1_jax.train.config import GrpoConfig, RunConfig, SftConfig
 from rmr1_jax.train.logprobs import forward_options, row_logprobs
 from rmr1_jax.train.losses import sft_loss
 from rmr1_jax.train.micro_batches import drop_longer, to_micro_batches
-from rmr1_jax.train.rollout import Reward, RlPrompt, roll_out, rollout_metrics
+from rmr1_jax.train.rewards import Reward
+from rmr1_jax.train.rollout import RlPrompt, roll_out, rollout_metrics
 
 Evaluation = Callable[[Params], dict[str, float]]  # the weights -> the metrics, without the `eval_` before their names
 

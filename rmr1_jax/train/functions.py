@@ -84,9 +84,9 @@ def _parts(value: Any, path: str, above: tuple[int, ...], *, whole: bool) -> Ite
         inside, whole = _bound(value), False
     elif (plain := _plain(value)) is not None:
         yield path, plain
-    elif isinstance(value, Mapping | list):
+    elif isinstance(value, Mapping | list | tuple):
         items = value.items() if isinstance(value, Mapping) else enumerate(value)
-        inside = {str(key): each for key, each in items} if whole else {}
+        inside = {str(key): each for key, each in items} if whole or isinstance(value, tuple) else {}
     elif isinstance(wrapped := getattr(value, "__wrapped__", None), Callable):  # such as a function of `jax.jit`
         yield from _parts(wrapped, path, above, whole=whole)
     elif callable(value):

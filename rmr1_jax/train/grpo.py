@@ -4,7 +4,7 @@ Each step samples R traces for each of P prompts, scores them, packs them into m
 each mini-batch. `grpo` is the whole stage, in the order in which data flows; `grpo_micro_loss` is what is minimised. A
 killed run continues as one of `sft`. Of several processes each samples for itself, and all train together.
 
-To extend it, pass functions: `reward(text, prompt) -> float`, and `loss(config, inputs)` as `losses.policy_loss`. Next:
+To extend it, pass functions: a reward (`rewards.py`), and `loss(config, inputs)` as `losses.policy_loss`. Next:
 `rollout.py`, which makes what is trained on.
 """
 
@@ -52,7 +52,8 @@ from rmr1_jax.train.optim import (
     make_optimizer,
     master_weights,
 )
-from rmr1_jax.train.rollout import Group, Reward, RlPrompt, describe_groups, make_reward, roll_out, rollout_metrics
+from rmr1_jax.train.rewards import Reward, make_reward
+from rmr1_jax.train.rollout import Group, RlPrompt, describe_groups, roll_out, rollout_metrics
 from rmr1_jax.train.rollout_log import RolloutLog
 from rmr1_jax.train.run import load_policy, open_run
 from rmr1_jax.train.run_directory import check_run, data_digest, save_model, start_run

@@ -46,19 +46,22 @@ def group_advantages(
 ) -> Float[np.ndarray, "P R"]:
     """GRPO's advantages (arXiv 2402.03300): (r - mean) / (std + eps) within each group, std unbiased.
 
-    rewards: [P, R]; the result is float32. A group of one (R = 1) has mean 0 and std 1. `normalize_std=False` is the
-    r - mean of Dr.GRPO (arXiv 2503.20783). Raises InputError for another rank or a reward that is not finite.
+    rewards: [P, R], NaN for a text without one, which has the advantage 0 and counts in no mean; the result is float32.
+    A group with one reward has mean 0 and std 1. `normalize_std=False` is the r - mean of Dr.GRPO (arXiv 2503.20783).
+    Raises InputError for another rank or an infinite reward.
     """
     rewards = np.asarray(rewards, np.float64)
     if rewards.ndim != 2:
         raise InputError(f"rewards have shape {rewards.shape}; expected [prompts, samples per prompt]")
-    if not np.isfinite(rewards).all():
-        p, r = np.argwhere(~np.isfinite(rewards))[0]
+    if np.isinf(rewards).any():
+        p, r = np.argwhere(np.isinf(rewards))[0]
         raise InputError(f"the reward of prompt {p}, sample {r} is {rewards[p, r]}; a reward must be finite")
-    mean, std = 0.0, 1.0
-    if rewards.shape[1] > 1:
-        mean, std = rewards.mean(axis=1, keepdims=True), rewards.std(axis=1, ddof=1, keepdims=True)
-    return ((rewards - mean) / (std + eps if normalize_std else 1.0)).astype(np.float32)
+    advantages = np.zeros(rewards.shape)
+    for row, out in zip(rewards, advantages, strict=True):
+        known = ~np.isnan(row)
+        mean, std = (row[known].mean(), row[known].std(ddof=1)) if known.sum() > 1 else (0.0, 1.0)
+        out[known] = (row[known] - mean) / (std + eps if normalize_std else 1.0)
+    return advantages.astype(np.float32)
 
 
 def aggregation_weights(

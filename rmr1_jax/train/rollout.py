@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -21,16 +21,16 @@ from jax.sharding import Mesh
 from rmr1_jax.distributed.exchange import all_shares, any_of, first, gather, own_share
 from rmr1_jax.distributed.mesh import local_mesh, sampling_mesh
 from rmr1_jax.distributed.preemption import Preempted
-from rmr1_jax.errors import InputError
 from rmr1_jax.model.tokenizer import Tokenizer, completion_text
 from rmr1_jax.policy import DTYPES, Policy
 from rmr1_jax.prompts.trace import parse_trace
-from rmr1_jax.prompts.verdict import eval_verdict, format_reward, training_reward
+from rmr1_jax.prompts.verdict import eval_verdict
 from rmr1_jax.sampler.engine import Engine
 from rmr1_jax.sampler.sample import Sample, SampleStats
 from rmr1_jax.sampler.weights import sampling_weights
-from rmr1_jax.train.config import GrpoConfig, RewardKind
+from rmr1_jax.train.config import GrpoConfig
 from rmr1_jax.train.losses import group_advantages
+from rmr1_jax.train.rewards import Reward, rewards_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,13 +43,10 @@ class RlPrompt:
     meta: Any = None
 
 
-# reward(text of a completion, the prompt it answers) -> a finite number.
-Reward = Callable[[str, RlPrompt], float]
-
-
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """A prompt's R samples, their texts, rewards [R] and advantages [R] float32."""
+    """A prompt's R samples, their texts, rewards [R] and advantages [R] float32. A text on which the reward abstained
+    has the reward NaN and the advantage 0."""
 
     prompt: RlPrompt
     samples: list[Sample]
@@ -60,7 +57,8 @@ class Group:
     @property
     def mixed(self) -> bool:
         """Whether the rewards differ. Where they do not, all advantages are zero."""
-        return bool(np.ptp(self.rewards) > 0)
+        known = self.rewards[~np.isnan(self.rewards)]
+        return bool(known.size and np.ptp(known) > 0)
 
 
 def next_prompts(prompts: Sequence[RlPrompt], count: int, consumed: int, seed: int) -> list[RlPrompt]:
@@ -151,16 +149,6 @@ def _in_shares(
     return [Group(p, *result) for p, result in zip(prompts, results, strict=True)], gather(stats)
 
 
-def _as_number(value: object) -> float:
-    """What a reward function returned, as a number."""
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        raise InputError(
-            f"a reward is {value!r:.80}; reward(text, prompt) must return one number for one text"
-        ) from None
-
-
 def score(
     prompts: Sequence[RlPrompt],
     groups: Sequence[Sequence[Sample]],
@@ -170,25 +158,24 @@ def score(
     normalize_std: bool,
 ) -> list[Group]:
     """The groups of the sampler's results, with rewards and advantages. A text begins with the `<think>` that the chat
-    template opens for it, so that a thought that never ends is rewarded as one. Raises InputError if a reward is not a
-    finite number."""
+    template opens for it, so that a thought that never ends is rewarded as one. Raises InputError as `rewards_of`."""
     texts = [
         [completion_text(tokenizer, prompt.tokens.tolist(), sample.token_ids) for sample in group]
         for prompt, group in zip(prompts, groups, strict=True)
     ]
-    rewarded = [[_as_number(reward(t, p)) for t in group] for p, group in zip(prompts, texts, strict=True)]
-    rewards = np.asarray(rewarded, np.float32)
+    flat = [(text, prompt) for prompt, group in zip(prompts, texts, strict=True) for text in group]
+    rewards = rewards_of(reward, *zip(*flat, strict=True)) if flat else np.zeros(0)
+    rewards = rewards.astype(np.float32).reshape(len(prompts), -1)
     advantages = group_advantages(rewards, normalize_std=normalize_std)
     return [Group(*x) for x in zip(prompts, groups, texts, rewards, advantages, strict=True)]
 
 
 def rollout_metrics(groups: Sequence[Group], structure: str) -> dict[str, float]:
-    """Means over all samples. valid: the share of complete traces. verdict_a: the share of A among verdicts that name a
-    side. mixed_groups: the share of groups whose rewards differ."""
+    """Means over all samples; `reward` over those that have one. valid: the share of complete traces. verdict_a: the
+    share of A among verdicts that name a side. mixed_groups: the share of groups whose rewards differ."""
     samples = [s for g in groups for s in g.samples]
     answers = [(text, eval_verdict(text), g.prompt.better) for g in groups for text in g.texts]
     values = {
-        "reward": [g.rewards for g in groups],
         "accuracy": [verdict == better for _, verdict, better in answers],
         "valid": [parse_trace(text).is_complete(structure) for text, _, _ in answers],
         "verdict_a": [verdict == "A" for _, verdict, _ in answers if verdict] or [0.5],
@@ -196,7 +183,9 @@ def rollout_metrics(groups: Sequence[Group], structure: str) -> dict[str, float]
         "truncated": [s.finish_reason == "length" for s in samples],
         "mixed_groups": [g.mixed for g in groups],
     }
-    return {name: float(np.mean(value)) for name, value in values.items()}
+    means = {name: float(np.mean(value)) for name, value in values.items()}
+    known = np.concatenate([g.rewards[~np.isnan(g.rewards)] for g in groups])
+    return {"reward": float(known.mean()) if known.size else 0.0} | means
 
 
 def describe_groups(groups: Sequence[Group]) -> list[dict[str, Any]]:
@@ -211,17 +200,3 @@ def describe_groups(groups: Sequence[Group]) -> list[dict[str, Any]]:
         }
         for g in groups
     ]
-
-
-def make_reward(kind: RewardKind, structure: str) -> Reward:
-    """The reward of the paper's main runs, "verdict": +1 for the right verdict at the end, else -1; or that of its cold
-    start (arXiv 2505.02387), "cold_start": 1 for a complete trace (`Prompt.structure`), plus 1 for the right verdict,
-    for a policy that has not learned the form from traces."""
-
-    assert kind in get_args(RewardKind), kind
-
-    def reward(text: str, prompt: RlPrompt) -> float:
-        verdict = training_reward(text, prompt.better)
-        return verdict if kind == "verdict" else format_reward(text, structure) + (verdict > 0)
-
-    return reward

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from rmr1_jax.distributed.terminal import say
 from rmr1_jax.model.tokenizer import Tokenizer
 from rmr1_jax.prompts.escape import without_control
@@ -49,7 +51,8 @@ class RolloutLog:
         row |= {name: value for name in names if isinstance(value := getattr(prompt.meta, name, None), str)}
         if "question" not in row:
             row["prompt"] = self._tokenizer.decode(prompt.tokens.tolist())
-        row |= {"better": prompt.better, "text": text, "reward": float(group.rewards[number]), "verdict": verdict}
+        reward = None if np.isnan(group.rewards[number]) else float(group.rewards[number])
+        row |= {"better": prompt.better, "text": text, "reward": reward, "verdict": verdict}
         row["status"] = "ok" if verdict else "invalid"
         if not verdict:
             row["reason"] = "cut_off" if sample.finish_reason == "length" else why_unread(text, "eval")
@@ -59,7 +62,8 @@ class RolloutLog:
 def shown_text(row: dict[str, Any]) -> str:
     """A row of rollouts.jsonl for a terminal: a line of facts, and the start and the end of the text."""
     verdict = f"verdict {row['verdict']}" if row["verdict"] else f"no verdict ({row['reason']})"
-    facts = f"reward {row['reward']:g}, {verdict}, better {row['better']}, {row['new_tokens']} tokens"
+    reward = "no reward" if row["reward"] is None else f"reward {row['reward']:g}"
+    facts = f"{reward}, {verdict}, better {row['better']}, {row['new_tokens']} tokens"
     text = " ".join(without_control(row["text"]).split())
     if len(text) > SHOWN:
         text = f"{text[: SHOWN // 2]} ... {text[-SHOWN // 2 :]}"

@@ -352,7 +352,7 @@ def test_group_advantages():
     np.testing.assert_allclose(group_advantages(np.array([[1.0], [-1.0]])), [[1.0 / (1 + 1e-6)], [-1.0 / (1 + 1e-6)]])
     assert group_advantages(rewards).dtype == np.float32
     with pytest.raises(InputError, match="prompt 0, sample 1"):
-        group_advantages(np.array([[0.0, np.nan]]))
+        group_advantages(np.array([[0.0, np.inf]]))
     with pytest.raises(InputError, match="shape"):
         group_advantages(np.zeros(3))
 

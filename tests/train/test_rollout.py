@@ -12,7 +12,8 @@ from rmr1_jax.quickstart.world import make_items, oracle_trace
 from rmr1_jax.sampler.sample import Sample, SamplingConfig
 from rmr1_jax.train.config import GrpoConfig
 from rmr1_jax.train.micro_batches import mini_batch
-from rmr1_jax.train.rollout import Group, RlPrompt, make_reward, next_prompts, rollout_metrics, score
+from rmr1_jax.train.rewards import make_reward
+from rmr1_jax.train.rollout import Group, RlPrompt, next_prompts, rollout_metrics, score
 
 PROMPTS = [RlPrompt(str(i), np.full(3 + i, 50 + i, np.int32), "AB"[i % 2]) for i in range(5)]
 
@@ -102,14 +103,8 @@ def test_a_thought_that_the_template_opens_is_part_of_the_text(world_tokenizer, 
 
 
 def test_a_reward_must_be_finite():
-    with pytest.raises(InputError, match="prompt 0, sample 0 is nan; a reward must be finite"):
+    with pytest.raises(InputError, match=r"a reward is nan; .* must return one finite number"):
         score(PROMPTS[:1], [[sample([1])]], IdsAsText(), lambda text, prompt: float("nan"), normalize_std=True)
-
-
-@pytest.mark.parametrize("returned", [[1.0], None, "good"])
-def test_a_reward_must_be_a_number(returned):
-    with pytest.raises(InputError, match=r"a reward is .*; reward\(text, prompt\) must return one number"):
-        score(PROMPTS[:1], [[sample([1])]], IdsAsText(), lambda text, prompt: returned, normalize_std=True)
 
 
 # ---- packing
