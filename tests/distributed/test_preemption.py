@@ -14,7 +14,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import pytest
 from hosts import free_port, start
-from training import assert_same, metrics_but_timings, run, small_grpo, small_sft, vowels
+from training import assert_same, metrics_but_timings, run, small_grpo, small_sft
 
 from rmr1_jax.cli import main as cli
 from rmr1_jax.distributed.heartbeat import Heartbeat
@@ -23,12 +23,13 @@ from rmr1_jax.distributed.preemption import PREEMPTED, Preempted, Preemption
 from rmr1_jax.errors import RunError, exit_code
 from rmr1_jax.policy import load
 from rmr1_jax.train import grpo as grpo_stage
-from rmr1_jax.train import health
+from rmr1_jax.train import health, rollout
 from rmr1_jax.train import sft as sft_stage
 from rmr1_jax.train.checkpoint import steps_of
 from rmr1_jax.train.health import check_finite
 from rmr1_jax.train.metrics import MetricsLog, read_metrics
 from rmr1_jax.train.micro_batches import to_micro_batches
+from rmr1_jax.train.rewards import rewards_of
 
 
 def send_sigterm() -> None:
@@ -158,14 +159,17 @@ def test_a_run_saves_on_sigterm_and_resumes_bitwise(stage, policy, tmp_path, mon
     if stage == "grpo":
         asked = []
 
-        def reward(text, prompt):
-            asked.append(text)
-            if len(asked) == 19:  # of 16 for each step: in the second rollout from here on
-                send_sigterm()
-            return vowels(text, prompt)
+        def interrupted(reward, texts, prompts):  # the run's own reward, which a run may not change
+            def counted(text, prompt):
+                asked.append(text)
+                if len(asked) == 19:  # of 16 for each step: in the second rollout from here on
+                    send_sigterm()
+                return reward(text, prompt)
+
+            return rewards_of(counted, texts, prompts)
 
         with monkeypatch.context() as patched, pytest.raises(Preempted):
-            patched.setattr("training.vowels", reward)
+            patched.setattr(rollout, "rewards_of", interrupted)
             run(stage, hurt, policy)
         assert len(asked) == 19 and steps_of(tmp_path / "hurt" / "checkpoints") == [2, 3]
     resumed = run(stage, hurt, policy)
@@ -182,7 +186,8 @@ def test_updates_that_are_not_finite_are_skipped_and_counted(policy, tmp_path, m
         stacks, facts = places(batch, *rest)
         micro = stacks[0][0]
         if len(seen) == 2:
-            micro["weights"] = micro["weights"].at[0, 0, 3].set(jnp.inf)
+            trained = int(micro["weights"][0, 0].argmax())  # the head reads no other position
+            micro["weights"] = micro["weights"].at[0, 0, trained].set(jnp.inf)
         seen.append(batch)
         return stacks, facts
 

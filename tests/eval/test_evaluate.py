@@ -237,8 +237,8 @@ def test_a_model_that_is_killed_writes_the_same_texts(tiny_policy, tmp_path):
     assert any(count % 8 for count in left) and left[-1] < len(rows)
     finish("rewardbench", data, tmp_path / "killed", **options)
     finish("rewardbench", data, tmp_path / "whole", **options)
-    made = files_of(tmp_path / "whole")
-    assert files_of(tmp_path / "killed") == made
+    made = timeless(tmp_path / "whole")
+    assert timeless(tmp_path / "killed") == made
     texts = [json.loads(line)["texts"][0][0] for line in made["judgements.jsonl"].splitlines()]
     assert len(set(texts)) > len(rows) // 4
 

@@ -116,6 +116,7 @@ def written(path: Path) -> list[str]:
 def files_of(out: Path) -> dict[str, str]:
     """Contents by path. The answers of teachers, which stay in the order in which they came, are sorted."""
     found = {str(path.relative_to(out)): path.read_text() for path in sorted(out.rglob("*")) if path.is_file()}
+    found.pop("about.json", None)  # the time at which it was written
     if "answers.jsonl" in found:
         found["answers.jsonl"] = "".join(sorted(found["answers.jsonl"].splitlines()))
     return found
