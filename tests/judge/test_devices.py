@@ -41,7 +41,7 @@ def pairs():
 
 
 def judged(policy, pairs, **options):
-    # Sums over split heads round otherwise (log-probabilities differ by up to 1.2e-5), so that one of these 10,000 draws
+    # Sums over split heads round otherwise (log-probabilities differ by up to 1.2e-5), so that one of 10,000 draws
     # may be decided by rounding where two tokens tie. In seed 3 none is.
     return Judge(policy, world_prompt(), max_new_tokens=96, **options).compare_many(pairs, votes=2, seed=3)
 

@@ -184,7 +184,7 @@ def test_every_recipe_runs(policy, whole, recipe):
     for row in rows:
         assert wanted <= row.keys() and ("kl" in row) == ("kl" in wanted)
         assert all(v is not None and np.isfinite(v) for k, v in row.items() if k != "stage")
-        # Four prompts of 49 tokens, once each, and 16 texts of 13 places fill a fifth of a micro-batch of 16 rows of 128.
+        # Four prompts of 49 tokens, once each, and 16 texts of 13 places fill a fifth of 16 rows of 128.
         assert 0.15 < row["packed"] <= 1 and row["positions"] > 0
         assert 0 <= row["trained_tokens"] <= row["new_tokens"]
         assert row["importance_mean"] == pytest.approx(1, abs=1e-3)  # the sampler's numbers are the trainer's
