@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from rmr1_jax.distributed.chips import chip_of
-from rmr1_jax.distributed.mesh import rows_divisor
+from rmr1_jax.distributed.mesh import rows_divisor, single_device_mesh
 from rmr1_jax.model.attention import block_size, choose
 from rmr1_jax.model.config import QwenConfig
 from rmr1_jax.model.packed_blocks import visited_scores
@@ -169,7 +169,8 @@ def kernel_scores(batch: BatchShape) -> float:
             ids[row, at : at + size], parents[row, at : at + size] = last, parent * (last > parent)
             at += size
         placed += sum(sizes)
-    counted = np.asarray(visited_scores(jnp.asarray(ids), jnp.asarray(parents)), float).sum()
+    with jax.set_mesh(single_device_mesh()):  # not on the slice that is planned for, which cannot compute
+        counted = np.asarray(visited_scores(jnp.asarray(ids), jnp.asarray(parents)), float).sum()
     return counted * sum(number * tokens for number, tokens, _ in (alone, *seeing)) / placed
 
 

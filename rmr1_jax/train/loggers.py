@@ -123,7 +123,7 @@ class WeightsAndBiases:
         settings["project"] = os.environ.get("WANDB_PROJECT", "rmr1_jax")
         try:
             self._run = wandb.init(config=yaml.safe_load(dump_config(config)), **settings)
-        except (wandb.Error, OSError) as e:
+        except Exception as e:  # some of W&B's errors have no public class
             advice = "log in with `wandb login`, set WANDB_MODE=offline, or leave wandb out of `logger`"
             raise RunError(f"Weights & Biases cannot start a run: {e}; {advice}") from e
         self._next = self._run.step
@@ -202,5 +202,10 @@ def _remove_copies(current: Path, run_id: str) -> bool:
     earlier = [path for path in current.parent.glob(f"offline-run-*-{run_id}*") if path != current]
     kept = [path for path in earlier if list(path.glob("*.synced"))]
     for path in set(earlier) - set(kept):
-        shutil.rmtree(path)
+        # W&B's own process may outlive a killed run for a moment, and write into the directory while it is removed.
+        for _ in range(10):
+            shutil.rmtree(path, ignore_errors=True)
+            if not path.exists():
+                break
+            time.sleep(0.1)
     return bool(kept)

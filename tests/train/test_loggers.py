@@ -41,6 +41,8 @@ def offline(monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     monkeypatch.setenv("WANDB_CONSOLE", "off")
+    # A process that a test starts and kills has a W&B process of its own, as one that a user starts.
+    monkeypatch.delenv("WANDB_SERVICE", raising=False)
 
 
 def expected(directory) -> dict[int, dict[str, float]]:
