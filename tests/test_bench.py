@@ -156,8 +156,13 @@ def test_the_error_output_of_a_failed_peer_is_shown(bench, common, tmp_path, mon
     ],
 )
 def test_a_wrong_command_line_exits_with_2(bench, argv, words, capsys):
+    assert_refused(bench, ["sample", *argv], words, capsys)
+
+
+def assert_refused(bench, argv, words, capsys):
+    """The command exits with 2, and says why."""
     try:
-        code = bench.main(["sample", *argv])
+        code = bench.main(argv)
     except SystemExit as e:
         code = e.code
     assert code == 2
@@ -328,11 +333,7 @@ def test_losses_that_differ_are_an_error(bench, monkeypatch, capsys):
     ],
 )
 def test_a_wrong_command_line_of_update_exits_with_2(bench, argv, words, capsys):
-    try:
-        code = bench.main(["update", "--peer", "none", *argv])
-    except SystemExit as e:
-        code = e.code
-    assert code == 2 and words in " ".join(capsys.readouterr().err.replace("│", "").split())
+    assert_refused(bench, ["update", "--peer", "none", *argv], words, capsys)
 
 
 def test_systems_take_turns(bench):

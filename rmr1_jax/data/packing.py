@@ -130,8 +130,7 @@ def plan_rows(
 def _shuffled(lengths: np.ndarray, row_length: int, rng: np.random.Generator) -> list[int]:
     """The numbers of the examples that fit into a row: shuffled, then the longest of each window first."""
     shuffled = rng.permutation(np.flatnonzero(lengths <= row_length))
-    windows = (shuffled[i : i + WINDOW] for i in range(0, len(shuffled), WINDOW))
-    return [i for window in windows for i in window[np.argsort(-lengths[window], kind="stable")]]
+    return [i for window in batched(shuffled, WINDOW) for i in window[np.argsort(-lengths[window], kind="stable")]]
 
 
 def plan_slots(
@@ -168,8 +167,8 @@ def plan_slots(
     return slots + rest
 
 
-def batched(items: list, size: int) -> list[list]:
-    """Return the items in lists of `size`, the last of which may be shorter."""
+def batched(items: Sequence, size: int) -> list[Sequence]:
+    """Return the items in parts of `size`, the last of which may be shorter."""
     return [items[i : i + size] for i in range(0, len(items), size)]
 
 

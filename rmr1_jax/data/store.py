@@ -29,7 +29,7 @@ from rmr1_jax.errors import InputError, RunError
 from rmr1_jax.files.write import refusal, to_disk
 from rmr1_jax.model.tokenizer import TEMPLATE_ARGUMENTS, THOUGHT, Tokenizer
 from rmr1_jax.pairs.training_sets import read_published
-from rmr1_jax.prompts.prompt import PROMPT_FILE, Messages, Prompt, check_prompt, get_prompt
+from rmr1_jax.prompts.prompt import Messages, Prompt, check_prompt, own_prompt
 from rmr1_jax.prompts.recover import recover_prompt
 
 FORMAT = 1  # the version of the directory's layout
@@ -123,8 +123,7 @@ def prompt_of(path: str | Path) -> Prompt | None:
     """Return the prompt that the rows of a prepared set, or of published files, were rendered with; None if that cannot
     be told, as of rows with several prompts."""
     if is_prepared(path):
-        file = Path(path) / PROMPT_FILE
-        return get_prompt(file) if file.is_file() else None
+        return own_prompt(Path(path))
     with waiting(f"looking for the prompt of {path}"):
         return common_prompt(row.messages for k, row in enumerate(read_published(path)) if is_sampled(k))
 

@@ -27,7 +27,7 @@ from rmr1_jax.judge.judgement import (
 )
 from rmr1_jax.model.tokenizer import completion_text
 from rmr1_jax.pairs.pair import PreferencePair, render_pair
-from rmr1_jax.prompts.prompt import PROMPT_FILE, Prompt
+from rmr1_jax.prompts.prompt import Prompt, own_prompt
 from rmr1_jax.sampler.layout import default_slots
 from rmr1_jax.sampler.sample import Sample, SamplingConfig, token_limits
 
@@ -78,8 +78,7 @@ class Judge(TextJudge):
         self.max_new_tokens, self.max_prompt_tokens = limits
         sampling = JudgeSampling(temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p)
         if prompt is None:
-            own = policy.tokenizer.directory / PROMPT_FILE
-            prompt = own if own.is_file() else "cor"
+            prompt = own_prompt(policy.tokenizer.directory) or "cor"
         super().__init__(prompt, rule, sampling, escape_untrusted)
         self.policy, self.slots = policy, default_slots(policy.mesh) if slots is None else slots
 

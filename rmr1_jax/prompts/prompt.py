@@ -198,6 +198,13 @@ def get_prompt(name_or_path: str | Path | Prompt) -> Prompt:
     )
 
 
+def own_prompt(directory: Path) -> Prompt | None:
+    """Return the prompt in the directory of a model or of a prepared set, or None if there is none. Raises InputError
+    as `load_prompt`."""
+    file = directory / PROMPT_FILE
+    return load_prompt(file) if file.is_file() else None
+
+
 def load_prompt(path: str | Path) -> Prompt:
     """Read a prompt file: a YAML mapping with `name`, `system` (a text or null), `single_turn`, `multi_turn`, `note`.
 

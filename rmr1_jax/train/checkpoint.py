@@ -33,6 +33,7 @@ from rmr1_jax.files.write import provenance, refusal, to_disk, writing
 from rmr1_jax.train import manifest
 from rmr1_jax.train.config import BestConfig
 from rmr1_jax.train.manifest import Damage
+from rmr1_jax.train.metrics import is_held_out
 from rmr1_jax.train.optim import TrainState
 from rmr1_jax.train.stored_tree import deferred, restored
 
@@ -258,11 +259,6 @@ def _placement(state: TrainState) -> dict[str, Any]:
 def _described(placement: Mapping[str, Any]) -> str:
     axes = " x ".join(f"{name}={size}" for name, size in (placement["mesh"] or {}).items())
     return f"a mesh of {axes} in {placement['processes']} process{'es' if placement['processes'] != 1 else ''}"
-
-
-def is_held_out(name: str | None) -> bool:
-    """Whether a metric is measured on held-out data, and so not at every step."""
-    return name is not None and name.startswith("eval_")
 
 
 def _metric_value(metrics: Mapping[str, Any], name: str) -> float | None:

@@ -20,10 +20,10 @@ from rmr1_jax.errors import InputError
 from rmr1_jax.model.attention import segment_limit
 from rmr1_jax.model.qwen import Params, split
 from rmr1_jax.policy import Policy
-from rmr1_jax.train.checkpoint import is_held_out
 from rmr1_jax.train.config import GrpoConfig, RunConfig, SftConfig
 from rmr1_jax.train.logprobs import forward_options, row_logprobs
 from rmr1_jax.train.losses import sft_loss
+from rmr1_jax.train.metrics import is_held_out
 from rmr1_jax.train.micro_batches import drop_longer, to_micro_batches
 from rmr1_jax.train.rewards import Reward
 from rmr1_jax.train.rollout import RlPrompt, roll_out, rollout_metrics
@@ -93,7 +93,7 @@ def grpo_evaluation(
 
 
 def _check(config: RunConfig, items: Sequence | None) -> bool:
-    """Whether there are held-out items. Raises InputError if all of them were too long, if there are fewer than
+    """Return True if there are held-out items. Raises InputError if all of them were too long, if there are fewer than
     processes, or if there are none and `best` needs them."""
     if items is None:
         if config.best and is_held_out(config.best.metric):

@@ -24,7 +24,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Shaped
 
-from rmr1_jax.data.packing import View, mean_length
+from rmr1_jax.data.packing import View, batched, mean_length
 from rmr1_jax.data.store import open_examples, prompt_of
 from rmr1_jax.distributed.mesh import check_micro_rows, own_rows, place_rows, sampling_mesh
 from rmr1_jax.distributed.terminal import say
@@ -236,9 +236,9 @@ class _Trainer:
     def prepare(self, groups: list[Group], params: Params) -> list[tuple[list[Group], MiniBatch]]:
         """The groups of each update, and their mini-batch on the mesh, with the log-probabilities of the reference and
         of the weights before the first update, as far as the loss needs them."""
-        prepared, size = [], self.config.mini_batch_prompts
+        prepared: list[tuple[list[Group], MiniBatch]] = []
         own = own_rows(self.mesh, self.config.micro_rows)
-        for members in (groups[start : start + size] for start in range(0, len(groups), size)):
+        for members in batched(groups, self.config.mini_batch_prompts):
             options = {"skip_unmixed": self.skip_unmixed, "own": own, "max_separate": self.max_separate}
             batch = mini_batch(members, self.config, **options)
             stacks = [self._with_logprobs(*stack, params, first=not prepared) for stack in batch.stacks]

@@ -27,7 +27,7 @@ from rmr1_jax.distributed.exchange import from_first
 from rmr1_jax.errors import InputError, RunError
 from rmr1_jax.files.write import write_whole, writing
 from rmr1_jax.train.config import RunConfig
-from rmr1_jax.train.metrics import read_metrics
+from rmr1_jax.train.metrics import is_held_out, read_metrics
 
 # Our names -> the names in the logs of TRL's SFTTrainer and GRPOTrainer, where they differ and mean the same.
 TRL_NAMES = MappingProxyType(
@@ -63,7 +63,7 @@ def logged_values(row: Mapping[str, Any]) -> dict[str, float]:
     for key, value in row.items():
         if key == "step" or not isinstance(value, int | float) or not math.isfinite(value):
             continue
-        is_eval, name = key.startswith("eval_"), key.removeprefix("eval_")
+        is_eval, name = is_held_out(key), key.removeprefix("eval_")
         name = TRL_NAMES.get(key, TRL_NAMES.get(name, name)).removeprefix("eval_")
         values[f"{'eval' if is_eval else 'train'}/{name}"] = value
     return values

@@ -50,6 +50,11 @@ class MetricsLog(StepLog):
         super().__init__(directory / "metrics.jsonl", next_step=next_step)
 
 
+def is_held_out(name: str) -> bool:
+    """Return True for a metric that is measured on held-out data, and so not at every step."""
+    return name.startswith("eval_")
+
+
 def as_floats(metrics: Mapping[str, Any]) -> dict[str, float]:
     """Device scalars as Python numbers; waits for them."""
     return {k: float(v) for k, v in jax.device_get(dict(metrics)).items()}

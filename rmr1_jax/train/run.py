@@ -23,11 +23,11 @@ from rmr1_jax.distributed.terminal import bar, say, waiting
 from rmr1_jax.errors import InputError, RunError
 from rmr1_jax.model.qwen import Params
 from rmr1_jax.policy import Policy, load
-from rmr1_jax.train.checkpoint import Checkpointer, is_held_out
+from rmr1_jax.train.checkpoint import Checkpointer
 from rmr1_jax.train.config import ProfileConfig, RunConfig
 from rmr1_jax.train.evaluation import Evaluation
 from rmr1_jax.train.loggers import Loggers
-from rmr1_jax.train.metrics import MetricsLog
+from rmr1_jax.train.metrics import MetricsLog, is_held_out
 from rmr1_jax.train.optim import TrainState
 from rmr1_jax.train.run_directory import same_data
 

@@ -187,8 +187,8 @@ def make_chains(
 
 def _prompt(config: ChainsConfig, teacher: Teacher) -> Prompt:
     """The prompt that is given, or the policy's own, or "cor"."""
-    own = config.policy and config.prompt is None and teacher.prompt_file
-    return get_prompt(own if own and own.is_file() else config.prompt or "cor")
+    own = teacher.own_prompt if config.policy and config.prompt is None else None
+    return own or get_prompt(config.prompt or "cor")
 
 
 def _shared_rows(path: Path, settings: Mapping[str, Any], by_id: Mapping[str, PairAttempts]) -> SharedRows:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 from rmr1_jax.data.chains.chains import PolicyConfig
@@ -16,7 +15,7 @@ from rmr1_jax.endpoint import Request
 from rmr1_jax.files.append import model_digest
 from rmr1_jax.model.tokenizer import completion_text
 from rmr1_jax.policy import Policy
-from rmr1_jax.prompts.prompt import PROMPT_FILE
+from rmr1_jax.prompts.prompt import Prompt, own_prompt
 from rmr1_jax.reply import Answer
 from rmr1_jax.sampler.layout import default_slots
 from rmr1_jax.sampler.sample import SamplingConfig, token_limits
@@ -30,9 +29,9 @@ class PolicyTeacher:
         self._max_new_tokens, self._max_prompt_tokens = token_limits(policy.config, config.max_new_tokens)
 
     @property
-    def prompt_file(self) -> Path:
-        """The file of the policy's own prompt, which training writes into a model's directory."""
-        return self.policy.tokenizer.directory / PROMPT_FILE
+    def own_prompt(self) -> Prompt | None:
+        """The policy's own prompt, which training writes into a model's directory; None without one."""
+        return own_prompt(self.policy.tokenizer.directory)
 
     def settings(self) -> dict[str, Any]:
         """Everything that decides an answer, as plain values."""
